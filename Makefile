@@ -1,0 +1,77 @@
+# Two commands set everything up by themselves: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   ?= .venv
+PY     := $(VENV)/bin/python
+# Where the CPU build of torch comes from; only torch itself is looked up there.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+# Everything that a run leaves behind stays in this folder.
+export XDG_CACHE_HOME := $(CURDIR)/.cache
+export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/inductor
+export TRITON_CACHE_DIR := $(CURDIR)/.cache/triton
+export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
+export PIP_CACHE_DIR := $(CURDIR)/.cache/pip
+export PRE_COMMIT_HOME := $(CURDIR)/.cache/pre-commit
+export TMPDIR := $(CURDIR)/.cache/tmp
+# Python falls back to /tmp, without a word, where TMPDIR is missing.
+$(shell mkdir -p "$(TMPDIR)")
+
+READY   := $(VENV)/.ready
+LIBRARY := gpl_fast/libgpl_fast.so
+CSRC    := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+
+.PHONY: help venv build demo test lint bench toy wheel clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo   train with and without the loss; pictures and a report in demo_out/"
+	@echo "make test   the test suite"
+	@echo "make lint   ruff, mypy, clang-format"
+	@echo "make bench  time and memory on this machine"
+	@echo "make toy    the toy experiment of the paper's supplement, into toy_out/"
+	@echo "make wheel  a wheel in dist/"
+	@echo "make venv   the virtual environment only; make clean removes what was built"
+
+venv: $(READY)
+
+# torch comes first and alone, so that no other index than PyPI is asked for anything else.
+$(READY): pyproject.toml constraints.txt setup.py
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=..." if sys.version_info < (3, 11) else 0)'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --retries 1 --no-deps -c constraints.txt --extra-index-url $(TORCH_INDEX) torch
+	$(PY) -m pip install -c constraints.txt torch numpy setuptools wheel ninja pybind11
+	$(PY) -m pip install -c constraints.txt --no-build-isolation -e '.[demo,test,dev]'
+	touch $@
+
+build: $(LIBRARY)
+
+$(LIBRARY): $(CSRC) setup.py | $(READY)
+	@# On the first run pip has just built it.
+	if ! test -s $@ || test -n "$$(find csrc setup.py -type f -newer $@)"; then \
+	  $(PY) setup.py -q build_ext --inplace && touch $@; fi
+
+demo: $(LIBRARY)
+	$(PY) -m gpl_fast demo --out demo_out
+
+test: $(LIBRARY)
+	$(PY) -m pytest
+
+lint: | $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(if $(CSRC),$(VENV)/bin/clang-format --dry-run --Werror $(CSRC))
+
+bench: $(LIBRARY)
+	$(PY) -m gpl_fast bench
+
+toy: $(LIBRARY)
+	$(PY) examples/toy_structure.py --out toy_out
+
+wheel: | $(READY)
+	$(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
+
+clean:
+	rm -rf build dist demo_out toy_out *.egg-info $(LIBRARY)
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .cache/tmp
+	find gpl_fast tests benchmarks examples docs -name __pycache__ -prune -exec rm -rf {} +
