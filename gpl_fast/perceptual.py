@@ -1,0 +1,93 @@
+"""Feature reconstruction, style and total variation on any network with named layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor, nn
+
+from gpl_fast import functional
+from gpl_fast.functional import Options
+from gpl_fast.lossnet import LossNet
+from gpl_fast.targets import TargetFeatures, TopK
+
+
+class PerceptualLoss(nn.Module):
+    """The losses of Johnson et al., "Perceptual Losses for Real-Time Style Transfer and
+    Super-Resolution", ECCV 2016, Section 3.2; one pass gives all layers.
+
+    Args:
+        net: any `LossNet`; `LossNet.from_sequential(vgg16(weights=…).features, mean=…, std=…)` for
+            the paper's own.
+        feature_layers: weight of ``‖φ' − φ‖² / (C H W)`` by layer name.
+        style_layers: weight of ``‖G' − G‖_F²`` by layer name.
+        tv_weight: of the total variation of the prediction.
+        reduction: "mean", "sum", or "none" -> (N,).
+        return_parts: return ``{"loss_feature", "loss_style", "loss_tv"}`` instead of their sum.
+        **options: activation ("none" by default), target_activation, temperature, ignore_index,
+            compute_dtype, backend, workspace_mb of `GenericPerceptualLoss`.
+
+    Raises:
+        TypeError, ValueError: an argument outside of what is listed.
+    """
+
+    def __init__(
+        self,
+        net: LossNet,
+        feature_layers: Mapping[str, float] = MappingProxyType({"relu2_2": 1.0}),
+        style_layers: Mapping[str, float] = MappingProxyType({}),
+        tv_weight: float = 0.0,
+        reduction: str = "mean",
+        return_parts: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if not isinstance(net, LossNet):
+            raise TypeError(
+                f"net: got {type(net).__name__}, expected a LossNet (LossNet.vgg, "
+                ".from_sequential, .from_module, .load)"
+            )
+        functional.check_layers(net, feature_layers, style_layers, tv_weight)
+        self.net = net
+        self.feature_layers, self.style_layers = dict(feature_layers), dict(style_layers)
+        self.tv_weight, self.return_parts = tv_weight, return_parts
+        self.options: dict[str, Any] = {"activation": "none", "reduction": reduction, **options}
+        Options(**self.options).check_channels(net.in_channels)
+
+    def forward(
+        self,
+        pred: Tensor,
+        target: Tensor | TopK | TargetFeatures,
+        style_target: Tensor | TargetFeatures | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss of `pred` (N, C, H, W); see `functional.perceptual_loss`."""
+        return functional.perceptual_loss(
+            pred,
+            target,
+            self.net,
+            style_target=style_target,
+            mask=mask,
+            feature_layers=self.feature_layers,
+            style_layers=self.style_layers,
+            tv_weight=self.tv_weight,
+            return_parts=self.return_parts,
+            **self.options,
+        )
+
+    def encode(self, target: Tensor | TopK, mask: Tensor | None = None) -> TargetFeatures:
+        """φ(target) at every layer used: a `target`, a `style_target`, or both."""
+        layers = tuple(dict.fromkeys((*self.feature_layers, *self.style_layers)))
+        return functional.encode(target, self.net, layers, mask=mask, **self.options)
+
+    def fingerprint(self) -> str:
+        """Hex digest of the network's structure and weights: the same on every machine."""
+        return self.net.fingerprint()
+
+    def extra_repr(self) -> str:
+        return (
+            f"net={self.net}, feature_layers={self.feature_layers}, "
+            f"style_layers={self.style_layers}, tv_weight={self.tv_weight}"
+        )

@@ -1,0 +1,341 @@
+"""The Generic Perceptual Loss by definition, in plain PyTorch: the oracle of every fast path.
+
+Source: Liu et al., "Generic Perceptual Loss for Modeling Structured Output Dependencies", CVPR
+2021; Johnson et al., "Perceptual Losses for Real-Time Style Transfer and Super-Resolution", ECCV
+2016. The sections follow docs/derivation.md: (1) maps, (2) the frozen network, (3) distances, (4)
+precision of the chain, (5) the segmentation total. This file imports torch only.
+
+Shapes: ``N`` images, ``C`` channels, ``H x W`` pixels; ``valid`` is ``(N, H, W)`` bool, True where
+a pixel counts. Arithmetic outside the network is float32, or float64 for float64 input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# ------------------------------------------------------------------ 1. From raw inputs to the maps
+
+
+def activate(x: Tensor, activation: str, temperature: float = 1.0) -> Tensor:
+    """``act(x / T)`` of a map ``(N, C, H, W)``, softmax over its channels."""
+    x = x / temperature if temperature != 1.0 else x
+    if activation == "softmax":
+        return torch.softmax(x, dim=1)
+    return torch.sigmoid(x) if activation == "sigmoid" else x
+
+
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear resize of ``(N, C, h, w)`` to ``size = (H, W)``, ``align_corners=False``."""
+    if tuple(x.shape[-2:]) == tuple(size):
+        return x
+    if x.shape[0] == 0:
+        return x.new_zeros(0, x.shape[1], *size)
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def one_hot(labels: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    """``(N, H, W)`` int64 labels -> ``(N, C, H, W)``; -1 gives a zero pixel.
+
+    With one channel the labels are the map itself (masks with values 0 and 1).
+    """
+    if channels == 1:
+        return labels.clamp(min=0).unsqueeze(1).to(dtype)
+    classes = torch.arange(channels, device=labels.device).view(1, -1, 1, 1)
+    return (labels.unsqueeze(1) == classes).to(dtype)
+
+
+def dense_topk(
+    values: Tensor, indices: Tensor, rest: str, channels: int, dtype: torch.dtype
+) -> Tensor:
+    """Sparse maps ``values, indices (N, k, H, W)`` -> ``(N, C, H, W)``; duplicates add up.
+
+    ``rest`` says where the mass that is not listed goes: ``"renormalize"`` divides by the listed
+    sum (a sum of 0 gives a zero pixel), ``"uniform"`` spreads it over the classes that are not
+    listed, ``"drop"`` leaves it out.
+    """
+    n, _, h, w = values.shape
+    values = values.to(dtype)
+    y = values.new_zeros(n, channels, h, w).scatter_add_(1, indices, values)
+    total = values.sum(dim=1, keepdim=True)
+    if rest == "renormalize":
+        return torch.where(total > 0, y / torch.where(total > 0, total, 1), 0)
+    if rest == "uniform":
+        listed = torch.zeros_like(y, dtype=torch.bool).scatter_(1, indices, True)
+        unlisted = channels - listed.sum(dim=1, keepdim=True)
+        share = (1 - total).clamp(min=0) / unlisted.clamp(min=1)
+        return torch.where(listed, y, share)
+    return y
+
+
+def zero_invalid(x: Tensor, valid: Tensor | None) -> Tensor:
+    """0 where a pixel is not valid: selected, not multiplied, so that NaN there is harmless."""
+    return x if valid is None else torch.where(valid.unsqueeze(1), x, 0)
+
+
+def prediction_map(
+    pred: Tensor, activation: str, temperature: float, valid: Tensor | None
+) -> Tensor:
+    """``y' = act(x / T)``, 0 at pixels that are not valid, in value and gradient."""
+    # Zeroed before the activation too: the softmax's own backward would turn NaN * 0 into NaN.
+    return zero_invalid(activate(zero_invalid(pred, valid), activation, temperature), valid)
+
+
+# ------------------------------------------------------------------------- 2. The frozen network
+
+
+class Layer(Protocol):
+    """One step of a chain; `gpl_fast.lossnet.Layer` is the implementation."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> str:
+        """``"conv"``, ``"relu"``, ``"maxpool"``, ``"avgpool"`` or ``"down"`` (stride 2 + ReLU)."""
+
+
+def network_input(
+    y: Tensor,
+    valid: Tensor | None,
+    adapter: Tensor | None = None,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+) -> Tensor:
+    """What enters the first convolution: adapter ``(3, C, 1, 1)``, mean/std ``(3,)``, zeroing."""
+    if adapter is not None:
+        y = F.conv2d(y, adapter.to(y.dtype))
+    if mean is not None and std is not None:
+        y = (y - mean.to(y.dtype).view(1, -1, 1, 1)) / std.to(y.dtype).view(1, -1, 1, 1)
+    return zero_invalid(y, valid)
+
+
+def features(
+    y: Tensor, layers: Sequence[Layer], weights: Mapping[str, Tensor], taps: Sequence[str]
+) -> dict[str, Tensor]:
+    """Outputs of the layers named in ``taps``, each ``(N, C_b, H_b, W_b)``, from one pass."""
+    outputs: dict[str, Tensor] = {}
+    for layer in layers:
+        if len(outputs) == len(taps):
+            break
+        if layer.kind in ("conv", "down"):
+            w = weights[layer.name]
+            stride = 2 if layer.kind == "down" else 1
+            bias = weights.get(f"{layer.name}.bias")
+            y = F.conv2d(y, w, bias, stride=stride, padding=w.shape[-1] // 2)
+        if layer.kind in ("relu", "down"):
+            y = torch.relu(y)
+        elif layer.kind == "maxpool":
+            y = F.max_pool2d(y, 2)
+        elif layer.kind == "avgpool":
+            y = F.avg_pool2d(y, 2)
+        if layer.name in taps:
+            outputs[layer.name] = y
+    return outputs
+
+
+# ----------------------------------------------------------------------------------- 3. Distances
+
+
+def feature_distance(e_pred: Tensor, e_target: Tensor) -> Tensor:
+    """Eq. (1) at one level: ``||E' - E||^2 / (C_b H_b W_b)`` of each sample, ``(N,)``."""
+    return (e_pred - e_target).square().mean(dim=(1, 2, 3))
+
+
+def gram(e: Tensor) -> Tensor:
+    """``G_cc' = 1/(C H W) sum_hw e_c e_c'``: ``(N, C, H, W)`` -> ``(N, C, C)`` (Johnson, eq. 3)."""
+    flat = e.flatten(2)
+    return flat @ flat.transpose(1, 2) / (e.shape[1] * e.shape[2] * e.shape[3])
+
+
+def style_distance(e_pred: Tensor, e_target: Tensor) -> Tensor:
+    """``||G' - G||_F^2`` of each sample, ``(N,)``; the target may have another size, or N = 1."""
+    return (gram(e_pred) - gram(e_target)).square().sum(dim=(1, 2))
+
+
+def total_variation(y: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Mean squared difference of vertical plus that of horizontal neighbours, ``(N,)``.
+
+    A pair counts only where both pixels are valid; the normalisation does not change.
+    """
+    result = y.new_zeros(y.shape[0])
+    for dim in (2, 3):
+        d = y.diff(dim=dim)
+        if valid is not None:
+            size = valid.shape[dim - 1] - 1
+            both = valid.narrow(dim - 1, 0, size) & valid.narrow(dim - 1, 1, size)
+            d = zero_invalid(d, both)
+        if d.shape[dim] > 0:
+            result = result + d.square().mean(dim=(1, 2, 3))
+    return result
+
+
+# ------------------------------------------------------------------- 4. Edges of the autograd graph
+
+_DOUBLE_BACKWARD = (
+    "gpl_fast: double backward is not supported: the loss gives first derivatives only "
+    "(call backward without create_graph=True, or detach the gradient)"
+)
+
+
+class _RefuseBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, x: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(_DOUBLE_BACKWARD)
+
+
+def refuse_double_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of `x`, whose own backward ends in a RuntimeError that says why."""
+    return _RefuseBackward.apply(grad, x)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _InputEdge(torch.autograd.Function):
+    """Identity; the gradient leaves in the input's memory format and cannot be derived again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        nhwc = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        ctx.memory_format = torch.channels_last if nhwc else torch.contiguous_format
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        dx = grads[0].contiguous(memory_format=ctx.memory_format)
+        if torch.is_grad_enabled() and dx.requires_grad:
+            dx = refuse_double_backward(dx, dx)
+        return dx
+
+
+def input_edge(x: Tensor) -> Tensor:
+    """Where the loss takes the caller's tensor: see `_InputEdge`."""
+    return _InputEdge.apply(x) if x.requires_grad else x  # type: ignore[no-untyped-call]
+
+
+# A float16 chain runs at unit scale (docs/derivation.md, section 4): the seeds reach 1e-8 otherwise
+# and vanish. The loss' own gradient g_n and the largest coefficient travel around the chain in
+# float32, through `token`, and are applied where it ends.
+
+
+class _ChainEntry(torch.autograd.Function):
+    """``y`` -> ``y`` in the chain's dtype, and a token whose gradient is ``g_n``."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, dtype: torch.dtype, scale: float) -> tuple[Tensor, Tensor]:
+        ctx.dtype, ctx.scale = y.dtype, scale
+        return y.to(dtype), y.new_zeros(y.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        dy, g = grads
+        return dy.to(ctx.dtype) * (g * ctx.scale).view(-1, 1, 1, 1), None, None
+
+
+class _ChainExit(torch.autograd.Function):
+    """Features -> ``dtype``; their gradient enters the chain divided by ``scale``."""
+
+    @staticmethod
+    def forward(ctx: Any, e: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
+        ctx.dtype, ctx.scale = e.dtype, scale
+        return e.to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return (grads[0] / ctx.scale).to(ctx.dtype), None, None
+
+
+class _UnitSeed(torch.autograd.Function):
+    """Identity on the parts ``(P, N)``; sends ``g / g_n`` into the chain, ``g_n = max_p |g|``."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: Tensor, token: Tensor) -> Tensor:
+        return parts.view_as(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        g_n = grads[0].abs().amax(dim=0)
+        return torch.where(g_n == 0, 0, grads[0] / g_n), g_n
+
+
+def perceptual_terms(
+    y_pred: Tensor,
+    extract: Callable[[Tensor, Sequence[str]], Mapping[str, Tensor]],
+    target: Mapping[str, Tensor],
+    style_target: Mapping[str, Tensor],
+    feature_weights: Mapping[str, float],
+    style_weights: Mapping[str, float],
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """Eq. (1) over the levels and the style distances, weighted: ``{"feature", "style"}``, (N,).
+
+    Args:
+        y_pred: (N, C0, H, W) what enters the first convolution, float32 or float64.
+        extract: features of a map at named layers, in the map's dtype.
+        target, style_target: the target's features by layer.
+        feature_weights, style_weights: weight by layer.
+        dtype: what the chain computes in.
+    """
+    acc = y_pred.dtype if dtype != torch.float64 else dtype
+    taps = tuple(dict.fromkeys((*feature_weights, *style_weights)))
+    unit_scale = dtype == torch.float16 and y_pred.requires_grad
+    shapes = {tap: e.shape for tap, e in (*style_target.items(), *target.items())}
+    scale = max(
+        2.0 * max(feature_weights.get(tap, 0.0), 2.0 * style_weights.get(tap, 0.0))
+        / (shapes[tap][1] * shapes[tap][2] * shapes[tap][3])
+        for tap in taps
+    )  # fmt: skip
+    if unit_scale:
+        y, token = _ChainEntry.apply(y_pred, dtype, scale)  # type: ignore[no-untyped-call]
+        e_pred = {
+            tap: _ChainExit.apply(e, acc, scale)  # type: ignore[no-untyped-call]
+            for tap, e in extract(y, taps).items()
+        }
+    else:
+        e_pred = {tap: e.to(acc) for tap, e in extract(y_pred.to(dtype), taps).items()}
+    feature = y_pred.new_zeros(y_pred.shape[0], dtype=acc)
+    for tap, weight in feature_weights.items():
+        feature = feature + weight * feature_distance(e_pred[tap], target[tap].to(acc))
+    style = y_pred.new_zeros(y_pred.shape[0], dtype=acc)
+    for tap, weight in style_weights.items():
+        style = style + weight * style_distance(e_pred[tap], style_target[tap].to(acc))
+    if unit_scale:
+        feature, style = _UnitSeed.apply(torch.stack([feature, style]), token)  # type: ignore[no-untyped-call]
+    return {"feature": feature, "style": style}
+
+
+# ---------------------------------------------------------------------------- 5. Segmentation total
+
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, class_weight: Tensor | None, label_smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """PyTorch's cross-entropy: the sum over each image's valid pixels and that of their weights.
+
+    Their quotient is ``F.cross_entropy``'s mean; both (N,).
+
+    Args:
+        logits: (N, C, H, W) float32 or float64.
+        labels: (N, H, W) int64, -1 = does not count.
+        class_weight: (C,) or None.
+        label_smoothing: in [0, 1].
+    """
+    counts = labels >= 0
+    # Zeroed first: an ignored NaN logit would reach the gradient through softmax's backward.
+    pixel = F.cross_entropy(
+        zero_invalid(logits, counts),
+        labels,
+        weight=class_weight,
+        ignore_index=-1,
+        reduction="none",
+        label_smoothing=label_smoothing,
+    )
+    norm = counts.to(pixel.dtype)
+    if class_weight is not None:
+        norm = class_weight[labels.clamp(min=0)] * norm
+    return pixel.sum(dim=(1, 2)), norm.sum(dim=(1, 2))
