@@ -1,0 +1,92 @@
+// What the softmax's forward and backward share, for one group of 16 pixels x C channels, [C][16].
+#pragma once
+
+#include "tile.h"
+
+namespace gpl_fast {
+namespace GPL_CPU_NAMESPACE {
+
+GPL_INLINE Vf channel_max(const float* x, int64_t C) {
+  Vf a = load(x), b = a;
+  int64_t c = 1;
+  for (; c + 1 < C; c += 2) {
+    a = larger(a, load(x + c * 16));
+    b = larger(b, load(x + c * 16 + 16));
+  }
+  if (c < C) a = larger(a, load(x + c * 16));
+  return larger(a, b);
+}
+
+// lse = shift + log_sum, kept apart because lse - x_c of a confident pixel is about log_sum alone.
+struct LogSumExp {
+  Vf shift, log_sum;
+  Vf value() const { return shift + log_sum; }
+};
+
+// log sum_c e^(x_c)
+inline LogSumExp log_sum_exp(const float* x, int64_t C) {
+  Vf shift = channel_max(x, C), sum = fill(0.0f);
+  for (int64_t c = 0; c < C; ++c) sum = sum + exp<true>(load(x + c * 16) - shift);
+  return {shift, log(sum)};
+}
+
+struct Activated {
+  Vf factor;      // the activation is the tile's values times this
+  LogSumExp lse;  // of x / T, softmax only
+};
+
+// In place: y' = act(x / T), up to the factor.
+inline Activated activate(Activation activation, float* x, int64_t C, float inv_t, Ahead& ahead) {
+  if (activation == Activation::kSoftmax) {
+    const Vf shift = channel_max(x, C) * fill(inv_t), minus = fill(0.0f) - shift;
+    Vf sum = fill(0.0f);
+    each_channel(C, ahead, [&](int64_t c) __attribute__((always_inline)) {
+      Vf e = exp<true>(fma(load(x + c * 16), fill(inv_t), minus));
+      sum = sum + e;
+      store(x + c * 16, e);
+    });
+    return {fill(1.0f) / sum, {shift, log(sum)}};
+  }
+  if (activation == Activation::kSigmoid) {
+    each_channel(C, ahead, [&](int64_t c) __attribute__((always_inline)) {
+      Vf e = exp<false>(load(x + c * 16) * fill(-inv_t));
+      store(x + c * 16, fill(1.0f) / (fill(1.0f) + e));
+    });
+    return {fill(1.0f), {}};
+  }
+  return {fill(inv_t), {}};
+}
+
+GPL_INLINE Vi valid_lanes(const uint8_t* valid, int64_t n) {
+  int32_t lanes[16] = {};
+  for (int64_t p = 0; p < n; ++p) lanes[p] = -(int32_t)(valid[p] != 0);
+  return load_i(lanes);
+}
+
+// The cross-entropy's labels of 16 pixels; -1 and weight 0 where a pixel is not counted.
+struct LabelWeights {
+  int32_t label[16];
+  float weight[16];
+  Vi counted() const { return load_i(label) > fill_i(-1); }
+};
+
+inline LabelWeights label_weights(const CrossEntropy& ce, int64_t at, int64_t n, int64_t C) {
+  LabelWeights r;
+  for (int64_t p = 0; p < 16; ++p) {
+    int64_t label = p < n ? ce.labels[at + p] : -1;
+    bool counted = label >= 0 && label < C;
+    r.label[p] = counted ? (int32_t)label : -1;
+    r.weight[p] = !counted ? 0.0f : ce.class_weight ? ce.class_weight[label] : 1.0f;
+  }
+  return r;
+}
+
+inline float class_weight_sum(const CrossEntropy& ce, int64_t C) {
+  if (!ce.class_weight) return (float)C;
+  double sum = 0.0;
+  for (int64_t c = 0; c < C; ++c) sum += (double)ce.class_weight[c];
+  return (float)sum;
+}
+
+}  // namespace GPL_CPU_NAMESPACE
+}  // namespace gpl_fast

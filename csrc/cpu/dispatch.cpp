@@ -1,0 +1,75 @@
+// Picks, once a process, the widest build of the kernels that this machine can run.
+#include <cstdlib>
+#include <cstring>
+
+#include "../launch.h"
+
+namespace gpl_fast {
+
+#define GPL_FAST_DECLARE(stage, Args) void stage(const Args& args);
+namespace cpu_default {
+GPL_FAST_STAGES(GPL_FAST_DECLARE)
+}
+#ifdef GPL_FAST_X86
+namespace cpu_avx2 {
+GPL_FAST_STAGES(GPL_FAST_DECLARE)
+}
+namespace cpu_avx512 {
+GPL_FAST_STAGES(GPL_FAST_DECLARE)
+}
+#endif
+#undef GPL_FAST_DECLARE
+
+namespace cpu {
+namespace {
+
+enum class Capability { kDefault, kAvx2, kAvx512 };
+
+// GPL_FAST_CPU_CAPABILITY=default|avx2|avx512 lowers it, for tests.
+Capability detect() {
+  Capability found = Capability::kDefault;
+#ifdef GPL_FAST_X86
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2")) {
+    found = Capability::kAvx2;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512cd")) {
+      found = Capability::kAvx512;
+    }
+  }
+#endif
+  const char* cap = std::getenv("GPL_FAST_CPU_CAPABILITY");
+  if (cap && !std::strcmp(cap, "default")) return Capability::kDefault;
+  if (cap && !std::strcmp(cap, "avx2") && found > Capability::kAvx2) return Capability::kAvx2;
+  return found;
+}
+
+Capability current() {
+  static const Capability capability = detect();
+  return capability;
+}
+
+}  // namespace
+
+const char* capability() {
+  const char* const names[] = {"default", "avx2", "avx512"};
+  return names[(int)current()];
+}
+
+#ifdef GPL_FAST_X86
+#define GPL_FAST_FORWARD(stage, Args)                                         \
+  void stage(const Args& args) {                                              \
+    if (current() == Capability::kAvx512) return cpu_avx512::stage(args);     \
+    if (current() == Capability::kAvx2) return cpu_avx2::stage(args);         \
+    return cpu_default::stage(args);                                          \
+  }
+#else
+#define GPL_FAST_FORWARD(stage, Args) \
+  void stage(const Args& args) { return cpu_default::stage(args); }
+#endif
+GPL_FAST_STAGES(GPL_FAST_FORWARD)
+#undef GPL_FAST_FORWARD
+
+}  // namespace cpu
+}  // namespace gpl_fast

@@ -1,0 +1,166 @@
+// The net's gradient, NHWC -> the logits' gradient in the caller's layout; the cross-entropy's
+// gradient goes into the same write. y' is computed again from x and lse.
+#include "activation.h"
+
+namespace gpl_fast {
+namespace GPL_CPU_NAMESPACE {
+namespace {
+
+struct Pixels {
+  int64_t image, at, n;  // at: the first one's place in an [N, H, W] tensor
+};
+
+// The cross-entropy's part of a group's gradient:
+// s (p_c (w_t (1 - e) + e/C sum w) - e/C w_c) - [c = t] s (1 - e) w_t
+class CrossEntropyGrad {
+ public:
+  CrossEntropyGrad(const SoftmaxBwd& a, const Pixels& px, float weights)
+      : labels_(label_weights(a.ce, px.at, px.n, a.C)), weight_(a.ce.class_weight) {
+    const float e = a.ce.label_smoothing, s = a.ce_scale[px.image];
+    counted_ = labels_.counted();
+    on_p_ = fill(s) * fma(load(labels_.weight), fill(1.0f - e), fill(e / (float)a.C * weights));
+    on_weight_ = s * e / (float)a.C;
+    on_label_ = fill(s * (1.0f - e)) * load(labels_.weight);
+    label_ = load_i(labels_.label);
+  }
+
+  GPL_INLINE Vf at(Vf p, int64_t c) const {
+    Vf g = p * on_p_ - fill(on_weight_ * (weight_ ? weight_[c] : 1.0f));
+    g = g - select(label_ == fill_i((int32_t)c), on_label_, fill(0.0f));
+    return select(counted_, g, fill(0.0f));
+  }
+
+ private:
+  LabelWeights labels_;
+  const float* weight_;
+  Vi counted_, label_;
+  Vf on_p_, on_label_;
+  float on_weight_;
+};
+
+// In place: e^(x / T - lse), with the sums over the channels. The sum of the values is 1 up to the
+// rounding of lse, which is absolute and so not small for large logits: dividing by it removes that.
+struct Sums {
+  Vf inverse, dot;  // 1 / sum y, sum y dy / sum y
+};
+Sums probabilities(float* x, const float* dy, const float* lse, int64_t n, int64_t C, float inv_t,
+                   Ahead& ahead) {
+  const Vf shift = fill(0.0f) - load_upto(lse, n);
+  Vf sum = fill(0.0f), dot = fill(0.0f);
+  each_channel(C, ahead, [&](int64_t c) __attribute__((always_inline)) {
+    Vf y = exp<true>(fma(load(x + c * 16), fill(inv_t), shift));
+    sum = sum + y;
+    if (dy) dot = fma(y, load(dy + c * 16), dot);
+    store(x + c * 16, y);
+  });
+  const Vf inverse = fill(1.0f) / sum;
+  return {inverse, dot * inverse};
+}
+
+// In place: x becomes scale y' (dy - sum y' dy) / T                                           (5)
+void softmax_group(const SoftmaxBwd& a, const Pixels& px, float* x, const float* dy, Vi keep,
+                   const CrossEntropyGrad* ce, Ahead& ahead) {
+  const float inv_t = 1.0f / a.temperature;
+  const Sums sums = probabilities(x, dy, a.lse + px.at, px.n, a.C, inv_t, ahead);
+  const Vf scale = fill(a.scale[px.image] * inv_t);
+  for (int64_t c = 0; c < a.C; ++c) {
+    Vf y = load(x + c * 16) * sums.inverse;
+    Vf g = select(keep, scale * y * (load(dy + c * 16) - sums.dot), fill(0.0f));
+    if (ce) g = g + ce->at(y, c);
+    store(x + c * 16, g);
+  }
+}
+
+// In place, sigmoid: x becomes scale y' (1 - y') dy / T; none: scale dy / T                    (5)
+void elementwise_group(const SoftmaxBwd& a, const Pixels& px, float* x, const float* dy, Vi keep) {
+  const Vf inv_t = fill(1.0f / a.temperature), one = fill(1.0f);
+  const Vf scale = fill(a.scale[px.image]) * inv_t;
+  for (int64_t c = 0; c < a.C; ++c) {
+    Vf g = scale * load(dy + c * 16);
+    if (a.activation == Activation::kSigmoid) {
+      Vf y = one / (one + exp<false>(fill(0.0f) - load(x + c * 16) * inv_t));
+      g = g * (y * (one - y));
+    }
+    store(x + c * 16, select(keep, g, fill(0.0f)));
+  }
+}
+
+// The net's part of a group; x: logits in, gradient out.
+void net_group(const SoftmaxBwd& a, const Pixels& px, float* x, const float* dy,
+               const CrossEntropyGrad* ce, Ahead& ahead) {
+  const Vi keep = a.valid ? valid_lanes(a.valid + px.at, px.n) : fill_i(-1);
+  if (!dy) {
+    std::memset(x, 0, (size_t)(a.C * 16) * sizeof(float));
+  } else if (a.activation == Activation::kSoftmax) {
+    softmax_group(a, px, x, dy, keep, ce, ahead);
+  } else {
+    elementwise_group(a, px, x, dy, keep);
+  }
+}
+
+// One group of 16 pixels, in place. own: [C][16] of scratch.
+void group_bwd(const SoftmaxBwd& a, const Pixels& px, float* x, const float* dy, float* own,
+               float weights, Ahead& ahead) {
+  if (!a.ce.labels) return net_group(a, px, x, dy, nullptr, ahead);
+  const CrossEntropyGrad ce(a, px, weights);
+  if (dy && !a.ce.own_lse) return net_group(a, px, x, dy, &ce, ahead);
+  // The cross-entropy's probabilities are not the activation's.
+  std::memcpy(own, x, (size_t)(a.C * 16) * sizeof(float));
+  const Vf inverse =
+      probabilities(own, nullptr, a.ce_lse + px.at, px.n, a.C, 1.0f, ahead).inverse;
+  net_group(a, px, x, dy, nullptr, ahead);
+  for (int64_t c = 0; c < a.C; ++c) {
+    store(x + c * 16, load(x + c * 16) + ce.at(load(own + c * 16) * inverse, c));
+  }
+}
+
+void rows_bwd(const SoftmaxBwd& a, const Tiling& tiling, float weights, int64_t begin,
+              int64_t end) {
+  TileReader xs(tiling, a.x, a.x_dtype, a.x_strides, a.C);
+  Scratch dy_tile(a.dy ? tiling.group : 0), own(a.ce.labels ? tiling.group : 0);
+  const Strides& s = a.dx_strides;
+  for (Walk walk(a.strip, a.H, a.W, tiling, begin, end); !walk.done();) {
+    const Place at = walk.here();
+    walk.advance();
+    if (!at.inside) continue;
+    const Place next = walk.done() ? Place{} : walk.here();
+    float* x = xs.read(at, next);
+    float* dy = a.dy ? dy_tile.get() : nullptr;
+    for (int64_t p = 0; p < at.pixels; p += 16) {
+      const Pixels px = {at.n, (at.n * a.H + at.h) * a.W + at.w + p, min_of(at.pixels - p, 16)};
+      const int64_t group = p / 16 * tiling.group;
+      if (dy) {
+        with_dtype(a.dtype, [&](auto tag) {
+          using T = decltype(tag);
+          const int64_t first = (at.r * a.W + at.w + p) * a.c_pad;
+          const T* src = (const T*)a.dy + at.n * a.dy_image_stride + first;
+          if (a.c_pad == 1) {
+            store(dy, load_upto(src, px.n));
+          } else {
+            load_channels(dy, src, a.c_pad, a.C, px.n);
+          }
+          xs.ahead.want(src + 16 * a.c_pad, px.n * a.c_pad * (int64_t)sizeof(T));
+        });
+      }
+      group_bwd(a, px, x + group, dy, own.get(), weights, xs.ahead);
+    }
+    with_dtype(a.x_dtype, [&](auto tag) {
+      using T = decltype(tag);
+      store_tile((T*)a.dx + at.n * s.n + at.h * s.h + at.w * s.w, s.c, s.w, x, tiling, a.C,
+                 at.pixels);
+    });
+  }
+}
+
+}  // namespace
+
+void softmax_bwd(const SoftmaxBwd& a) {
+  const Tiling tiling(a.W, max_of(a.C, a.dy ? a.c_pad : 0));
+  const float weights = a.ce.labels ? class_weight_sum(a.ce, a.C) : 0.0f;
+  parallel(a.N * a.strip.rows, a.W * a.C, [&](int64_t begin, int64_t end) {
+    rows_bwd(a, tiling, weights, begin, end);
+  });
+}
+
+}  // namespace GPL_CPU_NAMESPACE
+}  // namespace gpl_fast

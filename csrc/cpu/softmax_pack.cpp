@@ -1,0 +1,187 @@
+// Logits -> the difference of the maps the net sees, NHWC: y, delta = y' - y, and from the same pass
+// what the softmax's backward and the cross-entropy need.
+#include "activation.h"
+
+namespace gpl_fast {
+namespace GPL_CPU_NAMESPACE {
+namespace {
+
+// Up to 16 neighbouring pixels of a row.
+struct Pixels {
+  int64_t image, at, n;  // at: the first one's place in an [N, H, W] tensor
+  bool core;
+};
+
+// The target's map from its listed classes, [C][16].
+void topk_target(const SoftmaxPackFwd& a, const Pixels& px, float* t) {
+  const int64_t plane = a.H * a.W, first = px.image * (a.k - 1) * plane + px.at;
+  Vf rest = a.topk_rest ? load_upto(a.topk_rest + px.at, px.n) : fill(0.0f);
+  for (int64_t c = 0; c < a.C; ++c) store(t + c * 16, rest);
+  // Listed classes start from zero before any value arrives: a class listed twice adds up.
+  for (int add = 0; add < 2; ++add) {
+    for (int64_t j = 0; j < a.k; ++j) {
+      for (int64_t p = 0; p < px.n; ++p) {
+        int64_t c = a.topk_indices[first + j * plane + p];
+        if (c < 0 || c >= a.C) continue;
+        t[c * 16 + p] = add ? t[c * 16 + p] + a.topk_values[first + j * plane + p] : 0.0f;
+      }
+    }
+  }
+}
+
+// The cross-entropy of 16 pixels, in two steps: what it needs of x, and the loss once lse is known.
+class PixelLoss {
+ public:
+  PixelLoss() = default;
+  PixelLoss(const CrossEntropy& ce, const Pixels& px, const float* x, int64_t C, float weights)
+      : n_(px.n), ce_(label_weights(ce, px.at, px.n, C)), keep_(1.0f - ce.label_smoothing) {
+    float xt[16] = {};
+    for (int64_t p = 0; p < n_; ++p) {
+      if (ce_.label[p] >= 0) xt[p] = x[(int64_t)ce_.label[p] * 16 + p];
+    }
+    x_label_ = load(xt);
+    if (ce.label_smoothing == 0.0f) return;
+    smooth_ = ce.label_smoothing / (float)C;
+    weights_ = weights;
+    for (int64_t c = 0; c < C; ++c) {
+      float w = ce.class_weight ? ce.class_weight[c] : 1.0f;
+      x_weighted_ = fma(fill(w), load(x + c * 16), x_weighted_);
+    }
+  }
+
+  // Adds to the row's {loss, weight}, pixel by pixel in order.
+  void add(const LogSumExp& lse, double* sums) const {
+    // w_t (1 - e) (lse - x_t) + e/C sum_c w_c (lse - x_c)
+    Vf loss = load(ce_.weight) * fill(keep_) * ((lse.shift - x_label_) + lse.log_sum);
+    if (smooth_ != 0.0f) {
+      loss = fma(fill(smooth_), lse.value() * fill(weights_) - x_weighted_, loss);
+    }
+    float each[16];
+    store(each, loss);
+    for (int64_t p = 0; p < n_; ++p) {
+      if (ce_.label[p] < 0) continue;
+      sums[0] += (double)each[p];
+      sums[1] += (double)ce_.weight[p];
+    }
+  }
+
+ private:
+  int64_t n_ = 0;
+  LabelWeights ce_;
+  float keep_ = 1.0f, smooth_ = 0.0f, weights_ = 0.0f;
+  Vf x_label_, x_weighted_ = fill(0.0f);
+};
+
+// x * fx and t * ft are the two maps: leaves delta in x and the target in t.
+void difference(const SoftmaxPackFwd& a, const Pixels& px, float* x, Vf fx, float* t, Vf ft) {
+  const Vi keep = a.valid ? valid_lanes(a.valid + px.at, px.n) : fill_i(-1);
+  const Vf zero = fill(0.0f);
+  for (int64_t c = 0; c < a.C; ++c) {
+    // delta = y' - y                                                                       (6)
+    Vf d = load(x + c * 16) * fx;
+    if (t) {
+      Vf target = load(t + c * 16) * ft;
+      d = d - target;
+      store(t + c * 16, select(keep, target, zero));
+    }
+    store(x + c * 16, select(keep, d, zero));
+  }
+  if (!a.labels) return;
+  for (int64_t p = 0; p < px.n; ++p) {
+    int64_t label = a.labels[px.at + p];
+    bool kept = !a.valid || a.valid[px.at + p];
+    if (kept && label >= 0 && label < a.C) x[label * 16 + p] -= 1.0f;
+  }
+}
+
+// From the loaded logits of x and of a dense target, both [C][16], to the maps, in place.
+void maps(const SoftmaxPackFwd& a, const Pixels& px, float* x, float* t, Ahead& x_ahead,
+          Ahead& t_ahead, float weights, double* ce_sums) {
+  const float inv_t = 1.0f / a.temperature;
+  const bool has_ce = px.core && a.ce.labels;
+  if (has_ce && a.ce.own_lse) {
+    LogSumExp lse = log_sum_exp(x, a.C);
+    store_upto(a.ce_lse + px.at, lse.value(), px.n);
+    PixelLoss(a.ce, px, x, a.C, weights).add(lse, ce_sums);
+  }
+  PixelLoss loss;
+  const bool shared = has_ce && !a.ce.own_lse;
+  if (shared) loss = PixelLoss(a.ce, px, x, a.C, weights);
+  const Activated yp = activate(a.activation, x, a.C, inv_t, x_ahead);
+  if (shared) loss.add(yp.lse, ce_sums);
+  if (px.core && a.lse) store_upto(a.lse + px.at, yp.lse.value(), px.n);
+  if (!a.delta && !a.y) return;
+  Vf target_factor = fill(1.0f);
+  if (a.target) {
+    target_factor = activate(a.target_activation, t, a.C, inv_t, t_ahead).factor;
+  } else if (a.topk_values) {
+    topk_target(a, px, t);
+  }
+  difference(a, px, x, yp.factor, a.target || a.topk_values ? t : nullptr, target_factor);
+}
+
+// Where the tile goes in an output map, null where there is none.
+char* map_address(const SoftmaxPackFwd& a, void* map, int64_t image_stride, const Place& p) {
+  if (!map) return nullptr;
+  return (char*)map + (p.n * image_stride + (p.r * a.W + p.w) * a.c_pad) * element_size(a.dtype);
+}
+
+void store_map(const SoftmaxPackFwd& a, char* map, const float* tile, const Tiling& tiling,
+               int64_t pixels) {
+  if (!map) return;
+  with_dtype(a.dtype, [&](auto tag) {
+    store_tile((decltype(tag)*)map, 1, a.c_pad, tile, tiling, a.c_pad, pixels);
+  });
+}
+
+void rows_fwd(const SoftmaxPackFwd& a, const Tiling& tiling, float weights, int64_t begin,
+              int64_t end) {
+  TileReader xs(tiling, a.x, a.x_dtype, a.x_strides, a.C);
+  TileReader targets(tiling, a.target, a.target_dtype, a.target_strides, a.C);
+  Scratch listed(a.topk_values ? tiling.floats() : 0);
+  const int64_t pixel_bytes = a.c_pad * element_size(a.dtype);
+  double ce_sums[2] = {0.0, 0.0};
+  for (Walk walk(a.strip, a.H, a.W, tiling, begin, end); !walk.done();) {
+    const Place at = walk.here();
+    char* delta = map_address(a, a.delta, a.delta_image_stride, at);
+    char* y = map_address(a, a.y, a.y_image_stride, at);
+    if (!at.inside) {
+      if (delta) std::memset(delta, 0, (size_t)(a.W * pixel_bytes));
+      if (y) std::memset(y, 0, (size_t)(a.W * pixel_bytes));
+      walk.skip_row();
+      continue;
+    }
+    walk.advance();
+    const Place next = walk.done() ? Place{} : walk.here();
+    float* x = xs.read(at, next);
+    float* t = a.target ? targets.read(at, next) : listed.get();
+    const bool core = at.h >= a.core.row0 && at.h < a.core.row0 + a.core.rows;
+    if (at.w == 0) ce_sums[0] = ce_sums[1] = 0.0;
+    for (int64_t p = 0; p < at.pixels; p += 16) {
+      const Pixels px = {at.n, (at.n * a.H + at.h) * a.W + at.w + p, min_of(at.pixels - p, 16), core};
+      if (delta) xs.ahead.want(delta + p * pixel_bytes, px.n * pixel_bytes);
+      if (y) targets.ahead.want(y + p * pixel_bytes, px.n * pixel_bytes);
+      const int64_t group = p / 16 * tiling.group;
+      maps(a, px, x + group, t + group, xs.ahead, targets.ahead, weights, ce_sums);
+    }
+    store_map(a, delta, x, tiling, at.pixels);
+    store_map(a, y, t, tiling, at.pixels);
+    if (core && a.ce.labels) {
+      double* sums = a.ce_rows + (at.n * a.H + at.h) * 2;
+      sums[0] = ce_sums[0], sums[1] = ce_sums[1];
+    }
+  }
+}
+
+}  // namespace
+
+void softmax_pack_fwd(const SoftmaxPackFwd& a) {
+  const Tiling tiling(a.W, max_of(a.C, a.c_pad));
+  const float weights = a.ce.labels ? class_weight_sum(a.ce, a.C) : 0.0f;
+  parallel(a.N * a.strip.rows, a.W * a.C, [&](int64_t begin, int64_t end) {
+    rows_fwd(a, tiling, weights, begin, end);
+  });
+}
+
+}  // namespace GPL_CPU_NAMESPACE
+}  // namespace gpl_fast

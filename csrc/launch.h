@@ -1,0 +1,163 @@
+// What ops.cpp calls: plain pointers and sizes. Free of torch headers.
+#pragma once
+
+#include <cstdint>
+
+namespace gpl_fast {
+
+enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
+enum class Activation : int32_t { kNone, kSoftmax, kSigmoid };
+enum class Pool : int32_t { kMax, kAvg };
+
+// Strides in elements of an [N, C, H, W] tensor of the caller's.
+struct Strides {
+  int64_t n, c, h, w;
+};
+
+// Rows [row0, row0 + rows) of every image; a row outside [0, H) is a halo and written as zeros.
+struct Strip {
+  int64_t row0, rows;
+};
+
+// The cross-entropy of SegmentationLoss, which shares the passes over the logits.
+struct CrossEntropy {
+  const int64_t* labels;      // [N, H, W], null = no cross-entropy; outside [0, C) = not counted
+  const float* class_weight;  // [C], null = 1
+  float label_smoothing;
+  bool own_lse;  // the activation's lse is not the one of x itself
+};
+
+struct SoftmaxPackFwd {
+  int64_t N, C, H, W, c_pad;
+  Strip strip, core;
+  Activation activation, target_activation;
+  float temperature;
+  DType x_dtype, target_dtype, dtype;
+  const void* x;  // [N, C, H, W]
+  Strides x_strides;
+  const uint8_t* valid;  // [N, H, W], null = all
+  const void* target;    // [N, C, H, W] or null
+  Strides target_strides;
+  const int64_t* labels;        // [N, H, W] or null
+  const float* topk_values;     // [N, k, H, W] or null
+  const int64_t* topk_indices;  // [N, k, H, W]
+  const float* topk_rest;       // [N, H, W] or null: the value of every class that is not listed
+  int64_t k;
+  CrossEntropy ce;
+  void* y;  // [N, rows, W, c_pad] or null
+  int64_t y_image_stride;
+  void* delta;  // [N, rows, W, c_pad] or null
+  int64_t delta_image_stride;
+  float* lse;       // [N, H, W] or null
+  float* ce_lse;    // [N, H, W] where ce.own_lse
+  double* ce_rows;  // [N, H, 2]: sum of the losses, sum of the weights
+};
+
+struct SoftmaxBwd {
+  int64_t N, C, H, W, c_pad;
+  Strip strip;
+  Activation activation;
+  float temperature;
+  DType x_dtype, dtype;
+  const void* x;  // [N, C, H, W]
+  Strides x_strides;
+  const float* lse;  // [N, H, W]
+  const void* dy;    // [N, rows, W, c_pad] or null
+  int64_t dy_image_stride;
+  const float* scale;    // [N]
+  const uint8_t* valid;  // [N, H, W], null = all
+  CrossEntropy ce;
+  const float* ce_lse;    // [N, H, W]
+  const float* ce_scale;  // [N]
+  void* dx;               // [N, C, H, W], x's dtype
+  Strides dx_strides;
+};
+
+// dz and delta are null in the plain form; code is null where no gradient will be asked for.
+struct ReluPoolFwd {
+  int64_t N, H, W, C;
+  Pool pool;
+  DType dtype;
+  const void* z;   // [N, H, W, C]
+  const void* dz;  // [N, H, W, C]
+  void* y;         // [N, H / 2, W / 2, C] or null
+  void* delta;     // [N, H / 2, W / 2, C]
+  uint8_t* code;   // max [N, H / 2, W / 2, ceil(C / 2)], avg [N, H, W, ceil(C / 8)]
+  int64_t z_image_stride, dz_image_stride, y_image_stride, delta_image_stride, code_image_stride;
+};
+
+struct ReluPoolBwd {
+  int64_t N, H, W, C;
+  Strip strip;
+  Pool pool;
+  DType dtype;
+  const void* dy;       // [N, H / 2, W / 2, C]
+  const uint8_t* code;  // as in ReluPoolFwd
+  void* dz;             // [N, rows, W, C]
+  int64_t dy_image_stride, code_image_stride, dz_image_stride;
+};
+
+struct ReluFwd {
+  int64_t pixels, C;
+  DType dtype;
+  const void* z;   // [pixels, C]
+  const void* dz;  // [pixels, C] or null
+  void* y;         // [pixels, C] or null
+  void* delta;     // [pixels, C]
+  uint8_t* mask;   // [pixels, ceil(C / 8)] or null
+};
+
+struct ReluBwd {
+  int64_t pixels, C;
+  DType dtype;
+  const void* dy;       // [pixels, C]
+  const uint8_t* mask;  // [pixels, ceil(C / 8)]
+  void* dz;             // [pixels, C]
+};
+
+struct LabelConvFwd {
+  int64_t N, C, H, W, K, c_out;
+  Strip strip;
+  DType dtype;
+  const int64_t* labels;        // [N, H, W] or null
+  const float* topk_values;     // [N, k, H, W] or null
+  const int64_t* topk_indices;  // [N, k, H, W]
+  const float* topk_rest;       // [N, H, W] or null
+  int64_t k;
+  const uint8_t* valid;        // [N, H, W], null = all
+  const void* table;           // [K * K, C, c_out]
+  const float* interior;       // [C, c_out], labels only: the taps' sum
+  const float* rest_table;     // [K * K, c_out], with topk_rest: the classes' sum
+  void* z;                     // [N, rows, W, c_out]
+  int64_t z_image_stride;
+};
+
+struct DiffReduceFwd {
+  int64_t N, M;
+  DType dtype;
+  const void* delta;  // [N, M]
+  double* sum;        // [N]
+};
+
+// Calls body(begin, end, ctx) over [0, n) on torch's own threads; defined in ops.cpp.
+using ParallelBody = void (*)(int64_t begin, int64_t end, void* ctx);
+void parallel_for(int64_t n, int64_t grain, ParallelBody body, void* ctx);
+
+#define GPL_FAST_STAGES(STAGE)         \
+  STAGE(softmax_pack_fwd, SoftmaxPackFwd) \
+  STAGE(label_conv_fwd, LabelConvFwd)  \
+  STAGE(relu_fwd, ReluFwd)             \
+  STAGE(relu_pool_fwd, ReluPoolFwd)    \
+  STAGE(diff_reduce_fwd, DiffReduceFwd) \
+  STAGE(relu_pool_bwd, ReluPoolBwd)    \
+  STAGE(relu_bwd, ReluBwd)             \
+  STAGE(softmax_bwd, SoftmaxBwd)
+
+namespace cpu {
+#define GPL_FAST_DECLARE(stage, Args) void stage(const Args& args);
+GPL_FAST_STAGES(GPL_FAST_DECLARE)
+#undef GPL_FAST_DECLARE
+const char* capability();
+}  // namespace cpu
+
+}  // namespace gpl_fast

@@ -1,0 +1,456 @@
+// The operators: schemas, checks and dispatch through LibTorch's stable ABI (torch >= 2.11).
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <initializer_list>
+#include <optional>
+#include <string>
+
+#include "launch.h"
+
+namespace gpl_fast {
+
+void parallel_for(int64_t n, int64_t grain, ParallelBody body, void* ctx) {
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, grain, body, ctx));
+}
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+using Shape = std::initializer_list<int64_t>;
+
+template <class Sizes>
+std::string text(const Sizes& sizes) {
+  std::string s = "[";
+  for (int64_t size : sizes) s += (s.size() > 1 ? ", " : "") + std::to_string(size);
+  return s + "]";
+}
+
+DType float_dtype(const Tensor& t, const char* name) {
+  ScalarType s = t.scalar_type();
+  STD_TORCH_CHECK(s == ScalarType::Float || s == ScalarType::BFloat16 || s == ScalarType::Half,
+                  "gpl_fast: ", name, " must be float32, bfloat16 or float16, got ",
+                  torch::headeronly::toString(s));
+  return s == ScalarType::Float      ? DType::kFloat32
+         : s == ScalarType::BFloat16 ? DType::kBFloat16
+                                     : DType::kFloat16;
+}
+
+void check_shape(const Tensor& t, const char* name, Shape shape) {
+  bool same = t.dim() == (int64_t)shape.size();
+  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == shape.begin()[i];
+  STD_TORCH_CHECK(same, "gpl_fast: ", name, " must have the shape ", text(shape), ", got ",
+                  text(t.sizes()));
+}
+
+void check_dtype(const Tensor& t, const char* name, ScalarType dtype) {
+  STD_TORCH_CHECK(t.scalar_type() == dtype, "gpl_fast: ", name, " must be ",
+                  torch::headeronly::toString(dtype), ", got ",
+                  torch::headeronly::toString(t.scalar_type()));
+}
+
+void* contiguous(const Tensor& t, const char* name, ScalarType dtype, Shape shape) {
+  check_shape(t, name, shape);
+  check_dtype(t, name, dtype);
+  STD_TORCH_CHECK(t.is_contiguous(), "gpl_fast: ", name, " must be contiguous");
+  return t.data_ptr();
+}
+
+template <class T>
+T* contiguous(const MaybeTensor& t, const char* name, ScalarType dtype, Shape shape) {
+  return t ? (T*)contiguous(*t, name, dtype, shape) : nullptr;
+}
+
+// Images contiguous in themselves, at any stride: a slice of rows of one image passes.
+int64_t image_stride(const Tensor& t, const char* name, ScalarType dtype, Shape shape) {
+  check_shape(t, name, shape);
+  check_dtype(t, name, dtype);
+  int64_t dense = 1;
+  bool ok = true;
+  for (int64_t i = t.dim() - 1; i > 0; --i) {
+    ok = ok && (t.size(i) == 1 || t.stride(i) == dense);
+    dense *= t.size(i);
+  }
+  STD_TORCH_CHECK(ok || t.numel() == 0, "gpl_fast: ", name,
+                  " must be contiguous within an image, strides ", text(t.strides()));
+  return t.stride(0);
+}
+
+int64_t image_stride(const MaybeTensor& t, const char* name, ScalarType dtype, Shape shape) {
+  return t ? image_stride(*t, name, dtype, shape) : 0;
+}
+
+void* data(const MaybeTensor& t) { return t ? t->data_ptr() : nullptr; }
+
+Strides strides(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
+
+Activation activation_of(int64_t value, const char* name) {
+  STD_TORCH_CHECK(value >= 0 && value <= 2, "gpl_fast: ", name,
+                  " must be 0 (none), 1 (softmax) or 2 (sigmoid), got ", value);
+  return (Activation)value;
+}
+
+Pool pool_of(int64_t value) {
+  STD_TORCH_CHECK(value == 0 || value == 1, "gpl_fast: pool must be 0 (max) or 1 (avg), got ",
+                  value);
+  return (Pool)value;
+}
+
+void check_temperature(double temperature) {
+  STD_TORCH_CHECK(temperature > 0, "gpl_fast: temperature must be positive, got ", temperature);
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+CrossEntropy cross_entropy(const MaybeTensor& labels, const MaybeTensor& class_weight,
+                           double label_smoothing, bool own_lse, int64_t N, int64_t C, int64_t H,
+                           int64_t W) {
+  CrossEntropy ce = {};
+  ce.labels = contiguous<int64_t>(labels, "ce_labels", ScalarType::Long, {N, H, W});
+  ce.class_weight = contiguous<float>(class_weight, "class_weight", ScalarType::Float, {C});
+  ce.label_smoothing = (float)label_smoothing;
+  ce.own_lse = own_lse;
+  return ce;
+}
+
+void softmax_pack_fwd(const Tensor& x, const MaybeTensor& valid, const MaybeTensor& target,
+                      const MaybeTensor& labels, const MaybeTensor& topk_values,
+                      const MaybeTensor& topk_indices, const MaybeTensor& topk_rest,
+                      int64_t activation, int64_t target_activation, double temperature,
+                      const MaybeTensor& ce_labels, const MaybeTensor& class_weight,
+                      double label_smoothing, int64_t row0, int64_t rows, int64_t core0,
+                      int64_t core_rows, const MaybeTensor& y, const MaybeTensor& delta,
+                      const MaybeTensor& lse, const MaybeTensor& ce_lse,
+                      const MaybeTensor& ce_rows) {
+  STD_TORCH_CHECK(x.dim() == 4, "gpl_fast: x must be [N, C, H, W], got ", text(x.sizes()));
+  SoftmaxPackFwd a = {};
+  a.N = x.size(0), a.C = x.size(1), a.H = x.size(2), a.W = x.size(3);
+  a.strip = {row0, rows};
+  a.core = {core0, core_rows};
+  a.activation = activation_of(activation, "activation");
+  a.target_activation = activation_of(target_activation, "target_activation");
+  check_temperature(temperature);
+  STD_TORCH_CHECK(rows >= 0, "gpl_fast: rows must not be negative, got ", rows);
+  a.temperature = (float)temperature;
+  a.x_dtype = float_dtype(x, "x");
+  a.x = x.data_ptr();
+  a.x_strides = strides(x);
+  const Shape plane = {a.N, a.H, a.W};
+  a.valid = contiguous<uint8_t>(valid, "valid", ScalarType::Bool, plane);
+  STD_TORCH_CHECK((target ? 1 : 0) + (labels ? 1 : 0) + (topk_values ? 1 : 0) <= 1,
+                  "gpl_fast: at most one of target, labels and topk_values");
+  if (target) {
+    check_shape(*target, "target", {a.N, a.C, a.H, a.W});
+    a.target_dtype = float_dtype(*target, "target");
+    a.target = target->data_ptr();
+    a.target_strides = strides(*target);
+  }
+  a.labels = contiguous<int64_t>(labels, "labels", ScalarType::Long, plane);
+  if (topk_values) {
+    STD_TORCH_CHECK(topk_values->dim() == 4, "gpl_fast: topk_values must be [N, k, H, W]");
+    STD_TORCH_CHECK(topk_indices, "gpl_fast: topk_values needs topk_indices");
+    a.k = topk_values->size(1);
+    const Shape list = {a.N, a.k, a.H, a.W};
+    a.topk_values = contiguous<float>(topk_values, "topk_values", ScalarType::Float, list);
+    a.topk_indices = contiguous<int64_t>(topk_indices, "topk_indices", ScalarType::Long, list);
+    a.topk_rest = contiguous<float>(topk_rest, "topk_rest", ScalarType::Float, plane);
+  }
+  const bool shared = a.activation == Activation::kSoftmax && a.temperature == 1.0f;
+  a.ce = cross_entropy(ce_labels, class_weight, label_smoothing, !shared, a.N, a.C, a.H, a.W);
+  if (y || delta) {
+    const Tensor& out = delta ? *delta : *y;
+    STD_TORCH_CHECK(out.dim() == 4 && out.size(3) >= a.C,
+                    "gpl_fast: delta and y must be [N, rows, W, c_pad] with c_pad >= C = ", a.C,
+                    ", got ", text(out.sizes()));
+    STD_TORCH_CHECK(!y || target || topk_values, "gpl_fast: y needs target or topk_values");
+    a.c_pad = out.size(3);
+    a.dtype = float_dtype(out, "delta");
+    const Shape map = {a.N, rows, a.W, a.c_pad};
+    a.delta_image_stride = image_stride(delta, "delta", out.scalar_type(), map);
+    a.y_image_stride = image_stride(y, "y", out.scalar_type(), map);
+    a.delta = data(delta);
+    a.y = data(y);
+  }
+  a.lse = contiguous<float>(lse, "lse", ScalarType::Float, plane);
+  a.ce_lse = contiguous<float>(ce_lse, "ce_lse", ScalarType::Float, plane);
+  a.ce_rows = contiguous<double>(ce_rows, "ce_rows", ScalarType::Double, {a.N, a.H, 2});
+  if (ce_labels) {
+    STD_TORCH_CHECK(ce_rows, "gpl_fast: ce_labels needs ce_rows");
+    STD_TORCH_CHECK(shared || ce_lse,
+                    "gpl_fast: ce_labels needs ce_lse unless softmax has temperature 1");
+  }
+  if (a.N * a.C * a.W * rows == 0) return;
+  cpu::softmax_pack_fwd(a);
+}
+
+void label_conv(const MaybeTensor& labels, const MaybeTensor& values, const MaybeTensor& indices,
+                const MaybeTensor& rest, const MaybeTensor& valid, const Tensor& table,
+                const MaybeTensor& interior, const MaybeTensor& rest_table, int64_t row0,
+                const Tensor& z) {
+  LabelConvFwd a = {};
+  STD_TORCH_CHECK(z.dim() == 4, "gpl_fast: z must be [N, rows, W, c_out], got ", text(z.sizes()));
+  STD_TORCH_CHECK(table.dim() == 3, "gpl_fast: table must be [K * K, C, c_out], got ",
+                  text(table.sizes()));
+  const Tensor& map = labels ? *labels : *values;
+  STD_TORCH_CHECK(map.dim() == (labels ? 3 : 4), "gpl_fast: ",
+                  labels ? "labels must be [N, H, W], got " : "topk_values must be [N, k, H, W], got ",
+                  text(map.sizes()));
+  a.N = map.size(0), a.H = map.size(map.dim() - 2), a.W = map.size(map.dim() - 1);
+  a.C = table.size(1), a.c_out = table.size(2);
+  while (a.K * a.K < table.size(0)) ++a.K;
+  STD_TORCH_CHECK(a.K * a.K == table.size(0) && a.K % 2 == 1,
+                  "gpl_fast: table must hold K * K taps, K odd, got ", table.size(0));
+  STD_TORCH_CHECK(a.C < INT32_MAX, "gpl_fast: too many classes: ", a.C);
+  a.strip = {row0, z.size(1)};
+  a.dtype = float_dtype(z, "z");
+  const Shape plane = {a.N, a.H, a.W};
+  if (labels) {
+    a.labels = contiguous<int64_t>(labels, "labels", ScalarType::Long, plane);
+    a.interior = contiguous<float>(interior, "interior", ScalarType::Float, {a.C, a.c_out});
+  } else {
+    a.k = values->size(1);
+    const Shape list = {a.N, a.k, a.H, a.W};
+    a.topk_values = contiguous<float>(values, "topk_values", ScalarType::Float, list);
+    a.topk_indices = contiguous<int64_t>(indices, "topk_indices", ScalarType::Long, list);
+    a.topk_rest = contiguous<float>(rest, "topk_rest", ScalarType::Float, plane);
+    a.rest_table =
+        contiguous<float>(rest_table, "rest_table", ScalarType::Float, {a.K * a.K, a.c_out});
+    STD_TORCH_CHECK(!rest || rest_table, "gpl_fast: topk_rest needs rest_table");
+  }
+  a.valid = contiguous<uint8_t>(valid, "valid", ScalarType::Bool, plane);
+  a.table = contiguous(table, "table", z.scalar_type(), {a.K * a.K, a.C, a.c_out});
+  a.z_image_stride = image_stride(z, "z", z.scalar_type(), {a.N, z.size(1), a.W, a.c_out});
+  a.z = z.data_ptr();
+  if (z.numel() == 0) return;
+  cpu::label_conv_fwd(a);
+}
+
+void label_conv_fwd(const Tensor& labels, const MaybeTensor& valid, const Tensor& table,
+                    const Tensor& interior, int64_t row0, const Tensor& z) {
+  label_conv(labels, {}, {}, {}, valid, table, interior, {}, row0, z);
+}
+
+void topk_conv_fwd(const Tensor& values, const Tensor& indices, const MaybeTensor& rest,
+                   const MaybeTensor& valid, const Tensor& table, const MaybeTensor& rest_table,
+                   int64_t row0, const Tensor& z) {
+  label_conv({}, values, indices, rest, valid, table, {}, rest_table, row0, z);
+}
+
+void relu_fwd_any(const Tensor& z, const MaybeTensor& dz, const MaybeTensor& y,
+                  const MaybeTensor& delta, const MaybeTensor& mask) {
+  STD_TORCH_CHECK(z.dim() == 4, "gpl_fast: z must be [N, H, W, C], got ", text(z.sizes()));
+  const int64_t N = z.size(0), H = z.size(1), W = z.size(2), C = z.size(3);
+  const Shape shape = {N, H, W, C};
+  ReluFwd a = {};
+  a.pixels = N * H * W, a.C = C;
+  a.dtype = float_dtype(z, "z");
+  a.z = contiguous(z, "z", z.scalar_type(), shape);
+  a.dz = contiguous<void>(dz, "dz", z.scalar_type(), shape);
+  a.y = contiguous<void>(y, "y", z.scalar_type(), shape);
+  a.delta = contiguous<void>(delta, "delta", z.scalar_type(), shape);
+  a.mask = contiguous<uint8_t>(mask, "mask", ScalarType::Byte, {N, H, W, ceil_div(C, 8)});
+  if (a.pixels * C == 0) return;
+  cpu::relu_fwd(a);
+}
+
+void relu_fwd(const Tensor& z, const Tensor& y, const MaybeTensor& mask) {
+  relu_fwd_any(z, {}, y, {}, mask);
+}
+
+void relu_diff_fwd(const Tensor& z, const Tensor& dz, const MaybeTensor& y, const Tensor& delta,
+                   const MaybeTensor& mask) {
+  relu_fwd_any(z, dz, y, delta, mask);
+}
+
+void relu_pool_fwd_any(const Tensor& z, const MaybeTensor& dz, int64_t pool, const MaybeTensor& y,
+                       const MaybeTensor& delta, const MaybeTensor& code) {
+  STD_TORCH_CHECK(z.dim() == 4, "gpl_fast: z must be [N, H, W, C], got ", text(z.sizes()));
+  ReluPoolFwd a = {};
+  a.N = z.size(0), a.H = z.size(1), a.W = z.size(2), a.C = z.size(3);
+  a.pool = pool_of(pool);
+  a.dtype = float_dtype(z, "z");
+  const ScalarType dtype = z.scalar_type();
+  const Shape full = {a.N, a.H, a.W, a.C}, pooled = {a.N, a.H / 2, a.W / 2, a.C};
+  a.z_image_stride = image_stride(z, "z", dtype, full);
+  a.dz_image_stride = image_stride(dz, "dz", dtype, full);
+  a.y_image_stride = image_stride(y, "y", dtype, pooled);
+  a.delta_image_stride = image_stride(delta, "delta", dtype, pooled);
+  a.code_image_stride = a.pool == Pool::kMax
+                            ? image_stride(code, "code", ScalarType::Byte,
+                                           {a.N, a.H / 2, a.W / 2, ceil_div(a.C, 2)})
+                            : image_stride(code, "code (a mask)", ScalarType::Byte,
+                                           {a.N, a.H, a.W, ceil_div(a.C, 8)});
+  a.z = z.data_ptr(), a.dz = data(dz);
+  a.y = data(y), a.delta = data(delta), a.code = (uint8_t*)data(code);
+  if (z.numel() == 0) return;
+  cpu::relu_pool_fwd(a);
+}
+
+void relu_pool_fwd(const Tensor& z, int64_t pool, const Tensor& y, const MaybeTensor& code) {
+  relu_pool_fwd_any(z, {}, pool, y, {}, code);
+}
+
+void relu_pool_diff_fwd(const Tensor& z, const Tensor& dz, int64_t pool, const MaybeTensor& y,
+                        const Tensor& delta, const MaybeTensor& code) {
+  relu_pool_fwd_any(z, dz, pool, y, delta, code);
+}
+
+Tensor diff_reduce_fwd(const Tensor& delta) {
+  STD_TORCH_CHECK(delta.dim() >= 1, "gpl_fast: delta must be [N, ...]");
+  STD_TORCH_CHECK(delta.is_contiguous(), "gpl_fast: delta must be contiguous");
+  DiffReduceFwd a = {};
+  a.N = delta.size(0);
+  a.M = a.N == 0 ? 0 : delta.numel() / a.N;
+  a.dtype = float_dtype(delta, "delta");
+  a.delta = delta.data_ptr();
+  Tensor sum = torch::stable::new_empty(delta, {a.N}, ScalarType::Double);
+  a.sum = (double*)sum.data_ptr();
+  if (a.N > 0) cpu::diff_reduce_fwd(a);
+  return sum;
+}
+
+void relu_pool_bwd(const Tensor& dy, const Tensor& code, int64_t pool, int64_t H, int64_t W,
+                   int64_t row0, const Tensor& dz) {
+  STD_TORCH_CHECK(dy.dim() == 4, "gpl_fast: dy must be [N, H / 2, W / 2, C], got ",
+                  text(dy.sizes()));
+  STD_TORCH_CHECK(dz.dim() == 4, "gpl_fast: dz must be [N, rows, W, C], got ", text(dz.sizes()));
+  ReluPoolBwd a = {};
+  a.N = dy.size(0), a.H = H, a.W = W, a.C = dy.size(3);
+  a.strip = {row0, dz.size(1)};
+  a.pool = pool_of(pool);
+  a.dtype = float_dtype(dy, "dy");
+  const ScalarType dtype = dy.scalar_type();
+  a.dy_image_stride = image_stride(dy, "dy", dtype, {a.N, H / 2, W / 2, a.C});
+  a.dz_image_stride = image_stride(dz, "dz", dtype, {a.N, dz.size(1), W, a.C});
+  a.code_image_stride =
+      a.pool == Pool::kMax
+          ? image_stride(code, "code", ScalarType::Byte, {a.N, H / 2, W / 2, ceil_div(a.C, 2)})
+          : image_stride(code, "code (a mask)", ScalarType::Byte, {a.N, H, W, ceil_div(a.C, 8)});
+  a.dy = dy.data_ptr(), a.code = (const uint8_t*)code.data_ptr(), a.dz = dz.data_ptr();
+  if (dz.numel() == 0) return;
+  cpu::relu_pool_bwd(a);
+}
+
+void relu_bwd(const Tensor& dy, const Tensor& mask, const Tensor& dz) {
+  STD_TORCH_CHECK(dy.dim() == 4, "gpl_fast: dy must be [N, H, W, C], got ", text(dy.sizes()));
+  const int64_t N = dy.size(0), H = dy.size(1), W = dy.size(2), C = dy.size(3);
+  ReluBwd a = {};
+  a.pixels = N * H * W, a.C = C;
+  a.dtype = float_dtype(dy, "dy");
+  a.dy = contiguous(dy, "dy", dy.scalar_type(), {N, H, W, C});
+  a.mask = (const uint8_t*)contiguous(mask, "mask", ScalarType::Byte, {N, H, W, ceil_div(C, 8)});
+  a.dz = contiguous(dz, "dz", dy.scalar_type(), {N, H, W, C});
+  if (a.pixels * C == 0) return;
+  cpu::relu_bwd(a);
+}
+
+void softmax_bwd(const Tensor& x, const MaybeTensor& lse, const MaybeTensor& dy,
+                 const MaybeTensor& scale, const MaybeTensor& valid, int64_t activation,
+                 double temperature, const MaybeTensor& ce_labels, const MaybeTensor& ce_lse,
+                 const MaybeTensor& ce_scale, const MaybeTensor& class_weight,
+                 double label_smoothing, int64_t row0, int64_t rows, const Tensor& dx) {
+  STD_TORCH_CHECK(x.dim() == 4, "gpl_fast: x must be [N, C, H, W], got ", text(x.sizes()));
+  SoftmaxBwd a = {};
+  a.N = x.size(0), a.C = x.size(1), a.H = x.size(2), a.W = x.size(3);
+  a.strip = {row0, rows};
+  a.activation = activation_of(activation, "activation");
+  check_temperature(temperature);
+  STD_TORCH_CHECK(rows >= 0, "gpl_fast: rows must not be negative, got ", rows);
+  STD_TORCH_CHECK(dy || ce_labels, "gpl_fast: softmax_bwd needs dy or ce_labels");
+  a.temperature = (float)temperature;
+  a.x_dtype = float_dtype(x, "x");
+  a.x = x.data_ptr();
+  a.x_strides = strides(x);
+  check_shape(dx, "dx", {a.N, a.C, a.H, a.W});
+  check_dtype(dx, "dx", x.scalar_type());
+  a.dx = dx.data_ptr();
+  a.dx_strides = strides(dx);
+  const Shape plane = {a.N, a.H, a.W};
+  a.lse = contiguous<float>(lse, "lse", ScalarType::Float, plane);
+  a.valid = contiguous<uint8_t>(valid, "valid", ScalarType::Bool, plane);
+  if (dy) {
+    STD_TORCH_CHECK(dy->dim() == 4 && dy->size(3) >= a.C,
+                    "gpl_fast: dy must be [N, rows, W, c_pad] with c_pad >= C = ", a.C, ", got ",
+                    text(dy->sizes()));
+    STD_TORCH_CHECK(scale, "gpl_fast: dy needs scale");
+    STD_TORCH_CHECK(a.activation != Activation::kSoftmax || lse, "gpl_fast: softmax needs lse");
+    a.c_pad = dy->size(3);
+    a.dtype = float_dtype(*dy, "dy");
+    a.dy_image_stride = image_stride(dy, "dy", dy->scalar_type(), {a.N, rows, a.W, a.c_pad});
+    a.dy = dy->data_ptr();
+    a.scale = contiguous<float>(scale, "scale", ScalarType::Float, {a.N});
+  }
+  const bool shared = a.activation == Activation::kSoftmax && a.temperature == 1.0f;
+  a.ce = cross_entropy(ce_labels, class_weight, label_smoothing, !shared, a.N, a.C, a.H, a.W);
+  a.ce_lse = contiguous<float>(ce_lse, "ce_lse", ScalarType::Float, plane);
+  a.ce_scale = contiguous<float>(ce_scale, "ce_scale", ScalarType::Float, {a.N});
+  if (ce_labels) {
+    STD_TORCH_CHECK(ce_scale, "gpl_fast: ce_labels needs ce_scale");
+    if (shared) a.ce_lse = a.lse;
+    STD_TORCH_CHECK(a.ce_lse, "gpl_fast: ce_labels needs ce_lse",
+                    " (lse where softmax has temperature 1)");
+  }
+  if (a.N * a.C * a.W * rows == 0) return;
+  cpu::softmax_bwd(a);
+}
+
+std::string cpu_capability() { return cpu::capability(); }
+
+}  // namespace
+}  // namespace gpl_fast
+
+STABLE_TORCH_LIBRARY(gpl_fast, m) {
+  m.def(
+      "softmax_pack_fwd(Tensor x, Tensor? valid, Tensor? target, Tensor? labels, "
+      "Tensor? topk_values, Tensor? topk_indices, Tensor? topk_rest, int activation, "
+      "int target_activation, float temperature, Tensor? ce_labels, Tensor? class_weight, "
+      "float label_smoothing, int row0, int rows, int core0, int core_rows, Tensor(a!)? y, "
+      "Tensor(b!)? delta, Tensor(c!)? lse, Tensor(d!)? ce_lse, Tensor(e!)? ce_rows) -> ()");
+  m.def(
+      "label_conv_fwd(Tensor labels, Tensor? valid, Tensor table, Tensor interior, int row0, "
+      "Tensor(a!) z) -> ()");
+  m.def(
+      "topk_conv_fwd(Tensor topk_values, Tensor topk_indices, Tensor? topk_rest, Tensor? valid, "
+      "Tensor table, Tensor? rest_table, int row0, Tensor(a!) z) -> ()");
+  m.def("relu_fwd(Tensor z, Tensor(a!) y, Tensor(b!)? mask) -> ()");
+  m.def(
+      "relu_diff_fwd(Tensor z, Tensor dz, Tensor(a!)? y, Tensor(b!) delta, Tensor(c!)? mask)"
+      " -> ()");
+  m.def("relu_pool_fwd(Tensor z, int pool, Tensor(a!) y, Tensor(b!)? code) -> ()");
+  m.def(
+      "relu_pool_diff_fwd(Tensor z, Tensor dz, int pool, Tensor(a!)? y, Tensor(b!) delta, "
+      "Tensor(c!)? code) -> ()");
+  m.def("diff_reduce_fwd(Tensor delta) -> Tensor");
+  m.def(
+      "relu_pool_bwd(Tensor dy, Tensor code, int pool, int H, int W, int row0, Tensor(a!) dz)"
+      " -> ()");
+  m.def("relu_bwd(Tensor dy, Tensor mask, Tensor(a!) dz) -> ()");
+  m.def(
+      "softmax_bwd(Tensor x, Tensor? lse, Tensor? dy, Tensor? scale, Tensor? valid, "
+      "int activation, float temperature, Tensor? ce_labels, Tensor? ce_lse, Tensor? ce_scale, "
+      "Tensor? class_weight, float label_smoothing, int row0, int rows, Tensor(a!) dx) -> ()");
+  m.def("cpu_capability() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(gpl_fast, CPU, m) {
+  m.impl("softmax_pack_fwd", TORCH_BOX(&gpl_fast::softmax_pack_fwd));
+  m.impl("label_conv_fwd", TORCH_BOX(&gpl_fast::label_conv_fwd));
+  m.impl("topk_conv_fwd", TORCH_BOX(&gpl_fast::topk_conv_fwd));
+  m.impl("relu_fwd", TORCH_BOX(&gpl_fast::relu_fwd));
+  m.impl("relu_diff_fwd", TORCH_BOX(&gpl_fast::relu_diff_fwd));
+  m.impl("relu_pool_fwd", TORCH_BOX(&gpl_fast::relu_pool_fwd));
+  m.impl("relu_pool_diff_fwd", TORCH_BOX(&gpl_fast::relu_pool_diff_fwd));
+  m.impl("diff_reduce_fwd", TORCH_BOX(&gpl_fast::diff_reduce_fwd));
+  m.impl("relu_pool_bwd", TORCH_BOX(&gpl_fast::relu_pool_bwd));
+  m.impl("relu_bwd", TORCH_BOX(&gpl_fast::relu_bwd));
+  m.impl("softmax_bwd", TORCH_BOX(&gpl_fast::softmax_bwd));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(gpl_fast, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_BOX(&gpl_fast::cpu_capability));
+}

@@ -1,0 +1,66 @@
+"""Loads the compiled operators. The only file that names ``torch.ops.gpl_fast``.
+
+Every operator writes into buffers that the caller owns, so that a workspace is used again without
+page faults; shapes, dtypes and layouts are checked in ``csrc/ops.cpp``. Maps are NHWC. A strip is
+the rows ``[row0, row0 + rows)`` of every image; rows outside the image are written as zeros.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LIBRARY = Path(__file__).resolve().parent / "libgpl_fast.so"
+
+ACTIVATIONS = {"none": 0, "softmax": 1, "sigmoid": 2}
+POOLS = {"max": 0, "avg": 1}
+
+_MUTATING = (
+    "softmax_pack_fwd",
+    "label_conv_fwd",
+    "topk_conv_fwd",
+    "relu_fwd",
+    "relu_diff_fwd",
+    "relu_pool_fwd",
+    "relu_pool_diff_fwd",
+    "relu_pool_bwd",
+    "relu_bwd",
+    "softmax_bwd",
+)
+
+
+@functools.cache
+def load() -> str | None:
+    """Load the library once; the reason why not, or None."""
+    if not LIBRARY.exists():
+        return f"the compiled operators are not built ({LIBRARY.name} is missing)"
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except Exception as error:
+        return f"the compiled operators do not load: {error}"
+    for name in _MUTATING:
+        torch.library.register_fake(f"gpl_fast::{name}", _mutating_fake)
+    torch.library.register_fake("gpl_fast::diff_reduce_fwd", _diff_reduce_fwd_fake)
+    return None
+
+
+def _mutating_fake(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _diff_reduce_fwd_fake(delta: torch.Tensor) -> torch.Tensor:
+    return delta.new_empty(delta.shape[0], dtype=torch.float64)
+
+
+def __getattr__(name: str) -> Any:
+    """``ops.relu_bwd`` and so on: the operator itself (``OpOverload``)."""
+    if name not in (*_MUTATING, "diff_reduce_fwd", "cpu_capability"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if (reason := load()) is not None:
+        raise RuntimeError(reason)
+    operator = getattr(torch.ops.gpl_fast, name).default
+    globals()[name] = operator
+    return operator

@@ -1,0 +1,677 @@
+"""Every compiled operator against plain PyTorch in float64, on buffers poisoned beforehand.
+
+The bound is err(ours, float64) <= 2 err(PyTorch in the same dtype, float64) + atol; what must be
+exact (strips, threads, zeros, routing) is compared bit for bit.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gpl_fast import ops
+
+if (reason := ops.load()) is not None:
+    pytest.skip(reason, allow_module_level=True)
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ATOL = {torch.float32: 1e-6, torch.bfloat16: 1e-5, torch.float16: 1e-6}
+# odd rows and columns, one row, a row longer than a tile of pixels at C = 150
+SIZES = [(13, 27), (1, 5), (7, 33), (2, 300)]
+NONE, SOFTMAX, SIGMOID = 0, 1, 2
+MAX, AVG = 0, 1
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def poisoned(*shape, dtype=torch.float32):
+    if dtype.is_floating_point:
+        return torch.full(shape, float("nan"), dtype=dtype)
+    return torch.full(shape, 255, dtype=dtype)
+
+
+def nhwc(x):
+    return x.permute(0, 2, 3, 1)
+
+
+def nchw(x):
+    return x.permute(0, 3, 1, 2)
+
+
+def check(ours, plain, truth, dtype):
+    """err(ours) <= 2 err(plain) + atol, in the largest error; NaN anywhere fails."""
+    bound = 2 * (plain.double() - truth).abs().max() + ATOL[dtype] * max(1, truth.abs().max())
+    assert (ours.double() - truth).abs().max() <= bound
+
+
+def layout(x, kind):
+    if kind == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last)
+    if kind == "sliced":  # no stride is 1
+        big = torch.full((x.shape[0], x.shape[1] * 2, x.shape[2], x.shape[3] * 2), 9.0)
+        view = big.to(x.dtype)[:, ::2, :, ::2]
+        view.copy_(x)
+        return view
+    return x
+
+
+def activate(x, kind, temperature=1.0):
+    x = x / temperature
+    return x.softmax(1) if kind == SOFTMAX else x.sigmoid() if kind == SIGMOID else x
+
+
+def pack(x, *, target=None, labels=None, topk=(None, None, None), valid=None, activation=SOFTMAX,
+         temperature=1.0, ce=(None, None, 0.0), strip=None, core=None, c_pad=None,
+         dtype=torch.float32, target_activation=None):  # fmt: skip
+    """(y, delta, lse, ce_lse, ce_rows), the maps (N, rows, W, c_pad)."""
+    N, C, H, W = x.shape
+    row0, rows = strip or (0, H)
+    core0, core_rows = core or (row0, rows)
+    own_lse = activation != SOFTMAX or temperature != 1.0
+    shape = (N, rows, W, c_pad or C)
+    y = poisoned(*shape, dtype=dtype) if target is not None or topk[0] is not None else None
+    delta = poisoned(*shape, dtype=dtype)
+    lse, ce_lse = poisoned(N, H, W), poisoned(N, H, W)
+    ce_rows = poisoned(N, H, 2, dtype=torch.float64)
+    ops.softmax_pack_fwd(
+        x, valid, target, labels, *topk, activation,
+        activation if target_activation is None else target_activation, temperature, *ce, row0,
+        rows, core0, core_rows, y, delta, lse, ce_lse if own_lse else None, ce_rows,
+    )  # fmt: skip
+    return y, delta, lse, ce_lse, ce_rows
+
+
+# -- softmax_pack_fwd --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("C", [1, 3, 19, 150])
+def test_softmax_pack_dense(C, size, dtype):
+    for activation, temperature, kind, x_dtype in [
+        (SOFTMAX, 1.0, "nchw", torch.float32),
+        (SOFTMAX, 2.5, "channels_last", torch.bfloat16),
+        (SIGMOID, 1.0, "sliced", torch.float16),
+        (NONE, 3.0, "channels_last", torch.float32),
+        (SIGMOID, 0.5, "nchw", torch.bfloat16),
+        (SOFTMAX, 1.0, "sliced", torch.float32),
+    ]:
+        x = layout((3 * torch.randn(2, C, *size)).to(x_dtype), kind)
+        t = layout((3 * torch.randn(2, C, *size)).to(x_dtype), kind)
+        c_pad = C + 5 if temperature != 1.0 else C
+        y, delta, lse, _, _ = pack(
+            x, target=t, activation=activation, temperature=temperature, c_pad=c_pad, dtype=dtype
+        )
+        y64, p64 = (activate(v.double(), activation, temperature) for v in (t, x))
+        y32, p32 = (activate(v.float(), activation, temperature) for v in (t, x))
+        check(y[..., :C], nhwc(y32).to(dtype), nhwc(y64), dtype)
+        check(delta[..., :C], nhwc(p32 - y32).to(dtype), nhwc(p64 - y64), dtype)
+        assert not y[..., C:].any()
+        assert not delta[..., C:].any()
+        if activation == SOFTMAX:
+            lse64 = (x.double() / temperature).logsumexp(1)
+            check(lse, (x.float() / temperature).logsumexp(1), lse64, torch.float32)
+
+
+@pytest.mark.parametrize("activation", [NONE, SOFTMAX, SIGMOID])
+def test_softmax_pack_equal_inputs_give_zero(activation):
+    x = 20 * torch.randn(2, 19, 7, 33)
+    for temperature in (1.0, 0.7):
+        _, delta, *_ = pack(x, target=x.clone(), activation=activation, temperature=temperature)
+        assert not delta.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_softmax_pack_mixed_activations(dtype):
+    x, t = torch.randn(1, 3, 7, 9), torch.rand(1, 3, 7, 9)
+    y, delta, *_ = pack(x, target=t, target_activation=NONE, dtype=dtype)
+    assert torch.equal(y, nhwc(t).to(dtype))
+    truth = nhwc(x.double().softmax(1) - t)
+    check(delta, nhwc(x.softmax(1) - t).to(dtype), truth, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("C", [3, 19, 150])
+def test_softmax_pack_labels(C, dtype):
+    x, labels = 3 * torch.randn(2, C, 13, 27), torch.randint(-1, C, (2, 13, 27))
+    labels[0, 0, 0] = C + 7  # out of range: like no class
+    _, delta, *_ = pack(x, labels=labels, dtype=dtype)
+    known = (labels >= 0) & (labels < C)
+    onehot = F.one_hot(labels.where(known, 0), C) * known[..., None]
+    truth = nhwc(x.double().softmax(1)) - onehot
+    check(delta, (nhwc(x.softmax(1)) - onehot).to(dtype), truth, dtype)
+
+
+def topk_case(C, k, rest):
+    """values, indices with repeats, rest, and the dense map (N, C, H, W) they stand for."""
+    values = torch.rand(2, k, 13, 27) / k
+    indices = torch.randint(0, C, (2, k, 13, 27))
+    if k > 1:
+        indices[:, 1, :4] = indices[:, 0, :4]
+    per_class = torch.rand(2, 13, 27) / C if rest else None
+    dense = torch.zeros(2, C, 13, 27, dtype=torch.float64)
+    listed = dense.scatter(1, indices, 1.0)
+    dense.scatter_add_(1, indices, values.double())
+    if rest:
+        dense += (1 - listed) * per_class[:, None]
+    return values, indices, per_class, dense
+
+
+@pytest.mark.parametrize("rest", [False, True])
+@pytest.mark.parametrize(("C", "k"), [(3, 1), (19, 4), (150, 5)])
+def test_softmax_pack_topk(C, k, rest):
+    x = 3 * torch.randn(2, C, 13, 27)
+    values, indices, per_class, dense = topk_case(C, k, rest)
+    for dtype in DTYPES:
+        y, delta, *_ = pack(x, topk=(values, indices, per_class), dtype=dtype)
+        check(y, nhwc(dense).to(dtype), nhwc(dense), dtype)
+        plain = nhwc(x.softmax(1) - dense.float()).to(dtype)
+        check(delta, plain, nhwc(x.double().softmax(1) - dense), dtype)
+
+
+def test_softmax_pack_without_target_is_the_activation():
+    x = torch.randn(2, 19, 5, 17)
+    _, delta, *_ = pack(x)
+    check(delta, nhwc(x.softmax(1)), nhwc(x.double().softmax(1)), torch.float32)
+
+
+def test_invalid_pixels_are_exactly_zero():
+    x, t = torch.randn(2, 19, 13, 27), torch.randn(2, 19, 13, 27)
+    valid = torch.rand(2, 13, 27) > 0.3
+    bad = ~valid[:, None].expand_as(x)
+    x[bad], t[bad] = float("nan"), float("nan")
+    for target in ({"target": t}, {"labels": torch.randint(0, 19, (2, 13, 27))}, {}):
+        y, delta, *_ = pack(x, valid=valid, **target)
+        assert not delta[~valid].any()
+        assert delta.isfinite().all()
+        assert y is None or (not y[~valid].any() and y.isfinite().all())
+
+
+def test_nan_in_a_valid_pixel_stays():
+    x = torch.randn(1, 19, 3, 17)
+    x[0, 4, 1, 9] = float("nan")
+    _, delta, lse, *_ = pack(x)
+    assert delta[0, 1, 9].isnan().all()
+    assert delta.isnan().sum() == 19
+    assert lse[0, 1, 9].isnan()
+
+
+@pytest.mark.parametrize("scale", [100.0, 1e4, 1e30])
+def test_softmax_pack_extreme_logits(scale):
+    x = scale * torch.randn(1, 19, 3, 17)
+    x[0, 3, 0, 0] = -float("inf")
+    _, delta, lse, *_ = pack(x)
+    torch.testing.assert_close(delta, nhwc(x.softmax(1)), atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(lse, x.logsumexp(1))
+
+
+# -- cross-entropy -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("weighted", "smoothing"), [(False, 0.0), (True, 0.0), (True, 0.2)])
+@pytest.mark.parametrize(("activation", "temperature"), [(SOFTMAX, 1.0), (SOFTMAX, 2.0), (NONE, 1)])
+def test_cross_entropy(activation, temperature, weighted, smoothing):
+    C = 19
+    x, labels = 3 * torch.randn(2, C, 13, 27), torch.randint(-1, C, (2, 13, 27))
+    x[:, :, 4, 4], labels[:, 4, 4] = float("nan"), -1  # not counted: harmless
+    weight = torch.rand(C) if weighted else None
+    *_, lse, ce_lse, rows = pack(
+        x, activation=activation, temperature=temperature, ce=(labels, weight, smoothing)
+    )
+    x64 = x.double().requires_grad_()
+    w64 = weight.double() if weighted else None
+    kw = {"ignore_index": -1, "label_smoothing": smoothing, "reduction": "none"}
+    truth = F.cross_entropy(x64, labels, w64, **kw)
+    counted = labels >= 0
+    torch.testing.assert_close(rows[..., 0], truth.sum(-1), rtol=1e-6, atol=1e-5)
+    each = weight[labels.clamp(min=0)].double() if weighted else torch.ones(labels.shape).double()
+    torch.testing.assert_close(rows[..., 1], (each * counted).sum(-1))
+
+    (truth.sum((1, 2)) * torch.tensor([0.5, 2.0])).sum().backward()
+    dx, ce_scale = poisoned(*x.shape), torch.tensor([0.5, 2.0])
+    own = activation != SOFTMAX or temperature != 1.0
+    ops.softmax_bwd(
+        x, lse, None, None, None, activation, temperature, labels, ce_lse if own else None,
+        ce_scale, weight, smoothing, 0, 13, dx,
+    )  # fmt: skip
+    assert not dx[:, :, 4, 4].any()
+    torch.testing.assert_close(dx.double(), x64.grad.nan_to_num(), rtol=1e-5, atol=1e-6)
+
+
+# -- softmax_bwd -------------------------------------------------------------------------------
+
+
+def softmax_bwd(x, lse, dy, scale, *, valid=None, activation=SOFTMAX, temperature=1.0,
+                ce=(None,) * 4, smoothing=0.0, strip=None, dx=None):  # fmt: skip
+    row0, rows = strip or (0, x.shape[2])
+    dx = torch.full_like(x, float("nan")) if dx is None else dx
+    ops.softmax_bwd(
+        x, lse, dy, scale, valid, activation, temperature, *ce, smoothing, row0, rows, dx
+    )
+    return dx
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("C", [1, 3, 19, 150])
+def test_softmax_bwd(C, size, dtype):
+    scale = torch.tensor([0.5, 3.0])
+    for activation, temperature, kind, x_dtype in [
+        (SOFTMAX, 1.0, "nchw", torch.float32),
+        (SOFTMAX, 2.5, "channels_last", torch.bfloat16),
+        (SIGMOID, 2.0, "sliced", torch.float16),
+        (NONE, 3.0, "channels_last", torch.float32),
+        (SOFTMAX, 0.5, "sliced", torch.float32),
+    ]:
+        x = layout((3 * torch.randn(2, C, *size)).to(x_dtype), kind)
+        dy = torch.randn(2, *size, C + 3).to(dtype)
+        _, _, lse, _, _ = pack(x, activation=activation, temperature=temperature)
+        dx = layout(torch.full_like(x, float("nan")), kind)
+        softmax_bwd(x, lse, dy, scale, activation=activation, temperature=temperature, dx=dx)
+        grads = []
+        for work in (torch.float64, torch.float32):
+            v = x.to(work).requires_grad_()
+            g = nchw(dy[..., :C]).to(work) * scale.to(work)[:, None, None, None]
+            activate(v, activation, temperature).backward(g)
+            grads.append(v.grad)
+        check(dx, grads[1].to(x_dtype), grads[0], torch.float32)
+
+
+def test_softmax_bwd_with_cross_entropy_and_invalid_pixels():
+    C, scale, ce_scale = 19, torch.tensor([0.5, 3.0]), torch.tensor([1.0, 0.25])
+    x, labels = 3 * torch.randn(2, C, 13, 27), torch.randint(-1, C, (2, 13, 27))
+    valid, dy = torch.rand(2, 13, 27) > 0.3, torch.randn(2, 13, 27, C)
+    labels[~valid & (torch.rand(2, 13, 27) > 0.5)] = -1
+    dead = (~valid & (labels < 0))[:, None].expand_as(x)
+    x[dead] = float("nan")
+    dy[~valid] = float("nan")
+    for temperature in (1.0, 2.0):
+        _, _, lse, ce_lse, _ = pack(x, temperature=temperature, ce=(labels, None, 0.1))
+        own = ce_lse if temperature != 1.0 else None
+        dx = softmax_bwd(
+            x, lse, dy, scale, valid=valid, temperature=temperature,
+            ce=(labels, own, ce_scale, None), smoothing=0.1,
+        )  # fmt: skip
+        v = x.double().nan_to_num().requires_grad_()
+        g = (dy.nan_to_num() * valid[..., None]).double() * scale.double()[:, None, None, None]
+        loss = F.cross_entropy(v, labels, ignore_index=-1, label_smoothing=0.1, reduction="none")
+        value = (activate(v, SOFTMAX, temperature) * nchw(g)).sum()
+        (value + (loss.sum((1, 2)) * ce_scale).sum()).backward()
+        assert not dx[dead].any()
+        torch.testing.assert_close(dx.double(), v.grad, rtol=1e-5, atol=1e-6)
+
+
+# -- strips, threads, layouts: bit for bit -----------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strips_equal_the_whole(dtype):
+    C, H = 19, 13
+    x, t = torch.randn(2, C, H, 27), torch.randn(2, C, H, 27)
+    labels, valid = torch.randint(-1, C, (2, H, 27)), torch.rand(2, H, 27) > 0.2
+    ce = (labels, None, 0.1)
+    whole = pack(x, target=t, valid=valid, ce=ce, dtype=dtype)
+    dy, scale = torch.randn(2, H, 27, C).to(dtype), torch.rand(2)
+    dx = softmax_bwd(x, whole[2], dy, scale, valid=valid, ce=(labels, None, scale, None))
+    parts = torch.full_like(dx, float("nan"))
+    for core0, core_rows in ((0, 5), (5, 4), (9, 4)):
+        row0, rows = core0 - 2, core_rows + 4
+        part = pack(
+            x, target=t, valid=valid, ce=ce, dtype=dtype, strip=(row0, rows), core=(core0, core_rows)
+        )
+        for r in range(rows):
+            for a, b in zip(whole[:2], part[:2], strict=True):
+                inside = 0 <= row0 + r < H
+                expected = a[:, row0 + r] if inside else torch.zeros_like(b[:, r])
+                assert torch.equal(b[:, r], expected)
+        core = slice(core0, core0 + core_rows)
+        assert torch.equal(part[2][:, core], whole[2][:, core])
+        assert torch.equal(part[4][:, core], whole[4][:, core])
+        outside = torch.cat([part[2][:, :core0], part[2][:, core0 + core_rows :]], 1)
+        assert outside.isnan().all()
+        softmax_bwd(
+            x, whole[2], dy[:, core].contiguous(), scale, valid=valid,
+            ce=(labels, None, scale, None), strip=(core0, core_rows), dx=parts,
+        )  # fmt: skip
+    assert torch.equal(parts, dx)
+
+
+def test_layouts_give_the_same_bits():
+    x, t = torch.randn(2, 19, 7, 33), torch.randn(2, 19, 7, 33)
+    first = pack(x, target=t)
+    for kind in ("channels_last", "sliced"):
+        other = pack(layout(x, kind), target=layout(t, kind))
+        assert all(torch.equal(a, b) for a, b in zip(first[:3], other[:3], strict=True))
+
+
+def every_result():
+    """One pass through all operators, on inputs that do not change."""
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda *s: torch.randn(*s, generator=generator)  # noqa: E731
+    x, t, dy = draw(2, 19, 40, 64), draw(2, 19, 40, 64), draw(2, 40, 64, 19)
+    labels = (draw(2, 40, 64) * 3).long().clamp(-1, 18)
+    y, delta, lse, _, rows = pack(x, target=t, ce=(labels, None, 0.1))
+    dx = softmax_bwd(x, lse, dy, torch.ones(2), ce=(labels, None, torch.ones(2), None))
+    z, dz = draw(2, 40, 64, 40), draw(2, 40, 64, 40)
+    out = [y, delta, lse, rows, dx, ops.diff_reduce_fwd(dz), *pool_diff(z, dz, MAX)]
+    out += pool_diff(z, dz, AVG)
+    conv = poisoned(2, 40, 64, 24)
+    table = draw(9, 19, 24)
+    ops.label_conv_fwd(labels, None, table, table.sum(0), 0, conv)
+    return [*out, conv]
+
+
+def test_threads_do_not_change_a_bit():
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = every_result()
+        torch.set_num_threads(2)
+        two = every_result()
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+# -- relu_pool ---------------------------------------------------------------------------------
+
+
+def unpack_code(code, C):
+    return torch.stack([code & 15, code >> 4], -1).flatten(-2)[..., :C].long()
+
+
+def unpack_mask(mask, C):
+    bits = (mask[..., None] >> torch.arange(8)) & 1
+    return bits.flatten(-2)[..., :C].bool()
+
+
+def pool_diff(z, dz, pool):
+    N, H, W, C = z.shape
+    y, delta = (poisoned(N, H // 2, W // 2, C, dtype=z.dtype) for _ in range(2))
+    shape = (N, H // 2, W // 2, (C + 1) // 2) if pool == MAX else (N, H, W, (C + 7) // 8)
+    code = poisoned(*shape, dtype=torch.uint8)
+    ops.relu_pool_diff_fwd(z, dz, pool, y, delta, code)
+    return y, delta, code
+
+
+def pooled(z, pool):
+    f = F.max_pool2d if pool == MAX else F.avg_pool2d
+    return nhwc(f(nchw(z).relu(), 2))
+
+
+@pytest.mark.parametrize("pool", [MAX, AVG])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("C", "size"), [(64, (13, 27)), (3, (7, 33)), (19, (2, 2)), (40, (8, 6))])
+def test_relu_pool(C, size, dtype, pool):
+    z = torch.randn(2, *size, C).to(dtype)
+    dz = (0.1 * torch.randn(2, *size, C)).to(dtype)
+    y, delta, code = pool_diff(z, dz, pool)
+    s64, s32 = z.double() + dz.double(), z.float() + dz.float()
+    y64 = pooled(z.double(), pool)
+    check(y, pooled(z.float(), pool).to(dtype), y64, dtype)
+    plain = (pooled(s32, pool) - pooled(z.float(), pool)).to(dtype)
+    check(delta, plain, pooled(s64, pool) - y64, dtype)
+
+    dy = torch.randn_like(y)
+    s = s64.clone().requires_grad_()
+    pooled(s, pool).backward(dy.double())
+    dz = poisoned(2, *size, C, dtype=dtype)
+    ops.relu_pool_bwd(dy, code, pool, *size, 0, dz)
+    assert torch.equal(dz, s.grad.to(dtype))
+
+    row0, rows = -1, size[0] + 3
+    strip = poisoned(2, rows, size[1], C, dtype=dtype)
+    ops.relu_pool_bwd(dy, code, pool, *size, row0, strip)
+    assert torch.equal(strip[:, 1 : 1 + size[0]], dz)
+    assert not strip[:, 0].any()
+    assert not strip[:, 1 + size[0] :].any()
+
+    # the plain form agrees with the difference form on z + 0
+    y2, code2 = torch.full_like(y, float("nan")), torch.full_like(code, 255)
+    ops.relu_pool_fwd(z, pool, y2, code2)
+    y3, delta3, code3 = pool_diff(z, torch.zeros_like(z), pool)
+    assert torch.equal(y2, y)
+    assert torch.equal(y3, y)
+    assert torch.equal(code2, code3)
+    assert not delta3.any()
+
+
+def test_max_pool_codes():
+    z = torch.zeros(1, 4, 4, 3)
+    z[0, 0, 0], z[0, 0, 1] = 1.0, 1.0  # a tie: the first one wins
+    z[0, 1, 3, 0] = 2.0
+    z[0, 2:, 2:, 2] = -1.0
+    _, _, code = pool_diff(z, torch.zeros_like(z), MAX)
+    got = unpack_code(code, 3)[0]
+    assert got[0, 0].tolist() == [0, 0, 0]
+    assert got[0, 1].tolist() == [3, 4, 4]
+    assert got[1, 1].tolist() == [4, 4, 4]
+    assert (code[..., 1] >> 4 == 0).all()  # beyond the last channel
+
+
+def test_avg_pool_mask_is_the_sign_everywhere():
+    z, dz = torch.randn(2, 7, 5, 19), torch.randn(2, 7, 5, 19)
+    _, _, mask = pool_diff(z, dz, AVG)
+    assert torch.equal(unpack_mask(mask, 19), z + dz > 0)
+    assert (mask[..., 2] >> 3 == 0).all()
+
+
+def test_equal_winners_keep_the_difference():
+    """Far from zero the pooled difference is dz itself, not a difference of rounded sums."""
+    z = 1000 + torch.randn(1, 8, 8, 16)
+    dz = 1e-6 * torch.randn(1, 8, 8, 1).expand_as(z).contiguous()
+    dz = dz[:, :1, :1].expand_as(z).contiguous()
+    _, delta, _ = pool_diff(z, dz, MAX)
+    assert torch.equal(delta, dz[:, :4, :4])
+    *_, mask = pool_diff(z, dz, AVG)
+    assert unpack_mask(mask, 16).all()
+
+
+def test_nan_goes_through_the_pool():
+    z, dz = torch.randn(1, 4, 4, 16), torch.randn(1, 4, 4, 16)
+    dz[0, 1, 1, 5] = float("nan")
+    for pool in (MAX, AVG):
+        _, delta, _ = pool_diff(z, dz, pool)
+        assert delta[0, 0, 0, 5].isnan()
+        assert delta.isnan().sum() == 1
+
+
+# -- relu --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("C", [1, 19, 64])
+def test_relu(C, dtype):
+    z, dz = torch.randn(2, 5, 7, C).to(dtype), (0.1 * torch.randn(2, 5, 7, C)).to(dtype)
+    y, delta = (poisoned(2, 5, 7, C, dtype=dtype) for _ in range(2))
+    mask = poisoned(2, 5, 7, (C + 7) // 8, dtype=torch.uint8)
+    ops.relu_diff_fwd(z, dz, y, delta, mask)
+    s64 = z.double() + dz.double()
+    assert torch.equal(y, z.relu())
+    plain = ((z.float() + dz.float()).relu() - z.float().relu()).to(dtype)
+    check(delta, plain, s64.relu() - z.double().relu(), dtype)
+    assert torch.equal(unpack_mask(mask, C), z.float() + dz.float() > 0)
+
+    dy = torch.randn_like(z)
+    out = torch.full_like(dy, float("nan"))
+    ops.relu_bwd(dy, mask, out)
+    assert torch.equal(out, dy.where(s64 > 0, torch.zeros_like(dy)))
+
+    z_in, dz_in, dy_in = z.clone(), dz.clone(), dy.clone()
+    ops.relu_diff_fwd(z_in, dz_in, z_in, dz_in, None)
+    ops.relu_bwd(dy_in, mask, dy_in)
+    assert torch.equal(z_in, y)
+    assert torch.equal(dz_in, delta)
+    assert torch.equal(dy_in, out)
+
+    plain_mask = torch.full_like(mask, 255)
+    ops.relu_fwd(z, y.fill_(float("nan")), plain_mask)
+    assert torch.equal(y, z.relu())
+    assert torch.equal(unpack_mask(plain_mask, C), z > 0)
+
+
+# -- label_conv, topk_conv ---------------------------------------------------------------------
+
+
+def table_of(C, K, c_out, dtype):
+    """(weight (c_out, C, K, K), table (K * K, C, c_out))"""
+    weight = (torch.randn(c_out, C, K, K) / K).to(dtype)
+    return weight, weight.permute(2, 3, 1, 0).reshape(K * K, C, c_out).contiguous()
+
+
+def conv(dense, weight, dtype):
+    return nhwc(F.conv2d(dense.to(dtype), weight.to(dtype), padding=weight.shape[-1] // 2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("C", "K", "c_out"), [(1, 3, 64), (19, 1, 64), (19, 3, 24), (150, 5, 70)])
+def test_label_conv(C, K, c_out, dtype):
+    weight, table = table_of(C, K, c_out, dtype)
+    interior = table.double().sum(0).float()
+    labels = torch.randint(-1, C, (2, 13, 27))
+    labels[:, 2:11, 3:20] = torch.randint(-1, C, (2, 1, 1))  # an interior, with or without a class
+    labels[0, 0, 0] = C
+    valid = torch.rand(2, 13, 27) > 0.05
+    known = (labels >= 0) & (labels < C) & valid
+    dense = torch.zeros(2, 13, 27, C).scatter(3, labels.clamp(0, C - 1)[..., None], 1.0)
+    dense = nchw(dense * known[..., None])
+    z = poisoned(2, 13, 27, c_out, dtype=dtype)
+    ops.label_conv_fwd(labels, valid, table, interior, 0, z)
+    check(z, conv(dense, weight, torch.float32).to(dtype), conv(dense, weight, torch.float64), dtype)
+
+    strip = poisoned(2, 17, 27, c_out, dtype=dtype)
+    ops.label_conv_fwd(labels, valid, table, interior, -2, strip)
+    assert torch.equal(strip[:, 2:15], z)
+    assert not strip[:, :2].any()
+    assert not strip[:, 15:].any()
+
+
+@pytest.mark.parametrize("rest", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("C", "k"), [(19, 4), (3, 1)])
+def test_topk_conv(C, k, dtype, rest):
+    weight, table = table_of(C, 3, 40, dtype)
+    values, indices, per_class, dense = topk_case(C, k, rest)
+    valid = torch.rand(2, 13, 27) > 0.1
+    dense = dense * valid[:, None]
+    values = values.where(valid[:, None], torch.tensor(float("nan")))  # harmless there
+    rest_table = table.double().sum(1).float() if rest else None
+    z = poisoned(2, 13, 27, 40, dtype=dtype)
+    ops.topk_conv_fwd(values, indices, per_class, valid, table, rest_table, 0, z)
+    check(z, conv(dense, weight, torch.float32).to(dtype), conv(dense, weight, torch.float64), dtype)
+    strip = poisoned(2, 5, 27, 40, dtype=dtype)
+    ops.topk_conv_fwd(values, indices, per_class, valid, table, rest_table, 10, strip)
+    assert torch.equal(strip[:, :3], z[:, 10:])
+    assert not strip[:, 3:].any()
+
+
+# -- diff_reduce -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 1), (2, 9001), (1, 3, 5, 64)])
+def test_diff_reduce(shape, dtype):
+    delta = torch.randn(*shape).to(dtype)
+    truth = delta.double().square().flatten(1).sum(1)
+    torch.testing.assert_close(ops.diff_reduce_fwd(delta), truth, rtol=1e-6, atol=0)
+
+
+# -- edges of the interface --------------------------------------------------------------------
+
+
+def test_no_images():
+    x = torch.empty(0, 19, 5, 7)
+    y, delta, *_ = pack(x, target=x)
+    assert y.numel() == delta.numel() == 0
+    softmax_bwd(x, torch.empty(0, 5, 7), torch.empty(0, 5, 7, 19), torch.empty(0))
+    pool_diff(torch.empty(0, 5, 7, 8), torch.empty(0, 5, 7, 8), MAX)
+    z = torch.empty(0, 5, 7, 8)
+    ops.relu_fwd(z, z.clone(), None)
+    table = torch.randn(9, 3, 8)
+    ops.label_conv_fwd(torch.empty(0, 5, 7).long(), None, table, table.sum(0), 0, z)
+    assert ops.diff_reduce_fwd(z).shape == (0,)
+
+
+def test_row_slices_of_one_image_are_written_in_place():
+    z, dz = torch.randn(3, 8, 6, 16), torch.randn(3, 8, 6, 16)
+    y, delta, code = pool_diff(z, dz, MAX)
+    parts = [torch.full_like(y, float("nan")), torch.full_like(delta, float("nan")), code * 0 + 255]
+    for rows in (slice(0, 1), slice(1, 4)):
+        source = slice(2 * rows.start, 2 * rows.stop)
+        ops.relu_pool_diff_fwd(z[:, source], dz[:, source], MAX, *(p[:, rows] for p in parts))
+    assert all(torch.equal(a, b) for a, b in zip(parts, (y, delta, code), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda z: ops.relu_fwd(z, z[:, :2].clone(), None), r"y must have the shape \[1, 4, 4, 8\]"),
+        (lambda z: ops.relu_fwd(z.double(), z.double(), None), "float32, bfloat16 or float16"),
+        (lambda z: ops.relu_fwd(z.transpose(1, 2), z, None), "z must be contiguous"),
+        (lambda z: ops.relu_fwd(z, z, z), "mask must have the shape"),
+        (lambda z: ops.relu_pool_fwd(z, 2, z, None), "pool must be 0"),
+        (lambda z: ops.relu_pool_fwd(z, 0, z[:, :2, :2].bfloat16(), None), "y must be Float"),
+        (lambda z: pack(z, temperature=0.0), "temperature must be positive"),
+        (lambda z: pack(z, labels=torch.zeros(1, 4, 8)), "labels must be Long"),
+        (lambda z: pack(z, target=z[:, :1]), "target must have the shape"),
+        (lambda z: pack(z, activation=7), "activation must be 0"),
+    ],
+)  # fmt: skip
+def test_errors_say_what_is_expected(call, message):
+    with pytest.raises(RuntimeError, match=message):
+        call(torch.randn(1, 4, 4, 8))
+
+
+def opcheck_cases():
+    x, dy = torch.randn(1, 3, 4, 6), torch.randn(1, 4, 6, 3)
+    t, labels, lse = torch.randn(1, 3, 4, 6), torch.randint(0, 3, (1, 4, 6)), torch.randn(1, 4, 6)
+    z, dz, half = torch.randn(1, 4, 6, 8), torch.randn(1, 4, 6, 8), torch.randn(1, 2, 3, 8)
+    code, mask = torch.zeros(1, 2, 3, 4).byte(), torch.zeros(1, 4, 6, 1).byte()
+    table, one = torch.randn(9, 3, 8), torch.ones(1)
+    rows = torch.zeros(1, 4, 2, dtype=torch.float64)
+    values, indices = torch.rand(1, 2, 4, 6), torch.randint(0, 3, (1, 2, 4, 6))
+    return {
+        "softmax_pack_fwd": (
+            x, None, t, None, None, None, None, 1, 1, 2.0, labels, None, 0.1, 0, 4, 0, 4,
+            dy.clone(), dy.clone(), lse, lse.clone(), rows,
+        ),
+        "label_conv_fwd": (labels, None, table, table.sum(0), 0, z.clone()),
+        "topk_conv_fwd": (values, indices, lse.abs(), None, table, table.sum(1), 0, z.clone()),
+        "relu_fwd": (z, z.clone(), mask),
+        "relu_diff_fwd": (z, dz, z.clone(), z.clone(), mask),
+        "relu_pool_fwd": (z, 0, half.clone(), code),
+        "relu_pool_diff_fwd": (z, dz, 1, half.clone(), half.clone(), mask),
+        "diff_reduce_fwd": (half,),
+        "relu_pool_bwd": (half, code, 0, 4, 6, 0, z.clone()),
+        "relu_bwd": (dz, mask, z.clone()),
+        "softmax_bwd": (
+            x, x.logsumexp(1), dy, one, None, 1, 1.0, labels, None, one, None, 0.0, 0, 4, x.clone(),
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(opcheck_cases()))
+def test_opcheck(name):
+    torch.library.opcheck(getattr(ops, name), opcheck_cases()[name])
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_narrower_builds(capability):
+    """The builds for older machines pass the same tests of values."""
+    if os.environ.get("GPL_FAST_CPU_CAPABILITY") or ops.cpu_capability() == "default":
+        pytest.skip("already a narrow build")
+    env = {**os.environ, "GPL_FAST_CPU_CAPABILITY": capability}
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", __file__,
+         "-k", "not opcheck and not narrower and not errors and (not 150 or label)"],
+        env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-3000:]
