@@ -1,0 +1,264 @@
+"""The autograd Function around the fast path.
+
+Saved between forward and backward (docs/derivation.md, section 4; `Plan.saved` gives the shapes):
+
+=========== ======================================= ============= ==================================
+``x``       (N, C, H, W), the caller's own          caller's      softmax / sigmoid backward
+``lse``     (N, H, W)                               float32       softmax backward recomputes y'
+``code.b``  (N, H_b, W_b, ceil(C_b / 2)), 4 bits    uint8         max pool + ReLU backward
+``mask.b``  (N, H, W, ceil(C / 8)), 1 bit           uint8         ReLU backward without a max pool
+``diff.b``  (N, H_b, W_b, C_b)                      compute dtype seed of eq. (2)
+``phi.t``   style taps: (N, H_t, W_t, C_t)          compute dtype Gram gradient
+``gram.t``  style taps: G' − G, (N, C_t, C_t)       float32       Gram gradient
+``labels``  cross-entropy: (N, H, W)                int16 / 32    cross-entropy's gradient
+=========== ======================================= ============= ==================================
+
+Both walks are one operator each, opaque to torch.compile: they loop over chunks that are chosen
+from the shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpl_fast import chain, plan, reference
+from gpl_fast.lossnet import LossNet
+from gpl_fast.targets import Target
+
+_LIBRARY: Any = torch.library.Library("gpl_fast", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define(
+    "perceptual_fwd(Tensor x, Tensor[] target, Tensor[] packs, str spec, str names, bool keep)"
+    " -> (Tensor, Tensor[])"
+)
+_LIBRARY.define(
+    "perceptual_bwd(Tensor x, Tensor[] target, Tensor[] packs, Tensor[] saved, Tensor g, str spec,"
+    " str names) -> Tensor"
+)
+
+# What the backward reads of the target.
+_KEPT = ("valid", "ce_labels", "class_weight")
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """The cross-entropy that shares the passes over the logits.
+
+    ``labels`` (N, H, W) int64 with -1 = does not count, ``class_weight`` (C,) float32 or None.
+    """
+
+    labels: Tensor
+    class_weight: Tensor | None
+    label_smoothing: float
+
+
+def perceptual_terms(
+    pred: Tensor,
+    target: Target,
+    net: LossNet,
+    *,
+    feature_weights: Mapping[str, float],
+    style_weights: Mapping[str, float],
+    style_features: Mapping[str, Tensor],
+    activation: str,
+    target_activation: str,
+    temperature: float,
+    dtype: torch.dtype,
+    workspace_mb: float,
+    cross_entropy: CrossEntropy | None = None,
+) -> Tensor:
+    """(4, N) float32: feature term, style term, Σ of the pixels' cross-entropy, Σ of its weights.
+
+    Args:
+        pred: (N, C, H, W) float32, bfloat16 or float16, any strides.
+        style_features: by layer, (1 or N, C_b, h, w), where the style target is not `target`.
+        dtype: what the chain computes in.
+        Others: as `functional`.
+    """
+    tensors = _target_tensors(target, style_features, style_weights, dtype)
+    if cross_entropy is not None:
+        if tensors.get("labels") is cross_entropy.labels:
+            # torch.compile takes no tensor twice, so one entry carries both names.
+            tensors["labels+ce_labels"] = tensors.pop("labels")
+        else:
+            tensors["ce_labels"] = cross_entropy.labels
+        if cross_entropy.class_weight is not None:
+            tensors["class_weight"] = cross_entropy.class_weight.float()
+    resized = target.dense is not None and tuple(target.dense.shape[2:]) != tuple(pred.shape[2:])
+    spec = plan.make_spec(
+        net,
+        feature_weights=feature_weights,
+        style_weights=style_weights,
+        kind=target.kind,
+        resized=resized,
+        activation=activation,
+        target_activation=target_activation,
+        temperature=temperature,
+        label_smoothing=cross_entropy.label_smoothing if cross_entropy else 0.0,
+        cross_entropy=cross_entropy is not None,
+        dtype=dtype,
+        workspace_mb=workspace_mb,
+    )
+    names = tuple(tensors)
+    looked_up = target.kind in ("labels", "topk")
+    packs = net.cached_packs(pred.device, dtype, looked_up)
+    text = ",".join(names) + ";" + ",".join(chain.pack_names(net, looked_up))
+    if torch.is_grad_enabled() and pred.requires_grad:
+        terms: Tensor = _PerceptualTerms.apply(  # type: ignore[no-untyped-call]
+            pred, spec, text, len(names), *tensors.values(), *packs
+        )
+        return terms
+    fwd = torch.ops.gpl_fast.perceptual_fwd
+    out: Tensor = fwd(pred, list(tensors.values()), list(packs), spec, text, False)[0]
+    return out
+
+
+class _PerceptualTerms(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, spec: str, names: str, count: int, *tensors: Tensor) -> Tensor:
+        target, packs = list(tensors[:count]), list(tensors[count:])
+        terms, saved = torch.ops.gpl_fast.perceptual_fwd(x, target, packs, spec, names, True)
+        kept = {k: t for k, t in _by_name(names, target, packs)[0].items() if k in _KEPT}
+        if "ce_labels" in kept:  # 2 bytes a pixel instead of 8
+            small = torch.int16 if x.shape[1] <= 2**15 else torch.int32
+            kept["ce_labels"] = kept["ce_labels"].to(small)
+        ctx.save_for_backward(x, *kept.values(), *packs, *saved)
+        ctx.spec, ctx.counts = spec, (len(kept), len(packs))
+        ctx.names = ",".join(kept) + ";" + names.split(";")[1]
+        return terms  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, *rest = ctx.saved_tensors
+        n_target, n_packs = ctx.counts
+        target, packs = rest[:n_target], rest[n_target : n_target + n_packs]
+        with torch.no_grad():
+            dx = torch.ops.gpl_fast.perceptual_bwd(
+                x, target, packs, rest[n_target + n_packs :], grads[0], ctx.spec, ctx.names
+            )
+        if torch.is_grad_enabled():
+            dx = reference.refuse_double_backward(dx, x)
+        return dx, *(None,) * (len(ctx.needs_input_grad) - 1)
+
+
+# ------------------------------------------------------------------------------------ operators
+
+
+def _perceptual_fwd(
+    x: Tensor, target: list[Tensor], packs: list[Tensor], spec: str, names: str, keep: bool
+) -> tuple[Tensor, list[Tensor]]:
+    step = plan.Plan(plan.load_spec(spec), *_nhw(x))
+    with torch.no_grad(), _no_autocast(x):
+        terms, saved = chain.Forward(step, x, *_by_name(names, target, packs), keep).run()
+    return terms.float(), list(saved.values()) if keep else []
+
+
+def _perceptual_fwd_fake(
+    x: Tensor, target: list[Tensor], packs: list[Tensor], spec: str, names: str, keep: bool
+) -> tuple[Tensor, list[Tensor]]:
+    step = plan.Plan(plan.load_spec(spec), *_nhw(x))
+    shapes = step.saved().values() if keep else ()
+    saved = [x.new_empty(shape, dtype=dtype) for shape, dtype in shapes]
+    return x.new_empty((4, x.shape[0]), dtype=torch.float32), saved
+
+
+def _perceptual_bwd(
+    x: Tensor,
+    target: list[Tensor],
+    packs: list[Tensor],
+    saved: list[Tensor],
+    g: Tensor,
+    spec: str,
+    names: str,
+) -> Tensor:
+    step = plan.Plan(plan.load_spec(spec), *_nhw(x))
+    kept = dict(zip(step.saved(), saved, strict=True))
+    with torch.no_grad(), _no_autocast(x):
+        return chain.Backward(step, x, *_by_name(names, target, packs), kept, g).run()
+
+
+def _perceptual_bwd_fake(
+    x: Tensor,
+    target: list[Tensor],
+    packs: list[Tensor],
+    saved: list[Tensor],
+    g: Tensor,
+    spec: str,
+    names: str,
+) -> Tensor:
+    return chain.empty_gradient(x)
+
+
+_LIBRARY.impl("perceptual_fwd", _perceptual_fwd, "CPU")
+_LIBRARY.impl("perceptual_bwd", _perceptual_bwd, "CPU")
+torch.library.register_fake("gpl_fast::perceptual_fwd", _perceptual_fwd_fake, lib=_LIBRARY)
+torch.library.register_fake("gpl_fast::perceptual_bwd", _perceptual_bwd_fake, lib=_LIBRARY)
+
+
+# -------------------------------------------------------------------------------------- inputs
+
+
+def _target_tensors(
+    target: Target,
+    style_features: Mapping[str, Tensor],
+    style_weights: Mapping[str, float],
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    if target.valid is not None:
+        tensors["valid"] = target.valid.contiguous()
+    if target.dense is not None:
+        tensors["dense"] = target.dense
+    if target.labels is not None:
+        labels = target.labels.contiguous()
+        # One channel: value 1 is the first class and value 0 none, so the map is the label itself.
+        tensors["labels"] = labels - 1 if target.channels == 1 else labels
+    if target.topk is not None:
+        tensors |= _topk_tensors(target)
+    if target.features is not None:
+        for name, e in target.features.features.items():
+            tensors[f"feature.{name}"] = e.detach().to(dtype).permute(0, 2, 3, 1).contiguous()
+        style_features = style_features or target.features.features
+    for name in style_weights:
+        if name in style_features:
+            tensors[f"gram.{name}"] = reference.gram(style_features[name].detach().float())
+    return tensors
+
+
+def _topk_tensors(target: Target) -> dict[str, Tensor]:
+    assert target.topk is not None
+    indices = target.topk.indices.contiguous()
+    values = reference.zero_invalid(target.topk.values.detach().float(), target.valid).contiguous()
+    total = values.sum(dim=1)
+    out = {"topk_values": values, "topk_indices": indices}
+    if target.topk.rest == "renormalize":
+        out["topk_values"] = torch.where(total > 0, 1 / total, 0).unsqueeze(1) * values
+    elif target.topk.rest == "uniform":
+        ordered = indices.sort(dim=1).values
+        listed = (ordered.diff(dim=1) != 0).sum(dim=1) + 1
+        unlisted = target.channels - listed
+        out["topk_rest"] = (1 - total).clamp(min=0) * (unlisted > 0) / unlisted.clamp(min=1)
+    return out
+
+
+def _by_name(
+    names: str, target: list[Tensor], packs: list[Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """`names` = target's and packs', as ``"a,b+c;d,e"``; ``b+c`` is one tensor of two names."""
+    target_names, pack_names = (part.split(",") if part else [] for part in names.split(";"))
+    by_name: dict[str, Tensor] = {}
+    for entry, t in zip(target_names, target, strict=True):
+        by_name |= dict.fromkeys(entry.split("+"), t)
+    return by_name, dict(zip(pack_names, packs, strict=True))
+
+
+def _nhw(x: Tensor) -> tuple[int, int, int]:
+    return int(x.shape[0]), int(x.shape[2]), int(x.shape[3])
+
+
+def _no_autocast(x: Tensor) -> Any:
+    return torch.autocast(x.device.type, enabled=False)

@@ -1,0 +1,667 @@
+"""The fast path's two walks over the network: forward in the difference form, and backward.
+
+Both go through images in chunks and through each segment in strips of rows (`gpl_fast.plan`).
+Convolutions are ATen's; everything between them is one of the stage operators of `gpl_fast.ops`.
+Maps are NHWC, prediction and target carried as ``y`` and ``δ = y' − y`` (eq. 6 of
+docs/derivation.md). What the forward leaves for the backward is `Plan.saved`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from gpl_fast import ops, reference
+from gpl_fast.lossnet import LossNet
+from gpl_fast.plan import Plan, Step, padded_channels
+
+Saved = dict[str, Tensor]
+
+
+# ---------------------------------------------------------------------------------- weight packs
+
+
+def pack_names(net: LossNet, looked_up: bool) -> tuple[str, ...]:
+    """Names of what `pack_weights` returns, in order."""
+    names = [
+        f"b.{name.removesuffix('.bias')}" if name.endswith(".bias") else f"w.{name}"
+        for name in net.weight_names
+    ]
+    return (*names, "table", "interior", "rest_table") if looked_up else tuple(names)
+
+
+def pack_weights(
+    net: LossNet, device: torch.device, dtype: torch.dtype, looked_up: bool
+) -> list[Tensor]:
+    """Weights as the walks read them, by `pack_names`.
+
+    ``w.*`` (C_out, C_in, K, K) channels_last, the first one's C_in padded; ``b.*``; the look-up
+    tables of label and top-k targets: ``table`` (K², C, C_out), ``interior`` (C, C_out) its sum
+    over taps, ``rest_table`` (K², C_out) its sum over classes.
+    """
+    weights = net.weights_on(device, dtype)
+    exact = net.weights_on(device, torch.float32)
+    front = "adapter" in weights or net.mean is not None
+    first = next(layer.name for layer in net.layers if layer.kind == "conv")
+    packs: list[Tensor] = []
+    for name, w in weights.items():
+        if name.endswith(".bias"):
+            packs.append(w)
+            continue
+        if name == "adapter" or (name == first and not front):
+            extra = padded_channels(w.shape[1]) - w.shape[1]
+            w = torch.nn.functional.pad(w, (0, 0, 0, 0, 0, extra))
+        packs.append(w.contiguous(memory_format=torch.channels_last))
+    if looked_up:
+        if front:
+            rows = exact["adapter"][:, :, 0, 0] if "adapter" in exact else None
+            eye = torch.eye(net.in_channels, device=device)
+            table = (eye if rows is None else rows.t()).unsqueeze(0)
+        else:
+            table = exact[first].permute(2, 3, 1, 0).flatten(0, 1)
+        sums = table.sum(dim=0), table.sum(dim=1)
+        packs += [table.to(dtype).contiguous(), *(t.contiguous() for t in sums)]
+    return packs
+
+
+# -------------------------------------------------------------------------------------- forward
+
+
+class Forward:
+    """One call's forward walk.
+
+    Args:
+        plan: what to do.
+        x: (N, C, H, W) prediction, any strides.
+        target: by name, as `autograd.TARGET_NAMES`: dense (N, C, H, W), labels (N, H, W) int64,
+            topk_values, topk_indices (N, k, H, W), topk_rest (N, H, W), valid (N, H, W) bool,
+            ce_labels (N, H, W) int64, class_weight (C,), and for tap t ``feature.t`` (N, H_b, W_b,
+            C_b) stored target features, ``gram.t`` (1 or N, C_b, C_b) of another style target.
+        packs: of `pack_weights`.
+        keep: allocate what the backward reads.
+    """
+
+    def __init__(
+        self, plan: Plan, x: Tensor, target: Mapping[str, Tensor], packs: Saved, keep: bool
+    ) -> None:
+        self.plan, self.x, self.target, self.packs, self.keep = plan, x, target, packs, keep
+        self.plain = plan.spec.kind == "features"
+        self.n0 = self.n1 = 0
+        self.saved: Saved = {
+            name: x.new_empty(shape, dtype=dtype)
+            for name, (shape, dtype) in plan.saved().items()
+            if keep or name.split(".")[0] == "gram"
+        }
+        self.terms = x.new_zeros((4, plan.n), dtype=torch.float64)
+
+    def run(self) -> tuple[Tensor, Saved]:
+        """Terms (4, N) float64 (feature, style, Σ cross-entropy, Σ its weights), and `saved`."""
+        plan = self.plan
+        ce_rows = None
+        if plan.spec.cross_entropy:
+            ce_rows = self.x.new_zeros((plan.n, plan.h, 2), dtype=torch.float64)
+        for n0 in range(0, plan.n, plan.images):
+            self.n0, self.n1 = n0, min(n0 + plan.images, plan.n)
+            self._chunk(None if ce_rows is None else ce_rows[self.n0 : self.n1])
+        if ce_rows is not None:
+            self.terms[2:] = ce_rows.sum(dim=1).t()
+        return self.terms, self.saved
+
+    def _chunk(self, ce_rows: Tensor | None) -> None:
+        plan, n = self.plan, self.n1 - self.n0
+        self.taps = {
+            f"{kind}.{tap}": self._tap_buffer(f"{kind}.{tap}", tap)
+            for kind, weights in (("diff", plan.spec.feature_weights), ("phi", {}))
+            for tap in weights
+        }
+        for tap in plan.spec.style_weights:
+            self.saved[f"gram.{tap}"][self.n0 : self.n1].zero_()
+        level: Tensor | None = None  # (2, n, halo + h + halo, w, C): y and δ
+        for i, segment in enumerate(plan.segments):
+            first, last = plan.sizes[segment[0]], plan.sizes[segment[-1]]
+            rows, halo = plan.rows[i], plan.halo(segment)
+            strips = rows < first.h
+            following = None
+            if i + 1 < len(plan.segments):
+                after = plan.segments[i + 1]
+                pad = plan.halo(after) if plan.rows[i + 1] < plan.sizes[after[0]].h else 0
+                channels = plan.steps[segment[-1]].out_channels
+                shape = (2, n, last.out_h + 2 * pad, last.out_w, channels)
+                following = self.x.new_empty(shape, dtype=plan.dtype)
+                following[:, :, :pad] = 0
+                following[:, :, pad + last.out_h :] = 0
+                out = following[:, :, pad : pad + last.out_h]
+            else:
+                out = None
+            for r0 in range(0, max(first.h, 1), max(rows, 1)):
+                r1 = min(r0 + rows, first.h)
+                lo, hi = (r0 - halo, r1 + halo) if strips else (0, first.h)
+                if i == 0:
+                    y, d = self._first_maps(lo, hi, r0, r1, ce_rows)
+                else:
+                    assert level is not None
+                    pair = level[:, :, r0 : r1 + 2 * halo] if strips else level
+                    y, d = pair[0], None if self.plain else pair[1]
+                self._segment(segment, y, d, (lo, hi), (r0, r1), strips, out)
+            level = following
+        self._reduce()
+
+    # (1) prediction and target at the network's input: softmax, difference, look-up
+
+    def _first_maps(
+        self, lo: int, hi: int, r0: int, r1: int, ce_rows: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        plan, spec = self.plan, self.plan.spec
+        a, b = max(lo, 0), min(hi, plan.h)  # the strip's rows inside the image
+        x = self.x[self.n0 : self.n1, :, a:b]
+        shape = (self.n1 - self.n0, hi - lo, plan.w, padded_channels(spec.in_channels))
+        dense = spec.kind == "dense"
+        pair = x.new_empty((2 if dense else 1, *shape), dtype=plan.dtype)
+        ops.softmax_pack_fwd(
+            x,
+            self._rows("valid", a, b),
+            self._dense_rows(a, b) if dense else None,
+            self._rows("labels", a, b),
+            self._rows("topk_values", a, b),
+            self._rows("topk_indices", a, b),
+            self._rows("topk_rest", a, b),
+            ops.ACTIVATIONS[spec.activation],
+            ops.ACTIVATIONS[spec.target_activation],
+            spec.temperature,
+            self._rows("ce_labels", a, b),
+            self.target.get("class_weight"),
+            spec.label_smoothing,
+            lo - a,
+            hi - lo,
+            r0 - a,
+            r1 - r0,
+            pair[0] if dense else None,
+            pair[-1],
+            self._saved_rows("lse", a, b),
+            self._saved_rows("ce_lse", a, b),
+            None if ce_rows is None else ce_rows[:, a:b],
+        )
+        if not plan.front:
+            # Without a target the operator's δ is the prediction itself: the plain form's y.
+            return (pair[0], None) if self.plain else (pair[0] if dense else None, pair[-1])
+        mapped = self._front(pair.flatten(0, 1), lo, hi, pair.shape[0])
+        if spec.kind in ("labels", "topk"):
+            y = x.new_empty((*shape[:3], mapped.shape[-1]), dtype=plan.dtype)
+            self._look_up(y, lo)
+            return self._affine(y, lo, hi, True), mapped[0]
+        return (mapped[0], None) if self.plain else (mapped[0], mapped[1])
+
+    def _dense_rows(self, a: int, b: int) -> Tensor:
+        """Rows [a, b) of the dense target, resized bilinearly where it has another size."""
+        t = self.target["dense"][self.n0 : self.n1]
+        h, w = t.shape[2:]
+        if (h, w) == (self.plan.h, self.plan.w):
+            rows = t[:, :, a:b]
+            return rows.float() if t.dtype == torch.float64 else rows
+        source = (torch.arange(a, b, device=t.device, dtype=torch.float32) + 0.5) * (
+            h / self.plan.h
+        )
+        source = (source - 0.5).clamp(min=0)
+        above = source.floor().long().clamp(max=h - 1)
+        below = (above + 1).clamp(max=h - 1)
+        part = (source - above).view(1, 1, -1, 1)
+        rows = t[:, :, above].float() * (1 - part) + t[:, :, below].float() * part
+        return reference.resize(rows, (b - a, self.plan.w))
+
+    def _front(self, maps: Tensor, lo: int, hi: int, count: int) -> Tensor:
+        """Input adapter, mean/std and zeroing of `count` stacked maps; the last is δ."""
+        if self.plan.spec.adapter:
+            maps = _conv(maps, self.packs["w.adapter"], 1, 0)
+        else:
+            maps = maps[..., : self.plan.spec.in_channels]
+        maps = maps.view(count, -1, *maps.shape[1:])
+        plain_map = [self.plain or (count == 2 and i == 0) for i in range(count)]
+        return torch.stack(
+            [self._affine(m, lo, hi, shift) for m, shift in zip(maps, plain_map, strict=True)]
+        )
+
+    def _affine(self, y: Tensor, lo: int, hi: int, shift: bool) -> Tensor:
+        """``(y − mean) / std`` (differences are not shifted), 0 where not valid or outside."""
+        spec = self.plan.spec
+        if spec.mean is None or spec.std is None:
+            return y
+        z = y.float()
+        if shift:
+            z = z - z.new_tensor(spec.mean)
+        z = (z / z.new_tensor(spec.std)).to(y.dtype)
+        valid = self._of("valid")
+        if valid is not None:
+            rows = torch.zeros((*z.shape[:3], 1), dtype=torch.bool, device=z.device)
+            a, b = max(lo, 0), min(hi, self.plan.h)
+            rows[:, a - lo : b - lo] = valid[:, a:b].unsqueeze(-1)
+            z = torch.where(rows, z, 0)
+        _zero_outside(z, lo, self.plan.h)
+        return z
+
+    def _look_up(self, z: Tensor, row0: int) -> None:
+        valid, table = self._of("valid"), self.packs["table"]
+        if self.plan.spec.kind == "labels":
+            labels = self._of("labels")
+            ops.label_conv_fwd(labels, valid, table, self.packs["interior"], row0, z)
+        else:
+            values, indices = self._of("topk_values"), self._of("topk_indices")
+            rest = self._of("topk_rest")
+            rest_table = None if rest is None else self.packs["rest_table"]
+            ops.topk_conv_fwd(values, indices, rest, valid, table, rest_table, row0, z)
+
+    # (2) convolution, ReLU, pool: eq. (6)
+
+    def _segment(
+        self,
+        segment: range,
+        y: Tensor | None,
+        d: Tensor | None,
+        rows: tuple[int, int],
+        core: tuple[int, int],
+        strips: bool,
+        out: Tensor | None,
+    ) -> None:
+        """Rows ``core`` of a segment's output from its input maps at ``rows``."""
+        plan, (lo, hi) = self.plan, rows
+        for i in segment:
+            step, size = plan.steps[i], plan.sizes[i]
+            p = step.kernel_size // 2
+            if strips:
+                lo, hi = lo + p, hi - p
+            else:
+                lo, hi = 0, size.conv_h
+            z, dz = self._convolve(step, y, d, lo, hi, p, strips)
+            if strips and i != segment[-1]:
+                for t in (z, dz):
+                    if t is not None:
+                        _zero_outside(t, lo, size.conv_h)
+            a, b = (core[0], core[1]) if strips else (0, size.conv_h)
+            inner = slice(max(lo, 0) - lo, min(hi, size.conv_h) - lo)
+            image_rows = slice(max(lo, 0), min(hi, size.conv_h))
+            self._tap(step.conv, z, dz, a - lo, b - lo, a, b)
+            needs_relu = step.relu and (not step.pool or step.relu in plan.taps)
+            if needs_relu:
+                mask = self._saved_rows(f"mask.{step.relu}")
+                self._relu(
+                    z[:, inner],
+                    None if dz is None else dz[:, inner],
+                    None if mask is None or step.pool_kind == "avg" else mask[:, image_rows],
+                )
+                self._tap(step.relu, z, dz, a - lo, b - lo, a, b)
+            if step.pool:
+                a2, b2 = a // 2, min(-(-b // 2), size.out_h)
+                self._pool(step, z, dz, a2, b2, (a, b), out)
+            elif out is not None and i == segment[-1]:
+                out[0][:, a:b] = z[:, a - lo : b - lo]
+                if dz is not None:
+                    out[1][:, a:b] = dz[:, a - lo : b - lo]
+            y, d = z, dz
+
+    def _convolve(
+        self, step: Step, y: Tensor | None, d: Tensor | None, lo: int, hi: int, p: int, strips: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        w, bias = self.packs[f"w.{step.conv}"], self.packs.get(f"b.{step.conv}")
+        pad = 0 if strips else p
+        dz = None if d is None else _conv(d, w, step.stride, p, pad)
+        if y is None:
+            assert dz is not None
+            z = torch.empty_like(dz)
+            self._look_up(z, lo)
+            if bias is not None:
+                z += bias
+        else:
+            z = _conv(y, w, step.stride, p, pad, bias)
+        return z, dz
+
+    def _relu(self, z: Tensor, dz: Tensor | None, mask: Tensor | None) -> None:
+        if dz is None:
+            ops.relu_fwd(z, z, mask)
+        else:
+            ops.relu_diff_fwd(z, dz, z, dz, mask)
+
+    def _pool(
+        self,
+        step: Step,
+        z: Tensor,
+        dz: Tensor | None,
+        a: int,
+        b: int,
+        conv_rows: tuple[int, int],
+        out: Tensor | None,
+    ) -> None:
+        kind = ops.POOLS[step.pool_kind]
+        if step.pool_kind == "max":
+            code = self._saved_rows(f"code.{step.pool}")
+            code = None if code is None else code[:, a:b]
+        else:
+            code = self._saved_rows(f"mask.{step.relu}")
+            code = None if code is None else code[:, conv_rows[0] : conv_rows[1]]
+        diff = self.taps.get(f"diff.{step.pool}")
+        styled = step.pool in self.plan.spec.style_weights
+        shape = (z.shape[0], z.shape[1] // 2, z.shape[2] // 2, z.shape[3])
+        y: Tensor | None = None
+        if out is not None:
+            y, d = out[0][:, a:b], out[1][:, a:b]
+        else:
+            if styled or dz is None:
+                y = z.new_empty(shape)
+            d = z.new_empty(shape) if diff is None else diff[:, a:b]
+        if dz is None:
+            ops.relu_pool_fwd(z, kind, y, code)
+            self._tap(step.pool, y, None, 0, b - a, a, b)
+            return
+        ops.relu_pool_diff_fwd(z, dz, kind, y, d, code)
+        if styled or (diff is not None and out is not None):
+            self._tap(step.pool, y, d, 0, b - a, a, b)
+
+    # (3) taps: diff_b, and for style the prediction's features and G' − G
+
+    def _tap(
+        self, tap: str, y: Tensor | None, d: Tensor | None, i0: int, i1: int, a: int, b: int
+    ) -> None:
+        """Rows [i0, i1) of the maps are rows [a, b) of the layer."""
+        plan, chunk = self.plan, slice(self.n0, self.n1)
+        if tap not in plan.taps:
+            return
+        diff = self.taps.get(f"diff.{tap}")
+        if diff is not None:
+            if d is None:
+                assert y is not None
+                diff[:, a:b] = y[:, i0:i1] - self.target[f"feature.{tap}"][chunk, a:b]
+            elif diff[:, a:b].data_ptr() != d[:, i0:i1].data_ptr():
+                diff[:, a:b] = d[:, i0:i1]
+        if tap in plan.spec.style_weights:
+            assert y is not None
+            target = y[:, i0:i1].float().flatten(1, 2)
+            phi, delta = target, None
+            if d is not None:
+                delta = d[:, i0:i1].float().flatten(1, 2)
+                phi = target + delta
+            gram = self.saved[f"gram.{tap}"][chunk]
+            if f"gram.{tap}" in self.target:
+                gram += phi.transpose(1, 2) @ phi
+            else:
+                # G' − G = δᵀφ' + φᵀδ: the difference form again, no cancellation.
+                assert delta is not None
+                gram += delta.transpose(1, 2) @ phi + target.transpose(1, 2) @ delta
+            if self.keep:
+                n, width, channels = phi.shape[0], plan.tap_shape(tap)[2], phi.shape[2]
+                kept = self.saved[f"phi.{tap}"]
+                kept[chunk, a:b] = phi.view(n, b - a, width, channels).to(kept.dtype)
+
+    def _reduce(self) -> None:
+        plan, chunk = self.plan, slice(self.n0, self.n1)
+        for tap, weight in plan.spec.feature_weights.items():
+            _, h, w, c = plan.tap_shape(tap)
+            sums = ops.diff_reduce_fwd(self.taps[f"diff.{tap}"])
+            self.terms[0, chunk] += sums * (weight / (c * h * w))
+        for tap, weight in plan.spec.style_weights.items():
+            _, h, w, c = plan.tap_shape(tap)
+            gram = self.saved[f"gram.{tap}"][chunk]
+            gram /= c * h * w
+            other = self.target.get(f"gram.{tap}")
+            if other is not None:
+                gram -= other if other.shape[0] == 1 else other[chunk]
+            self.terms[1, chunk] += weight * gram.double().square().sum(dim=(1, 2))
+
+    def _tap_buffer(self, name: str, tap: str) -> Tensor:
+        if self.keep:
+            return self.saved[name][self.n0 : self.n1]
+        shape = (self.n1 - self.n0, *self.plan.tap_shape(tap)[1:])
+        return self.x.new_empty(shape, dtype=self.plan.dtype)
+
+    def _of(self, name: str) -> Tensor | None:
+        t = self.target.get(name)
+        return None if t is None else t[self.n0 : self.n1]
+
+    def _rows(self, name: str, a: int, b: int) -> Tensor | None:
+        """Rows [a, b) of a target tensor (N, H, W) or (N, k, H, W)."""
+        t = self._of(name)
+        return None if t is None else t[..., a:b, :].contiguous()
+
+    def _saved_rows(self, name: str, a: int = 0, b: int | None = None) -> Tensor | None:
+        t = self.saved.get(name)
+        return None if t is None else t[self.n0 : self.n1, a:b]
+
+
+# ------------------------------------------------------------------------------------- backward
+
+
+class Backward:
+    """One call's backward walk: eq. (2) to (5), at unit scale.
+
+    Args:
+        plan, x, target, packs: as in `Forward`.
+        saved: what it left.
+        g: (4, N) float32, the gradients of its terms.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        x: Tensor,
+        target: Mapping[str, Tensor],
+        packs: Saved,
+        saved: Saved,
+        g: Tensor,
+    ) -> None:
+        self.plan, self.x, self.target, self.packs, self.saved = plan, x, target, packs, saved
+        self.n0 = self.n1 = 0
+        # The chain carries seeds of at most one δ; what it was divided by is applied at its end.
+        c = plan.coefficients()
+        unit = max(c.values())
+        g_n = g[:2].abs().amax(dim=0)
+        relative = torch.where(g_n == 0, 0, g[:2] / g_n)
+        self.seeds = {
+            name: relative[0 if name.startswith("feature") else 1] * (value / unit)
+            for name, value in c.items()
+        }
+        self.scale = (2 * unit * g_n).float()
+        last = plan.steps[-1]
+        self.end = last.pool or last.relu or last.conv
+        self.ce_scale = g[2].float().contiguous()
+        self.dx = empty_gradient(x)
+
+    def run(self) -> Tensor:
+        """The gradient of the prediction, (N, C, H, W), in its dtype and memory format."""
+        for n0 in range(0, self.plan.n, self.plan.images):
+            self.n0, self.n1 = n0, min(n0 + self.plan.images, self.plan.n)
+            self._chunk()
+        return self.dx
+
+    def _chunk(self) -> None:
+        plan, n = self.plan, self.n1 - self.n0
+        d_out = self._seed(self.end, 0, plan.tap_shape(self.end)[1], None)
+        for i in reversed(range(len(plan.segments))):
+            segment = plan.segments[i]
+            size, rows = plan.sizes[segment[0]], plan.rows[i]
+            d_in = None
+            if i:
+                channels = plan.steps[segment[0]].in_channels
+                d_in = self.x.new_empty((n, size.h, size.w, channels), dtype=plan.dtype)
+            for r0 in range(0, max(size.h, 1), max(rows, 1)):
+                r1 = min(r0 + rows, size.h)
+                dy = self._segment(segment, d_out, r0, r1, rows < size.h)
+                if i == 0:
+                    self._first_maps(dy, r0, r1)
+                else:
+                    assert d_in is not None
+                    d_in[:, r0:r1] = dy
+            if d_in is not None:
+                pool = plan.steps[segment[0] - 1].pool
+                d_out = self._seed(pool, 0, size.h, d_in) if pool in plan.taps else d_in
+
+    def _segment(self, segment: range, d_out: Tensor, r0: int, r1: int, strips: bool) -> Tensor:
+        """Gradient at rows [r0, r1) of the segment's input."""
+        plan = self.plan
+        reach = plan.halo(segment)
+        dy: Tensor | None = None
+        for i in reversed(segment):
+            step, size = plan.steps[i], plan.sizes[i]
+            p = step.kernel_size // 2
+            lo, hi = (r0 - reach, r1 + reach) if strips else (0, size.conv_h)
+            if dy is None:
+                dz = self._last_gradient(step, i, d_out, lo, hi)
+            else:
+                dz = self._relu_gradient(step, i, dy, lo, hi)
+            dz = self._add_tap(step.conv, dz, lo, hi, size.conv_h)
+            reach -= p
+            w = self.packs[f"w.{step.conv}"]
+            pad_h = 2 * p if strips else p
+            extra = (0, 0)
+            if step.stride == 2:
+                full = (2 * (size.conv_h - 1) - 2 * p + step.kernel_size,
+                        2 * (size.conv_w - 1) - 2 * p + step.kernel_size)  # fmt: skip
+                extra = (size.h - full[0], size.w - full[1])
+            dy = _conv_transpose(dz, w, step.stride, (pad_h, p), extra)
+        assert dy is not None
+        return dy
+
+    def _last_gradient(self, step: Step, i: int, d_out: Tensor, lo: int, hi: int) -> Tensor:
+        """dZ at rows [lo, hi) of a segment's last convolution, 0 outside the image."""
+        plan, size, n = self.plan, self.plan.sizes[i], d_out.shape[0]
+        if not step.pool:
+            inner = d_out[:, max(lo, 0) : min(hi, size.conv_h)]
+            if lo < 0 or hi > size.conv_h:
+                dy = d_out.new_zeros((n, hi - lo, size.conv_w, step.out_channels))
+                dy[:, max(lo, 0) - lo : min(hi, size.conv_h) - lo] = inner
+            else:
+                dy = inner
+            return self._relu_gradient(step, i, dy, lo, hi)
+        dz = d_out.new_empty((n, hi - lo, size.conv_w, step.out_channels))
+        name = f"code.{step.pool}" if step.pool_kind == "max" else f"mask.{step.relu}"
+        code = self.saved[name][self.n0 : self.n1]
+        kind = ops.POOLS[step.pool_kind]
+        ops.relu_pool_bwd(d_out, code, kind, size.conv_h, size.conv_w, lo, dz)
+        if step.relu in plan.taps:
+            seed = self._add_tap(step.relu, torch.zeros_like(dz), lo, hi, size.conv_h)
+            dz += self._masked(step, seed, lo, hi, size.conv_h)
+        return dz
+
+    def _relu_gradient(self, step: Step, i: int, dy: Tensor, lo: int, hi: int) -> Tensor:
+        height = self.plan.sizes[i].conv_h
+        if not step.relu:
+            return dy.contiguous()
+        dy = self._add_tap(step.relu, dy, lo, hi, height)
+        return self._masked(step, dy, lo, hi, height)
+
+    def _masked(self, step: Step, dy: Tensor, lo: int, hi: int, height: int) -> Tensor:
+        """ReLU's gradient inside the image, 0 outside."""
+        mask = self.saved[f"mask.{step.relu}"][self.n0 : self.n1]
+        a, b = max(lo, 0), min(hi, height)
+        if (a, b) == (lo, hi):
+            dz = torch.empty_like(dy, memory_format=torch.contiguous_format)
+            ops.relu_bwd(dy.contiguous(), mask[:, a:b].contiguous(), dz)
+            return dz
+        dz = torch.zeros_like(dy, memory_format=torch.contiguous_format)
+        inner = dy[:, a - lo : b - lo].contiguous()
+        ops.relu_bwd(inner, mask[:, a:b].contiguous(), inner)
+        dz[:, a - lo : b - lo] = inner
+        return dz
+
+    def _add_tap(self, tap: str, dy: Tensor, lo: int, hi: int, height: int) -> Tensor:
+        """`dy` plus the tap's own gradient; the chain's end has started with it."""
+        if tap not in self.plan.taps or tap == self.end:
+            return dy
+        a, b = max(lo, 0), min(hi, height)
+        dy = dy.clone()
+        dy[:, a - lo : b - lo] = self._seed(tap, a, b, dy[:, a - lo : b - lo])
+        return dy
+
+    def _seed(self, tap: str, a: int, b: int, dy: Tensor | None) -> Tensor:
+        """Rows [a, b) of ``dE_b``, eq. (2) and Gram's, added to `dy`, in the compute dtype."""
+        chunk = slice(self.n0, self.n1)
+        if set(self.seeds) == {f"feature.{tap}"} and dy is None:
+            g = self.seeds[f"feature.{tap}"][chunk]
+            diff = self.saved[f"diff.{tap}"][chunk, a:b]
+            # One level: the seed is δ itself (times 0 or ±1 where the loss' gradient is).
+            return diff * g.to(diff.dtype).view(-1, 1, 1, 1)
+        total: Tensor | None = None if dy is None else dy.float()
+        if f"feature.{tap}" in self.seeds:
+            g = self.seeds[f"feature.{tap}"][chunk].float().view(-1, 1, 1, 1)
+            seed = self.saved[f"diff.{tap}"][chunk, a:b].float() * g
+            total = seed if total is None else total + seed
+        if f"style.{tap}" in self.seeds:
+            g = self.seeds[f"style.{tap}"][chunk].float().view(-1, 1, 1, 1)
+            phi = self.saved[f"phi.{tap}"][chunk, a:b].float()
+            seed = (phi.flatten(1, 2) @ self.saved[f"gram.{tap}"][chunk]).view_as(phi) * g
+            total = seed if total is None else total + seed
+        assert total is not None
+        return total.to(self.plan.dtype)
+
+    def _first_maps(self, dy: Tensor, r0: int, r1: int) -> None:
+        plan, spec, chunk = self.plan, self.plan.spec, slice(self.n0, self.n1)
+        valid, labels = self._of("valid"), self._of("ce_labels")
+        if plan.front:
+            dy = self._front(dy, r0, r1)
+        lse = self.saved.get("lse")
+        ce_lse = self.saved.get("ce_lse")
+        ops.softmax_bwd(
+            self.x[chunk],
+            None if lse is None else lse[chunk],
+            dy,
+            self.scale[chunk].contiguous(),
+            valid,
+            ops.ACTIVATIONS[spec.activation],
+            spec.temperature,
+            None if labels is None else labels.long(),
+            None if ce_lse is None else ce_lse[chunk],
+            None if labels is None else self.ce_scale[chunk],
+            self.target.get("class_weight"),
+            spec.label_smoothing,
+            r0,
+            r1 - r0,
+            self.dx[chunk],
+        )
+
+    def _front(self, dy: Tensor, r0: int, r1: int) -> Tensor:
+        spec = self.plan.spec
+        valid = self._of("valid")
+        if spec.std is not None:
+            dy = (dy.float() / dy.new_tensor(spec.std, dtype=torch.float32)).to(dy.dtype)
+        if valid is not None:
+            dy = torch.where(valid[:, r0:r1].unsqueeze(-1), dy, 0)
+        if spec.adapter:
+            return _conv_transpose(dy, self.packs["w.adapter"], 1, (0, 0), (0, 0))
+        return dy.contiguous()
+
+    def _of(self, name: str) -> Tensor | None:
+        t = self.target.get(name)
+        return None if t is None else t[self.n0 : self.n1]
+
+
+def empty_gradient(x: Tensor) -> Tensor:
+    """Uninitialised memory for the gradient of `x`, in its memory format."""
+    nhwc = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    layout = torch.channels_last if nhwc else torch.contiguous_format
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+# --------------------------------------------------------------------------------- convolutions
+
+
+def _conv(
+    y: Tensor, w: Tensor, stride: int, p: int, pad_h: int | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """NHWC -> NHWC; `pad_h` rows of zeros above and below, `p` columns on each side."""
+    pad = (p if pad_h is None else pad_h, p)
+    z = torch.conv2d(y.permute(0, 3, 1, 2), w, bias, stride, pad)
+    return z.permute(0, 2, 3, 1).contiguous()
+
+
+def _conv_transpose(
+    dz: Tensor, w: Tensor, stride: int, pad: tuple[int, int], extra: Sequence[int]
+) -> Tensor:
+    """Eq. (4), NHWC -> NHWC."""
+    dy = torch.conv_transpose2d(dz.permute(0, 3, 1, 2), w, None, stride, pad, extra)
+    return dy.permute(0, 2, 3, 1).contiguous()
+
+
+def _zero_outside(z: Tensor, lo: int, height: int) -> None:
+    """Rows of `z`, whose first is row `lo` of an image of `height` rows, that lie outside of it."""
+    if lo < 0:
+        z[:, :-lo] = 0
+    if lo + z.shape[1] > height:
+        z[:, height - lo :] = 0

@@ -1,0 +1,366 @@
+"""What the fast path will do for a loss and an input shape: steps, saved tensors, chunks.
+
+Pure arithmetic on shapes: no tensor is touched, so fakes, `explain` and the kernels' drivers share
+it. A *step* is one convolution and what follows it; a *segment* is a run of steps at one resolution
+up to and including its down-sampling.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+
+import torch
+
+from gpl_fast.lossnet import LossNet, constant_in_graphs
+
+MIB = 2**20
+# Buffers of about this size stay in the allocator's free lists and close to the last-level cache;
+# larger ones are fresh pages from the kernel at every call.
+PREFERRED_STRIP_BYTES = 24 * MIB
+PREFERRED_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Step:
+    """A convolution, then maybe ReLU, then maybe a pool, and the layers' names for taps."""
+
+    conv: str
+    in_channels: int
+    out_channels: int
+    kernel_size: int
+    stride: int = 1
+    relu: str = ""
+    pool: str = ""
+    pool_kind: str = ""  # "max" or "avg"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Everything static about one call but its shapes; travels through the operators as JSON."""
+
+    in_channels: int
+    steps: tuple[Step, ...]
+    biases: bool
+    adapter: bool
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    feature_weights: Mapping[str, float]
+    style_weights: Mapping[str, float]
+    kind: str  # of the target: "dense", "labels", "topk" or "features"
+    resized: bool  # a dense target of another size
+    activation: str
+    target_activation: str
+    temperature: float
+    label_smoothing: float
+    cross_entropy: bool
+    dtype: str
+    workspace_bytes: int
+
+
+@functools.lru_cache(maxsize=64)
+def load_spec(text: str) -> Spec:
+    """The Spec that `make_spec` wrote."""
+    d = json.loads(text)
+    d["steps"] = tuple(Step(**step) for step in d["steps"])
+    for name in ("mean", "std"):
+        d[name] = None if d[name] is None else tuple(d[name])
+    return Spec(**d)
+
+
+def chain_steps(net: LossNet) -> tuple[Step, ...] | str:
+    """The network as steps, or the sentence that says why it has no such form."""
+    steps: list[dict[str, object]] = []
+    for layer in net.layers:
+        last = steps[-1] if steps else None
+        if layer.kind in ("conv", "down"):
+            steps.append(
+                {
+                    "conv": layer.name,
+                    "in_channels": layer.in_channels,
+                    "out_channels": layer.out_channels,
+                    "kernel_size": layer.kernel_size,
+                    "stride": 2 if layer.kind == "down" else 1,
+                }
+            )
+            if layer.kind == "down":
+                steps[-1]["relu"] = layer.name
+        elif layer.kind == "relu" and last is not None:
+            last["relu"] = layer.name
+        elif last is not None and last.get("relu") and not last.get("pool"):
+            last["pool"], last["pool_kind"] = layer.name, layer.kind.removesuffix("pool")
+        else:
+            return f"{layer.name} does not follow a ReLU: the fast kernels fuse ReLU and pool"
+    return tuple(Step(**step) for step in steps)  # type: ignore[arg-type]
+
+
+def obstacle(net: LossNet) -> str | None:
+    """Why the fast path cannot hold this network, or None."""
+    if not net.is_chain:
+        return "LossNet.from_module networks run on the reference: only chains have fast kernels"
+    steps = chain_steps(net)
+    return steps if isinstance(steps, str) else None
+
+
+def padded_channels(channels: int) -> int:
+    """Channels of the maps in memory: oneDNN's and the GPU's kernels want round numbers."""
+    return -(-channels // 32) * 32 if channels > 4 else -(-channels // 4) * 4
+
+
+@dataclass(frozen=True)
+class Size:
+    """Grids of one step: of its input, its convolution's output, and what it puts out."""
+
+    h: int
+    w: int
+    conv_h: int
+    conv_w: int
+    out_h: int
+    out_w: int
+
+
+class Plan:
+    """`Spec` at a prediction's shape (N, C, H, W)."""
+
+    def __init__(self, spec: Spec, n: int, h: int, w: int) -> None:
+        self.spec, self.n, self.h, self.w = spec, n, h, w
+        self.dtype: torch.dtype = getattr(torch, spec.dtype)
+        self.taps = tuple(dict.fromkeys((*spec.feature_weights, *spec.style_weights)))
+        self.steps = self._steps_to_last_tap()
+        self.sizes = self._grid_sizes()
+        self.front = spec.adapter or spec.mean is not None
+        self.segments = self._segments()
+        self.images, self.rows = self._chunks()
+
+    # --------------------------------------------------------------------------------- structure
+
+    def _steps_to_last_tap(self) -> tuple[Step, ...]:
+        last = max(
+            i
+            for i, step in enumerate(self.spec.steps)
+            if {step.conv, step.relu, step.pool} & set(self.taps)
+        )
+        steps = list(self.spec.steps[: last + 1])
+        if steps[-1].pool not in self.taps:
+            steps[-1] = replace(steps[-1], pool="", pool_kind="")
+            if steps[-1].relu not in self.taps:
+                steps[-1] = replace(steps[-1], relu="")
+        return tuple(steps)
+
+    def _grid_sizes(self) -> tuple[Size, ...]:
+        sizes, h, w = [], self.h, self.w
+        for step in self.steps:
+            conv_h, conv_w = -(-h // step.stride), -(-w // step.stride)
+            out_h, out_w = (conv_h // 2, conv_w // 2) if step.pool else (conv_h, conv_w)
+            sizes.append(Size(h, w, conv_h, conv_w, out_h, out_w))
+            h, w = out_h, out_w
+        return tuple(sizes)
+
+    def _segments(self) -> tuple[range, ...]:
+        ends = [
+            i + 1
+            for i, step in enumerate(self.steps)
+            if step.pool or step.stride == 2 or i + 1 == len(self.steps)
+            or self.steps[i + 1].stride == 2
+        ]  # fmt: skip
+        return tuple(range(a, b) for a, b in zip([0, *ends], ends, strict=False))
+
+    def halo(self, segment: range) -> int:
+        """Rows that a strip needs beyond its own on each side."""
+        return sum(self.steps[i].kernel_size // 2 for i in segment)
+
+    # ------------------------------------------------------------------- the saved-tensor contract
+
+    def tap_shape(self, tap: str) -> tuple[int, int, int, int]:
+        """(N, H_b, W_b, C_b) of a tapped layer."""
+        for step, size in zip(self.steps, self.sizes, strict=True):
+            if tap in (step.conv, step.relu):
+                return self.n, size.conv_h, size.conv_w, step.out_channels
+            if tap == step.pool:
+                return self.n, size.out_h, size.out_w, step.out_channels
+        raise KeyError(tap)
+
+    def saved(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Name -> shape and dtype of what the forward leaves for the backward, in order.
+
+        The table in docs/derivation.md, section 4: `lse`, a code for each pool, a mask for each
+        ReLU whose full-resolution output is used, `diff` for each tap, and for style taps the
+        prediction's features and ``G' - G``.
+        """
+        spec, n, u8 = self.spec, self.n, torch.uint8
+        out: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        if spec.activation == "softmax":
+            out["lse"] = ((n, self.h, self.w), torch.float32)
+        if self.own_ce_lse:
+            out["ce_lse"] = ((n, self.h, self.w), torch.float32)
+        for step, size in zip(self.steps, self.sizes, strict=True):
+            c = step.out_channels
+            if step.pool_kind == "max":
+                out[f"code.{step.pool}"] = ((n, size.out_h, size.out_w, -(-c // 2)), u8)
+            if self.needs_mask(step):
+                out[f"mask.{step.relu}"] = ((n, size.conv_h, size.conv_w, -(-c // 8)), u8)
+        for tap in spec.feature_weights:
+            out[f"diff.{tap}"] = (self.tap_shape(tap), self.dtype)
+        for tap in spec.style_weights:
+            shape = self.tap_shape(tap)
+            out[f"phi.{tap}"] = (shape, self.dtype)
+            out[f"gram.{tap}"] = ((n, shape[3], shape[3]), torch.float32)
+        return out
+
+    def needs_mask(self, step: Step) -> bool:
+        """Whether the ReLU's full-resolution sign is needed: 1 bit an element."""
+        return bool(step.relu) and (step.pool_kind != "max" or step.relu in self.taps)
+
+    @property
+    def own_ce_lse(self) -> bool:
+        """Whether the cross-entropy's log-sum-exp is another one than the activation's."""
+        spec = self.spec
+        return spec.cross_entropy and (spec.activation != "softmax" or spec.temperature != 1.0)
+
+    def bytes_saved(self) -> int:
+        """Of all of `saved`."""
+        return sum(_bytes(shape, dtype) for shape, dtype in self.saved().values())
+
+    def bytes_saved_by_layer(self) -> dict[str, int]:
+        """Of codes, masks, differences by the layer that they belong to."""
+        out: dict[str, int] = {}
+        for name, (shape, dtype) in self.saved().items():
+            layer = name.partition(".")[2]
+            out[layer] = out.get(layer, 0) + _bytes(shape, dtype)
+        return out
+
+    def bytes_transient(self) -> int:
+        """Of the chunk that the walks allocate besides `saved`: at most the workspace."""
+        return self._bytes(self.images, self.rows)
+
+    # --------------------------------------------------------------------------------- coefficients
+
+    def coefficients(self) -> dict[str, float]:
+        """``w_b / (C_b H_b W_b)`` of each feature tap and twice that of each style tap."""
+        out = {}
+        for prefix, weights, factor in (
+            ("feature", self.spec.feature_weights, 1.0),
+            ("style", self.spec.style_weights, 2.0),
+        ):
+            for tap, weight in weights.items():
+                _, h, w, c = self.tap_shape(tap)
+                out[f"{prefix}.{tap}"] = factor * weight / (c * h * w)
+        return out
+
+    # --------------------------------------------------------------------------------------- chunks
+
+    def _chunks(self) -> tuple[int, tuple[int, ...]]:
+        """Images a chunk, and rows a strip for each segment (its whole height = no strips)."""
+        budget = self.spec.workspace_bytes
+        heights = tuple(self.sizes[s[0]].h for s in self.segments)
+        whole = self._bytes(1, heights)
+        if whole <= min(budget, PREFERRED_STRIP_BYTES):
+            return max(1, min(self.n, min(budget, PREFERRED_STRIP_BYTES) // max(whole, 1))), heights
+        rows = tuple(self._strip_rows(i) for i in range(len(self.segments)))
+        least = tuple(h if self._whole_only(i) else min(2, h) for i, h in enumerate(heights))
+        for wanted in (rows, least):
+            while self._bytes(1, wanted) > budget and wanted != least:
+                wanted = tuple(
+                    h if self._whole_only(i) else max(min(2, h), r // 2 // 2 * 2)
+                    for i, (r, h) in enumerate(zip(wanted, heights, strict=True))
+                )
+            if self._bytes(1, wanted) <= budget:
+                return 1, wanted
+        raise ValueError(
+            f"workspace_mb: got {budget / MIB:g}, expected at least "
+            f"{-(-self._bytes(1, least) // MIB)} for an input of {self.h} x {self.w} with "
+            f"{self.spec.in_channels} channels: not one strip of rows fits"
+        )
+
+    def _whole_only(self, i: int) -> bool:
+        return self.steps[self.segments[i][0]].stride == 2
+
+    def _strip_rows(self, i: int) -> int:
+        height = self.sizes[self.segments[i][0]].h
+        if self._whole_only(i):
+            return height
+        a_row = (self._segment_bytes(i, 1, 66) - self._segment_bytes(i, 1, 2)) // 64
+        rows = max(PREFERRED_STRIP_BYTES // max(a_row, 1), PREFERRED_ROWS)
+        return height if rows >= height else rows // 2 * 2
+
+    def _segment_bytes(self, i: int, images: int, rows: int) -> int:
+        """Transient bytes of one strip: the larger of forward and backward."""
+        segment, e = self.segments[i], self.dtype.itemsize
+        size = self.sizes[segment[0]]
+        tall = min(rows, size.h) + (2 * self.halo(segment) if rows < size.h else 0)
+        first = self.spec.kind in ("dense", "features") or self.front
+        grids = 0
+        if i == 0:
+            channels = padded_channels(self.spec.in_channels)
+            grids = (2 if first else 1) * channels
+            if self.front:
+                grids += 3 * self.steps[0].in_channels
+            if self.spec.resized:
+                grids += 2 * self.spec.in_channels * 4 // e
+        widest = max(self.steps[j].out_channels for j in segment)
+        narrow = self.steps[segment[0]].in_channels if i else 0
+        # (y, δ) in, (z, δz) out; with several convolutions both pairs are alive.
+        outs = (4 if len(segment) > 1 else 2) * widest
+        return images * tall * size.w * e * (grids + outs + narrow)
+
+    def _bytes(self, images: int, rows: tuple[int, ...]) -> int:
+        """Transient bytes of a chunk: levels between segments, and the largest strip."""
+        e, peak = self.dtype.itemsize, 0
+        for i, segment in enumerate(self.segments):
+            first, last = self.sizes[segment[0]], self.sizes[segment[-1]]
+            c_in, c_out = self.steps[segment[0]].in_channels, self.steps[segment[-1]].out_channels
+            pad = 2 * self.halo(segment)
+            level_in = 2 * (first.h + pad) * first.w * c_in * e if i else 0
+            level_out = 2 * (last.out_h + pad) * last.out_w * c_out * e
+            peak = max(
+                peak, images * (level_in + level_out) + self._segment_bytes(i, images, rows[i])
+            )
+        return peak
+
+
+def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return torch.Size(shape).numel() * dtype.itemsize
+
+
+@constant_in_graphs
+def make_spec(
+    net: LossNet,
+    *,
+    feature_weights: Mapping[str, float],
+    style_weights: Mapping[str, float],
+    kind: str,
+    resized: bool = False,
+    activation: str,
+    target_activation: str,
+    temperature: float,
+    label_smoothing: float = 0.0,
+    cross_entropy: bool = False,
+    dtype: torch.dtype,
+    workspace_mb: float,
+) -> str:
+    """The Spec of a loss on a network without `obstacle`, as JSON for `load_spec`."""
+    steps = chain_steps(net)
+    assert not isinstance(steps, str)
+    names = net.weight_names
+    spec = Spec(
+        net.in_channels,
+        steps,
+        any(name.endswith(".bias") for name in names),
+        "adapter" in names,
+        net.mean,
+        net.std,
+        dict(feature_weights),
+        dict(style_weights),
+        kind,
+        resized,
+        activation,
+        target_activation,
+        float(temperature),
+        float(label_smoothing),
+        cross_entropy,
+        str(dtype).removeprefix("torch."),
+        int(workspace_mb * MIB),
+    )
+    return json.dumps(asdict(spec))
