@@ -1,0 +1,22 @@
+"""Settings of all tests."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import BACKENDS
+from hypothesis import settings
+
+# No deadline: the machine is shared. Derandomised: a failure is the code's, not the day's.
+settings.register_profile("gpl_fast", deadline=None, derandomize=True)
+settings.load_profile("gpl_fast")
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)

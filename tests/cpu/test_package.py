@@ -1,0 +1,329 @@
+"""The package as installed: what importing costs and touches, command line, explain, README."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from argparse import ArgumentParser
+from pathlib import Path
+
+import pytest
+import torch
+from cases import NARROW, make_target
+from torch.utils.flop_counter import FlopCounterMode
+
+import gpl_fast
+from gpl_fast import bench, cli
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = Path(gpl_fast.__file__).parent
+
+
+def run_python(code, *arguments, cwd=ROOT, **environment):
+    """Standard output of `python -c code`, with this gpl_fast importable from anywhere."""
+    variables = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), **environment}
+    run = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=variables,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+# ------------------------------------------------------------------------------------------ import
+
+_IMPORT = """
+import json, sys, time
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name in {blocked!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Block())
+import torch
+before = set(sys.modules)
+start = time.perf_counter()
+import gpl_fast
+seconds = time.perf_counter() - start
+own = {{name.split(".")[0] for name in set(sys.modules) - before}}
+compiler = "torch._dynamo" in set(sys.modules) - before
+loss = gpl_fast.GenericPerceptualLoss(3, net="1", widths=(4,))
+x = torch.zeros(1, 3, 8, 8, requires_grad=True)
+loss(x, torch.zeros(1, 8, 8, dtype=torch.long)).backward()
+print(json.dumps({{
+    "seconds": seconds,
+    "new": sorted(own),
+    "compiler": compiler,
+    "cuda": torch.cuda.is_initialized(),
+    "grad": float(x.grad.abs().sum()),
+    "threads": torch.get_num_threads(),
+}}))
+"""
+
+OPTIONAL = ("triton", "sklearn", "matplotlib", "rich", "PIL", "pandas", "scipy", "torchvision")
+
+
+@pytest.fixture(scope="module")
+def imported():
+    """What a fresh process finds when every optional package is missing."""
+    return json.loads(run_python(_IMPORT.format(blocked=OPTIONAL)))
+
+
+def test_import_needs_nothing_optional_and_the_loss_works(imported):
+    assert imported["grad"] > 0
+    assert "gpl_fast" in imported["new"]
+
+
+def test_import_brings_nothing_of_its_own():
+    found = json.loads(run_python(_IMPORT.format(blocked=())))
+    heavy = {*OPTIONAL, "numpy", "safetensors", "setuptools", "ninja", "pybind11"}
+    assert not heavy & set(found["new"])  # numpy comes with torch, before
+    assert not found["compiler"]  # torch._dynamo alone costs two seconds
+
+
+def test_import_is_quick(imported):
+    assert imported["seconds"] < 1.5
+
+
+def test_import_touches_no_gpu(imported):
+    assert imported["cuda"] is False
+
+
+def test_import_prints_and_warns_nothing():
+    code = "import torch, warnings; warnings.simplefilter('error'); import gpl_fast"
+    assert run_python(code) == ""
+
+
+def test_public_names_exist_and_are_documented():
+    for name in gpl_fast.__all__:
+        assert getattr(gpl_fast, name).__doc__, name
+    names = ["GenericPerceptualLoss", "SegmentationLoss", "PerceptualLoss", "LossNet", "TopK"]
+    assert {*names, "TargetFeatures", "BackendUnavailable"} <= set(gpl_fast.__all__)
+    assert re.fullmatch(r"\d+\.\d+\.\d+.*", gpl_fast.__version__)
+    assert f'version = "{gpl_fast.__version__}"' in (ROOT / "pyproject.toml").read_text()
+
+
+# --------------------------------------------------------------------------------- the oracle alone
+
+
+def imports_of(path):
+    """Top-level packages that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add("." if node.level else node.module.split(".")[0])
+    return found
+
+
+def test_reference_imports_torch_only():
+    assert imports_of(PACKAGE / "reference.py") <= {"torch", "collections", "typing", "__future__"}
+
+
+def test_reference_runs_alone(tmp_path):
+    (tmp_path / "oracle.py").write_text((PACKAGE / "reference.py").read_text())
+    code = """
+import sys
+sys.path.insert(0, "")
+import oracle, torch
+from types import SimpleNamespace as Layer
+names = {"c": "conv", "r": "relu", "p": "maxpool"}
+layers = [Layer(name=name, kind=kind) for name, kind in names.items()]
+w = {"c": torch.ones(1, 2, 1, 1)}
+def extract(y, taps):
+    return oracle.features(y, layers, {k: v.to(y.dtype) for k, v in w.items()}, taps)
+x = torch.zeros(1, 2, 4, 4, requires_grad=True)
+y = oracle.one_hot(torch.zeros(1, 4, 4, dtype=torch.long), 2, torch.float32)
+e = extract(2 * y, ("p",))
+terms = oracle.perceptual_terms(
+    oracle.prediction_map(x, "softmax", 1.0, None), extract, e, {}, {"p": 1.0}, {}, torch.float32)
+terms["feature"].sum().backward()
+assert not any(name.startswith("gpl_fast") for name in sys.modules)
+print(float(terms["feature"]))
+"""
+    out = run_python(code, cwd=tmp_path, PYTHONPATH="")
+    assert float(out) == 1.0  # (1 - 2)^2 at every pixel
+
+
+# ------------------------------------------------------------------------------------ command line
+
+
+def test_info(capsys):
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    for word in (gpl_fast.__version__, torch.__version__, "cpu", "reference", "fast"):
+        assert word in out
+    assert gpl_fast.LossNet.vgg(19).fingerprint() in out
+
+
+def test_info_json(capsys):
+    assert cli.main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["gpl_fast"] == gpl_fast.__version__
+    assert found["devices"]["cpu"]["reference"] == "available"
+    assert found["devices"]["cpu"]["fast"].startswith(("available", "unavailable: "))
+    assert found["fingerprint"] == gpl_fast.LossNet.vgg(19).fingerprint()
+
+
+def test_info_check_as_a_module():
+    run = [sys.executable, "-W", "error", "-m", "gpl_fast", "info", "--check", "--json"]
+    done = subprocess.run(run, capture_output=True, text=True, cwd=PACKAGE.parent, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(done.stdout)["check"]
+    assert all(row["ok"] for row in rows)
+    assert {row["target"] for row in rows} == {"dense", "labels", "topk"}
+    assert {row["backend"] for row in rows} >= {"reference"}
+
+
+def test_info_check_fails_on_a_mismatch(capsys, monkeypatch):
+    from gpl_fast import info
+
+    good = {"device": "cpu", "backend": "fast", "dtype": "float32", "target": "labels"}
+    rows = [{**good, "value_error": 0.5, "grad_cosine": 0.1, "ok": False}]
+    monkeypatch.setattr(info, "check", lambda: rows)
+    assert cli.main(["info", "--check"]) == 1
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_bench_writes_json(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "QUICK", ((3, 32, 32),))
+    path = tmp_path / "rows.json"
+    assert cli.main(["bench", "--quick", "--json", str(path)]) == 0
+    report = json.loads(path.read_text())
+    assert report["gpl_fast"] == gpl_fast.__version__
+    assert {"machine", "torch", "threads"} <= set(report)
+    row = next(row for row in report["rows"] if row["provider"] == "reference")
+    assert row["shape"] == [1, 3, 32, 32]
+    assert 0 < row["seconds_p20"] <= row["seconds_median"] <= row["seconds_p80"]
+    assert row["peak_mib"] >= 0
+    assert "reference" in capsys.readouterr().out
+
+
+def test_unknown_commands_list_the_known_ones(capsys):
+    for argv in ([], ["train"]):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(argv)
+        assert caught.value.code == 2
+    error = capsys.readouterr().err
+    for command in ("info", "bench", "demo"):
+        assert command in error
+
+
+def test_demo_help(capsys):
+    demo = pytest.importorskip("gpl_fast.demo")
+    if not hasattr(demo, "add_arguments"):
+        pytest.skip("gpl_fast.demo has no add_arguments yet")
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["demo", "--help"])
+    assert caught.value.code == 0
+    assert "usage: gpl-fast demo" in capsys.readouterr().out
+    demo.add_arguments(ArgumentParser())  # needs none of the demo's own packages
+
+
+# ----------------------------------------------------------------------------------------- explain
+
+KINDS = ("dense", "labels", "topk", "features")
+
+
+def bytes_kept(loss, pred, target, mask=None):
+    """Bytes that autograd keeps on the CPU, beside the caller's tensors and the weights."""
+    x = pred.clone().requires_grad_()
+    loss(x, target, mask)  # the weights are cast once, before the count
+    storages = {}
+
+    def pack(t):
+        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        value = loss(x, target, mask)
+    own = [x, mask, *loss.net.cached_tensors(), getattr(target, "values", None), target]
+    own += [*list(getattr(target, "features", {}).values()), getattr(target, "indices", None)]
+    for t in own:
+        if isinstance(t, torch.Tensor):
+            storages.pop(t.untyped_storage().data_ptr(), None)
+    value.backward()
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "mask"])
+def test_explain_counts_the_bytes_that_autograd_keeps(backend, kind, masked):
+    loss = gpl_fast.GenericPerceptualLoss(5, widths=NARROW, backend=backend)
+    pred, target = torch.randn(2, 5, 37, 45), make_target(kind, (2, 5, 37, 45), loss)
+    mask = torch.rand(2, 37, 45) > 0.2 if masked and kind != "features" else None
+    found = loss.explain(pred, target, mask)
+    assert found.backend == backend
+    assert found.bytes_saved == bytes_kept(loss, pred, target, mask)
+    assert found.bytes_saved > 0
+
+
+def test_explain_counts_flops_as_torch_and_by_hand():
+    loss = gpl_fast.GenericPerceptualLoss(5, net="1,1", widths=(4, 6), backend="reference")
+    x, target = torch.randn(2, 5, 9, 12, requires_grad=True), torch.randn(2, 5, 9, 12)
+    found = loss.explain(x, target)
+    # 2 K^2 C_in C_out pixels, for the prediction, its data gradient and the target
+    by_hand = 3 * 2 * 9 * 2 * (5 * 4 * 9 * 12 + 4 * 6 * 4 * 6)
+    assert found.flops == by_hand
+    with FlopCounterMode(display=False) as counter:
+        loss(x, target).backward()
+    assert found.flops == counter.get_total_flops()
+    encoded = loss.explain(x, loss.encode(target))
+    assert encoded.flops == by_hand * 2 // 3
+
+
+def test_explain_stops_at_the_last_level_used():
+    loss = gpl_fast.GenericPerceptualLoss(5, widths=NARROW, level_weights=(0, 1, 0, 0, 0))
+    found = loss.explain(torch.randn(1, 5, 32, 32), torch.randn(1, 5, 32, 32))
+    assert [layer.name for layer in found.layers][-1] == "pool2"
+    assert found.layers[-1].shape == (1, NARROW[1], 8, 8)
+
+
+def test_explain_prints_what_a_user_asks_for():
+    loss = gpl_fast.GenericPerceptualLoss(5, widths=NARROW)
+    pred, target = torch.randn(2, 5, 37, 45), torch.randint(5, (2, 37, 45))
+    found = loss.explain(pred, target)
+    text = str(found)
+    for word in (found.backend, found.reason, "float32", "GFLOP", "MiB", "workspace", "conv5_1"):
+        assert word in text
+    assert f"{found.bytes_saved / 2**20:.2f} MiB" in text
+    double = str(loss.explain(pred.double(), target))
+    assert "reference" in double
+    assert "float64" in double
+
+
+def test_explain_changes_nothing():
+    loss = gpl_fast.GenericPerceptualLoss(5, widths=NARROW)
+    pred, target = torch.randn(2, 5, 37, 45), torch.randint(5, (2, 37, 45))
+    value = loss(pred, target)
+    loss.explain(pred.requires_grad_(), target)
+    assert pred.grad is None
+    assert torch.equal(loss(pred, target).detach(), value)
+
+
+# ------------------------------------------------------------------------------------------ README
+
+
+def quick_start():
+    """The first python block under the heading that says "Quick start"."""
+    text = (ROOT / "README.md").read_text()
+    found = re.search(r"^#+ .*quick start.*?^```python\n(.*?)^```", text, re.I | re.M | re.S)
+    assert found, "README.md has no python block under a heading 'Quick start'"
+    return found[1]
+
+
+def test_readme_quick_start_runs_as_it_stands(tmp_path):
+    code = quick_start()
+    assert "gpl_fast" in code
+    (tmp_path / "quick_start.py").write_text(code)
+    run_python("import runpy; runpy.run_path('quick_start.py')", cwd=tmp_path)
