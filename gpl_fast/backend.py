@@ -40,10 +40,8 @@ def requested_backend(backend: str) -> str:
     if backend == "auto" and "GPL_FAST_BACKEND" in os.environ:
         source, word = "GPL_FAST_BACKEND", os.environ["GPL_FAST_BACKEND"]
     if word not in BACKENDS:
-        raise ValueError(
-            f"{source}: got {word!r}, expected one of {BACKENDS}"
-            + ("; or unset the variable" if source != "backend" else "")
-        )
+        way_out = "" if source == "backend" else "; or unset the variable"
+        raise ValueError(f"{source}: got {word!r}, expected one of {BACKENDS}{way_out}")
     return word
 
 

@@ -118,7 +118,7 @@ class Forward:
         }
         for tap in plan.spec.style_weights:
             self.saved[f"gram.{tap}"][self.n0 : self.n1].zero_()
-        level: Tensor | None = None  # (2, n, halo + h + halo, w, C): y and δ
+        level: Tensor | None = None  # (2, n, halo + h + halo, w, C): y and δ; plain: y alone
         for i, segment in enumerate(plan.segments):
             first, last = plan.sizes[segment[0]], plan.sizes[segment[-1]]
             rows, halo = plan.rows[i], plan.halo(segment)
@@ -128,7 +128,8 @@ class Forward:
                 after = plan.segments[i + 1]
                 pad = plan.halo(after) if plan.rows[i + 1] < plan.sizes[after[0]].h else 0
                 channels = plan.steps[segment[-1]].out_channels
-                shape = (2, n, last.out_h + 2 * pad, last.out_w, channels)
+                count = 1 if self.plain else 2
+                shape = (count, n, last.out_h + 2 * pad, last.out_w, channels)
                 following = self.x.new_empty(shape, dtype=plan.dtype)
                 following[:, :, :pad] = 0
                 following[:, :, pad + last.out_h :] = 0
@@ -139,20 +140,20 @@ class Forward:
                 r1 = min(r0 + rows, first.h)
                 lo, hi = (r0 - halo, r1 + halo) if strips else (0, first.h)
                 if i == 0:
-                    y, d = self._first_maps(lo, hi, r0, r1, ce_rows)
+                    maps = [self._first_maps(lo, hi, r0, r1, ce_rows)]
                 else:
                     assert level is not None
-                    pair = level[:, :, r0 : r1 + 2 * halo] if strips else level
-                    y, d = pair[0], None if self.plain else pair[1]
-                self._segment(segment, y, d, (lo, hi), (r0, r1), strips, out)
+                    # Rows of each map are contiguous, rows of both together are not.
+                    both = level[:, :, r0 : r1 + 2 * halo]
+                    maps = [both[:1], both[1:]][: len(both)] if strips else [level]
+                self._segment(segment, maps, (lo, hi), (r0, r1), strips, out)
             level = following
         self._reduce()
 
     # (1) prediction and target at the network's input: softmax, difference, look-up
 
-    def _first_maps(
-        self, lo: int, hi: int, r0: int, r1: int, ce_rows: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def _first_maps(self, lo: int, hi: int, r0: int, r1: int, ce_rows: Tensor | None) -> Tensor:
+        """(y, δ) stacked, y alone in the plain form, or δ alone where the target is looked up."""
         plan, spec = self.plan, self.plan.spec
         a, b = max(lo, 0), min(hi, plan.h)  # the strip's rows inside the image
         x = self.x[self.n0 : self.n1, :, a:b]
@@ -184,14 +185,13 @@ class Forward:
             None if ce_rows is None else ce_rows[:, a:b],
         )
         if not plan.front:
-            # Without a target the operator's δ is the prediction itself: the plain form's y.
-            return (pair[0], None) if self.plain else (pair[0] if dense else None, pair[-1])
-        mapped = self._front(pair.flatten(0, 1), lo, hi, pair.shape[0])
+            return pair  # without a target the operator's δ is the prediction, the plain form's y
+        maps = self._front(pair.flatten(0, 1), lo, hi, pair.shape[0])
         if spec.kind in ("labels", "topk"):
-            y = x.new_empty((*shape[:3], mapped.shape[-1]), dtype=plan.dtype)
+            y = x.new_empty(maps.shape[1:], dtype=plan.dtype)
             self._look_up(y, lo)
-            return self._affine(y, lo, hi, True), mapped[0]
-        return (mapped[0], None) if self.plain else (mapped[0], mapped[1])
+            return torch.stack([self._affine(y, lo, hi, True), maps[0]])
+        return maps
 
     def _dense_rows(self, a: int, b: int) -> Tensor:
         """Rows [a, b) of the dense target, resized bilinearly where it has another size."""
@@ -213,7 +213,7 @@ class Forward:
     def _front(self, maps: Tensor, lo: int, hi: int, count: int) -> Tensor:
         """Input adapter, mean/std and zeroing of `count` stacked maps; the last is δ."""
         if self.plan.spec.adapter:
-            maps = _conv(maps, self.packs["w.adapter"], 1, 0)
+            maps = _conv(maps, self.packs["w.adapter"], 1, (0, 0))
         else:
             maps = maps[..., : self.plan.spec.in_channels]
         maps = maps.view(count, -1, *maps.shape[1:])
@@ -256,8 +256,7 @@ class Forward:
     def _segment(
         self,
         segment: range,
-        y: Tensor | None,
-        d: Tensor | None,
+        maps: list[Tensor],
         rows: tuple[int, int],
         core: tuple[int, int],
         strips: bool,
@@ -272,15 +271,16 @@ class Forward:
                 lo, hi = lo + p, hi - p
             else:
                 lo, hi = 0, size.conv_h
-            z, dz = self._convolve(step, y, d, lo, hi, p, strips)
+            maps = self._convolve(step, maps, lo, 0 if strips else p)
+            z, dz = maps[0][0], None if self.plain else maps[-1][-1]
             if strips and i != segment[-1]:
-                for t in (z, dz):
-                    if t is not None:
-                        _zero_outside(t, lo, size.conv_h)
+                for t in maps:
+                    _zero_outside(t.flatten(0, 1), lo, size.conv_h)
             a, b = (core[0], core[1]) if strips else (0, size.conv_h)
             inner = slice(max(lo, 0) - lo, min(hi, size.conv_h) - lo)
             image_rows = slice(max(lo, 0), min(hi, size.conv_h))
-            self._tap(step.conv, z, dz, a - lo, b - lo, a, b)
+            if step.conv != step.relu:  # a stride-2 layer's output is its ReLU's
+                self._tap(step.conv, z, dz, a - lo, b - lo, a, b)
             needs_relu = step.relu and (not step.pool or step.relu in plan.taps)
             if needs_relu:
                 mask = self._saved_rows(f"mask.{step.relu}")
@@ -297,23 +297,20 @@ class Forward:
                 out[0][:, a:b] = z[:, a - lo : b - lo]
                 if dz is not None:
                     out[1][:, a:b] = dz[:, a - lo : b - lo]
-            y, d = z, dz
 
-    def _convolve(
-        self, step: Step, y: Tensor | None, d: Tensor | None, lo: int, hi: int, p: int, strips: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def _convolve(self, step: Step, maps: list[Tensor], lo: int, pad_h: int) -> list[Tensor]:
+        """z and δz of (y, δ), stacked as these are; z by look-up where `maps` is δ alone."""
         w, bias = self.packs[f"w.{step.conv}"], self.packs.get(f"b.{step.conv}")
-        pad = 0 if strips else p
-        dz = None if d is None else _conv(d, w, step.stride, p, pad)
-        if y is None:
-            assert dz is not None
-            z = torch.empty_like(dz)
-            self._look_up(z, lo)
-            if bias is not None:
-                z += bias
-        else:
-            z = _conv(y, w, step.stride, p, pad, bias)
-        return z, dz
+        out = []
+        for m in maps:
+            z = _conv(m.flatten(0, 1), w, step.stride, (pad_h, step.kernel_size // 2))
+            out.append(z.view(*m.shape[:2], *z.shape[1:]))
+        if sum(m.shape[0] for m in maps) == 1 and not self.plain:
+            out.insert(0, torch.empty_like(out[0]))
+            self._look_up(out[0][0], lo)
+        if bias is not None:
+            out[0][0] += bias
+        return out
 
     def _relu(self, z: Tensor, dz: Tensor | None, mask: Tensor | None) -> None:
         if dz is None:
@@ -343,7 +340,7 @@ class Forward:
         shape = (z.shape[0], z.shape[1] // 2, z.shape[2] // 2, z.shape[3])
         y: Tensor | None = None
         if out is not None:
-            y, d = out[0][:, a:b], out[1][:, a:b]
+            y, d = out[0][:, a:b], out[-1][:, a:b]
         else:
             if styled or dz is None:
                 y = z.new_empty(shape)
@@ -506,7 +503,8 @@ class Backward:
                 dz = self._last_gradient(step, i, d_out, lo, hi)
             else:
                 dz = self._relu_gradient(step, i, dy, lo, hi)
-            dz = self._add_tap(step.conv, dz, lo, hi, size.conv_h)
+            if step.conv != step.relu:
+                dz = self._add_tap(step.conv, dz, lo, hi, size.conv_h)
             reach -= p
             w = self.packs[f"w.{step.conv}"]
             pad_h = 2 * p if strips else p
@@ -642,12 +640,9 @@ def empty_gradient(x: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------- convolutions
 
 
-def _conv(
-    y: Tensor, w: Tensor, stride: int, p: int, pad_h: int | None = None, bias: Tensor | None = None
-) -> Tensor:
-    """NHWC -> NHWC; `pad_h` rows of zeros above and below, `p` columns on each side."""
-    pad = (p if pad_h is None else pad_h, p)
-    z = torch.conv2d(y.permute(0, 3, 1, 2), w, bias, stride, pad)
+def _conv(y: Tensor, w: Tensor, stride: int, pad: tuple[int, int]) -> Tensor:
+    """NHWC -> NHWC, `pad` = rows and columns of zeros on each side."""
+    z = torch.conv2d(y.permute(0, 3, 1, 2), w, None, stride, pad)
     return z.permute(0, 2, 3, 1).contiguous()
 
 

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from gpl_fast import functional, plan
 from gpl_fast.backend import Choice
-from gpl_fast.functional import Options
 from gpl_fast.lossnet import LossNet
+from gpl_fast.options import Options
 from gpl_fast.targets import Target, TargetFeatures, TopK, resolve_target
 
 
@@ -153,6 +152,8 @@ def _run_on_meta(
     def pack(t: Tensor) -> Tensor:
         kept[t.untyped_storage()._cdata] = t
         return t
+
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton where it is installed
 
     counter = FlopCounterMode(display=False)
     with torch.enable_grad(), counter:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from gpl_fast import functional
 from gpl_fast.explain import Explanation, explain
-from gpl_fast.functional import Options
 from gpl_fast.lossnet import WIDTHS, Init, LossNet, parse_blocks
+from gpl_fast.options import Options, level_taps
 from gpl_fast.targets import TargetFeatures, TopK
 
 
@@ -90,7 +90,7 @@ class GenericPerceptualLoss(nn.Module):
             "workspace_mb": workspace_mb,
         }
         Options(**self.options).check_channels(in_channels)
-        functional.level_taps(self.net, level_weights)
+        level_taps(self.net, level_weights)
         self.level_weights = None if level_weights is None else tuple(level_weights)
 
     def forward(
@@ -108,7 +108,7 @@ class GenericPerceptualLoss(nn.Module):
 
     def encode(self, target: Tensor | TopK, mask: Tensor | None = None) -> TargetFeatures:
         """φ(target), to be reused or stored; see `functional.encode`."""
-        layers = tuple(functional.level_taps(self.net, self.level_weights))
+        layers = tuple(level_taps(self.net, self.level_weights))
         return functional.encode(target, self.net, layers, mask=mask, **self.options)
 
     def fingerprint(self) -> str:
@@ -119,7 +119,7 @@ class GenericPerceptualLoss(nn.Module):
         self, pred: Tensor, target: Tensor | TopK | TargetFeatures, mask: Tensor | None = None
     ) -> Explanation:
         """Which backend would run and why, FLOPs, bytes saved, workspace; print it."""
-        layers = tuple(functional.level_taps(self.net, self.level_weights))
+        layers = tuple(level_taps(self.net, self.level_weights))
         return explain(self, pred, target, mask, self.net, layers, Options(**self.options))
 
     def extra_repr(self) -> str:

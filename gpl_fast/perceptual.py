@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from gpl_fast import functional
-from gpl_fast.functional import Options
 from gpl_fast.lossnet import LossNet
+from gpl_fast.options import Options, check_layers
 from gpl_fast.targets import TargetFeatures, TopK
 
 
@@ -49,7 +49,7 @@ class PerceptualLoss(nn.Module):
                 f"net: got {type(net).__name__}, expected a LossNet (LossNet.vgg, "
                 ".from_sequential, .from_module, .load)"
             )
-        functional.check_layers(net, feature_layers, style_layers, tv_weight)
+        check_layers(net, feature_layers, style_layers, tv_weight)
         self.net = net
         self.feature_layers, self.style_layers = dict(feature_layers), dict(style_layers)
         self.tv_weight, self.return_parts = tv_weight, return_parts

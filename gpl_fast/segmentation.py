@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gpl_fast import functional
 from gpl_fast.loss import GenericPerceptualLoss
 from gpl_fast.lossnet import LossNet
+from gpl_fast.options import check_class_weight, check_segmentation
 from gpl_fast.targets import TargetFeatures, TopK
 
 
@@ -45,9 +46,7 @@ class SegmentationLoss(nn.Module):
         **gpl: Any,
     ) -> None:
         super().__init__()
-        functional.check_segmentation(
-            num_classes, gpl_weight, ce_weight, label_smoothing, gpl_ignore
-        )
+        check_segmentation(num_classes, gpl_weight, ce_weight, label_smoothing, gpl_ignore)
         if ignore_index == "auto":
             if num_classes > 255:
                 raise ValueError(
@@ -68,7 +67,7 @@ class SegmentationLoss(nn.Module):
                     f"class_weight: got {class_weight!r}, expected {num_classes} numbers, one "
                     "weight a class"
                 ) from error
-            functional.check_class_weight(class_weight, num_classes)
+            check_class_weight(class_weight, num_classes)
             if not (class_weight.isfinite() & (class_weight >= 0)).all():
                 raise ValueError(
                     f"class_weight: got {class_weight.tolist()}, expected finite numbers >= 0"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gpl_fast import reference
+from gpl_fast.label_checks import check_labels, check_topk, may_look
 from gpl_fast.lossnet import read_safetensors
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -203,11 +203,11 @@ def resolve_target(
         _check_like(target.values, "TopK target", pred, target.values.shape[2:])
         size = (int(target.values.shape[2]), int(target.values.shape[3]))
         mask = normalise_mask(mask, target.values.shape[0], size, target.values.device)
-        indices, valid = _check_topk(
+        indices, in_range = check_topk(
             target.values.detach(), target.indices, mask, channels, target.rest
         )
         # On the CPU out-of-range indices raise, so the mask alone decides; on CUDA they invalidate.
-        keep = mask if indices.device.type in ("cpu", "meta") else valid
+        keep = mask if indices.device.type in ("cpu", "meta") else in_range
         return Target(
             "topk",
             size,
@@ -261,98 +261,6 @@ def normalise_mask(
     return _savable(mask).reshape(batch, *size)
 
 
-# Operators, so that looking at values works inside torch.compile(fullgraph=True).
-
-
-@torch.library.custom_op("gpl_fast::check_labels", mutates_args=())
-def _check_labels(
-    labels: Tensor, mask: Tensor | None, channels: int, ignore_index: int | None
-) -> Tensor:
-    out = labels.to(torch.int64, copy=True)
-    skip = torch.zeros_like(out, dtype=torch.bool) if mask is None else ~mask
-    if ignore_index is not None:
-        skip |= out == ignore_index
-    out.masked_fill_(skip, -1)
-    highest = max(channels, 2) - 1  # one channel: masks with values 0 and 1
-    wrong = ((out < 0) & ~skip) | (out > highest)
-    if _may_look(labels) and bool(wrong.any()):
-        values = torch.unique(out[wrong])
-        raise ValueError(
-            f"labels: got {int(wrong.sum())} pixels outside [0, {highest}], such as "
-            f"{values[:5].tolist()}, expected classes in [0, {highest}]"
-            + (f" or ignore_index={ignore_index}" if ignore_index is not None else "")
-            + "; pass ignore_index= for pixels that do not count, or mask="
-        )
-    return out.masked_fill_(wrong, -1)
-
-
-@_check_labels.register_fake
-def _(labels: Tensor, mask: Tensor | None, channels: int, ignore_index: int | None) -> Tensor:
-    return labels.new_empty(labels.shape, dtype=torch.int64)
-
-
-@torch.library.custom_op("gpl_fast::check_topk", mutates_args=())
-def _check_topk(
-    values: Tensor, indices: Tensor, mask: Tensor | None, channels: int, rest: str
-) -> tuple[Tensor, Tensor]:
-    out = indices.to(torch.int64, copy=True)
-    n, _, h, w = values.shape
-    valid = torch.ones(n, h, w, dtype=torch.bool, device=out.device)
-    if mask is not None:
-        valid.copy_(mask)
-    wrong = (out < 0) | (out >= channels)
-    if _may_look(values):
-        counted = valid.unsqueeze(1)
-        if bool((wrong & counted).any()):
-            raise ValueError(
-                f"TopK: indices: got {int((wrong & counted).sum())} outside [0, {channels - 1}], "
-                f"such as {torch.unique(out[wrong & counted])[:5].tolist()}, expected classes in "
-                f"[0, {channels - 1}]; mask pixels that do not count"
-            )
-        bad = ~(values >= 0) | torch.isinf(values)
-        if bool((bad & counted).any()):
-            raise ValueError(
-                f"TopK: values: got {int((bad & counted).sum())} that are negative or not finite, "
-                "expected probabilities >= 0; mask pixels that do not count"
-            )
-        if rest != "renormalize" and values.numel():
-            total = torch.where(counted, values, 0).sum(dim=1, dtype=torch.float32)
-            # Half-precision probabilities sum to 1 within their rounding only.
-            slack = values.shape[1] * torch.finfo(values.dtype).eps + 1e-5
-            if bool((total > 1 + slack).any()):
-                raise ValueError(
-                    f"TopK: values: got sums up to {float(total.max()):.6g}, expected at most 1 "
-                    f"with rest={rest!r}; use rest='renormalize'"
-                )
-    valid &= ~wrong.any(dim=1)
-    return out.masked_fill_(wrong, 0), valid
-
-
-@_check_topk.register_fake
-def _(
-    values: Tensor, indices: Tensor, mask: Tensor | None, channels: int, rest: str
-) -> tuple[Tensor, Tensor]:
-    n, _, h, w = values.shape
-    valid = values.new_empty((n, h, w), dtype=torch.bool)
-    return indices.new_empty(indices.shape, dtype=torch.int64), valid
-
-
-def check_labels(
-    labels: Tensor, mask: Tensor | None, channels: int, ignore_index: int | None
-) -> Tensor:
-    """Labels (N, H, W) of any integer dtype -> int64 with -1 at pixels that do not count.
-
-    Raises:
-        ValueError: a counted label outside ``[0, C)``, on the CPU; on CUDA, where looking costs a
-            synchronisation, only with ``GPL_FAST_CHECK=1``: else that pixel does not count.
-    """
-    return _check_labels(labels, mask, channels, ignore_index)  # type: ignore[no-any-return]
-
-
-def _may_look(t: Tensor) -> bool:
-    return t.device.type == "cpu" or os.environ.get("GPL_FAST_CHECK") == "1"
-
-
 def _resolve_features(target: TargetFeatures, mask: Tensor | None, pred: Tensor | None) -> Target:
     if pred is None:
         raise TypeError("encode: got TargetFeatures, which are encoded already")
@@ -367,7 +275,7 @@ def _resolve_features(target: TargetFeatures, mask: Tensor | None, pred: Tensor 
     mask = normalise_mask(mask, len(target), (height, width), pred.device)
     if mask is not None:
         stored = target.mask
-        if stored is None or (_may_look(mask) and not torch.compiler.is_compiling()
+        if stored is None or (may_look(mask) and not torch.compiler.is_compiling()
                               and not torch.equal(mask, stored)):  # fmt: skip
             raise ValueError(
                 "mask: got one that differs from the mask the target features were encoded with; "

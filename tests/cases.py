@@ -17,7 +17,7 @@ SHAPES = {
 }
 
 # What a test of the public interface runs on, where all of them can do it.
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "fast")
 
 # Added to twice PyTorch's own error in the same dtype, relative to the result's scale.
 ATOL = {torch.float32: 1e-5, torch.bfloat16: 2e-3, torch.float16: 5e-4}

@@ -11,6 +11,8 @@ from strategies import Case, case
 
 from gpl_fast import GenericPerceptualLoss, LossNet, PerceptualLoss, SegmentationLoss
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KINDS = ["dense", "labels", "topk"]
 few = settings(max_examples=20)
 # float32 in another order of summation: the same maps by two ways.

@@ -18,6 +18,8 @@ from torch import nn
 
 from gpl_fast import GenericPerceptualLoss, LossNet, PerceptualLoss
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parents[2]
 # The default net for 19 classes. A change of this constant makes every stored TargetFeatures
 # useless: it needs an entry in the changelog.
@@ -104,7 +106,8 @@ def test_default_widths_are_the_papers():
     "options",
     [
         {"in_channels": 0}, {"in_channels": 2.0}, {"blocks": ()}, {"blocks": (1, 0)},
-        {"widths": (4,), "blocks": (1, 1)}, {"widths": (4, 4)}, {"widths": (4, 4, 4, 4, 0)}, {"kernel_size": 2},
+        {"widths": (4,), "blocks": (1, 1)}, {"widths": (4, 4)},
+        {"widths": (4, 4, 4, 4, 0)}, {"kernel_size": 2},
         {"kernel_size": 9}, {"pool": "mean"}, {"init": "kaiming"}, {"init": "normal"},
         {"init": ("he", 1.0)}, {"init": ("normal", 0.0)}, {"init": ("uniform", float("nan"))},
     ],
@@ -142,7 +145,8 @@ def test_fingerprint_of_the_default_net():
 DIGEST = """
 import hashlib, torch
 from gpl_fast import LossNet
-nets = [LossNet.vgg(19, pool="stride", seed=3, init="xavier_normal").with_input_adapter(150, seed=5),
+strided = LossNet.vgg(19, pool="stride", seed=3, init="xavier_normal")
+nets = [strided.with_input_adapter(150, seed=5),
         LossNet.vgg(2, (2, 1), init=("uniform", 0.1)), LossNet.vgg(19)]
 digest = hashlib.sha256()
 for net in nets:
@@ -309,9 +313,15 @@ def test_layers_that_a_chain_cannot_hold(why):
             LossNet.from_sequential(module)
 
 
-@pytest.mark.parametrize("module", [nn.Sequential(), nn.Sequential(nn.ReLU()),
-                                    nn.Sequential(nn.MaxPool2d(2)),
-                                    nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU(), nn.ReLU())])  # fmt: skip
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.Sequential(),
+        nn.Sequential(nn.ReLU()),
+        nn.Sequential(nn.MaxPool2d(2)),
+        nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU(), nn.ReLU()),
+    ],
+)
 def test_chains_that_are_none(module):
     with pytest.raises(ValueError, match="from_sequential"):
         LossNet.from_sequential(module)
@@ -339,8 +349,10 @@ class Residual(nn.Module):
         return self.head((x + self.body(x)).mean(dim=(2, 3)))
 
 
-@pytest.mark.parametrize("taps", [{"low": "stem", "high": "body"}, ["stem", "body"], ("stem", "body")],
-                         ids=str)  # fmt: skip
+TAPS = [{"low": "stem", "high": "body"}, ["stem", "body"], ("stem", "body")]
+
+
+@pytest.mark.parametrize("taps", TAPS, ids=str)
 def test_from_module_with_taps(taps):
     module = Residual().train()
     module.stem[1].running_mean.fill_(0.3)
@@ -430,7 +442,7 @@ def nets():
     yield LossNet.from_sequential(chain(), mean=[0.1], std=[1.5]).with_input_adapter(4)
 
 
-@pytest.mark.parametrize("net", nets(), ids=["vgg", "sequential", "adapter"])
+@pytest.mark.parametrize("net", [*nets()], ids=["vgg", "sequential", "adapter"])
 def test_save_and_load(net, tmp_path):
     net.save(tmp_path / "net.safetensors")
     loaded = LossNet.load(tmp_path / "net.safetensors")

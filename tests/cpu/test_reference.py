@@ -14,6 +14,8 @@ from torch import nn
 from gpl_fast import GenericPerceptualLoss, LossNet, PerceptualLoss, SegmentationLoss, TopK
 from gpl_fast import reference as ref
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DOUBLE = torch.float64
 RESTS = ["renormalize", "uniform", "drop"]
 KINDS = ["dense", "resized", "labels", "topk", "features"]

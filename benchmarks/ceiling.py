@@ -1,0 +1,110 @@
+"""The convolution ceiling: the least time that ATen's convolutions alone need for one step.
+
+Measured layer by layer at the rate that ATen (oneDNN) reaches on the layer's own shape, in
+channels_last, on strips that stay near the caches; nothing between the convolutions is counted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import gpl_fast
+from gpl_fast import plan
+
+
+@dataclass(frozen=True)
+class LayerRate:
+    """One convolution: name, (C_in, C_out, H, W), GFLOP and seconds of a pass over all images."""
+
+    name: str
+    shape: tuple[int, int, int, int]
+    gflop: float
+    forward: float  # seconds of one forward pass
+    backward: float  # seconds of the data gradient
+    passes: int  # forward passes of a step: prediction and target, or only the prediction
+
+    @property
+    def seconds(self) -> float:
+        """Of the layer's convolutions in one step."""
+        return self.passes * self.forward + self.backward
+
+
+def layer_rates(shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> list[LayerRate]:
+    """Every convolution of a step on logits `shape` (N, C, H, W) with a target of `kind`."""
+    n, c, h, w = shape
+    net = gpl_fast.LossNet.vgg(c)
+    rates: list[LayerRate] = []
+    for layer in net.layers:
+        if layer.kind != "conv":
+            continue
+        c_out, h, w = net.shapes(shape[2], shape[3])[layer.name]
+        c_in = plan.padded_channels(layer.in_channels)
+        row = n * w * (c_in + c_out) * dtype.itemsize
+        whole = row * h <= plan.PREFERRED_STRIP_BYTES
+        images = n if whole else 1
+        rows = h if whole else max(plan.PREFERRED_STRIP_BYTES * n // row, plan.PREFERRED_ROWS)
+        part = (images, min(rows, h), w)
+        scale = n * h / (part[0] * part[1])
+        forward, backward = _time_layer(part, c_in, c_out, layer.kernel_size, dtype)
+        gflop = 2e-9 * layer.kernel_size**2 * layer.in_channels * c_out * n * h * w
+        # Labels and top-k maps enter the first layer by look-up.
+        passes = 1 if not rates and kind in ("labels", "topk") else 2
+        rates.append(
+            LayerRate(
+                layer.name,
+                (layer.in_channels, c_out, h, w),
+                gflop,
+                scale * forward,
+                scale * backward,
+                passes,
+            )
+        )
+    return rates
+
+
+def _time_layer(
+    part: tuple[int, int, int], c_in: int, c_out: int, size: int, dtype: torch.dtype
+) -> tuple[float, float]:
+    """Seconds of a convolution and of its data gradient on (images, rows, W)."""
+    images, rows, width = part
+    layout = torch.channels_last
+    x = torch.randn(images, c_in, rows, width).to(dtype, memory_format=layout)
+    dz = torch.randn(images, c_out, rows, width).to(dtype, memory_format=layout)
+    weight = torch.randn(c_out, c_in, size, size).to(dtype, memory_format=layout)
+    pad = size // 2
+    return (
+        _best(lambda: torch.conv2d(x, weight, None, 1, pad)),
+        _best(lambda: torch.conv_transpose2d(dz, weight, None, 1, pad)),
+    )
+
+
+def _best(once: Callable[[], Tensor], least_calls: int = 3, seconds: float = 0.3) -> float:
+    """The shortest of the calls that fit in `seconds`, after one of warm-up: a ceiling."""
+    once()
+    best, calls, end = float("inf"), 0, time.perf_counter() + seconds
+    while calls < least_calls or time.perf_counter() < end:
+        start = time.perf_counter()
+        kept = once()
+        best = min(best, time.perf_counter() - start)
+        calls += 1
+        del kept
+    return best
+
+
+def text(rates: list[LayerRate], dtype: torch.dtype) -> str:
+    """The layers' rates, and the least time of all convolutions."""
+    name = str(dtype).removeprefix("torch.")
+    lines = [f"  convolutions in {name:<8} {'GFLOP/s fwd':>12} {'GFLOP/s bwd':>12} {'a step':>11}"]
+    for r in rates:
+        shape = "x".join(map(str, r.shape))
+        lines.append(
+            f"    {r.name:<8} {shape:<16} {r.gflop / r.forward:8.0f} {r.gflop / r.backward:12.0f} "
+            f"{1e3 * r.seconds:9.1f}ms"
+        )
+    total = sum(r.seconds for r in rates)
+    return "\n".join([*lines, f"    all {1e3 * total:52.1f}ms"])

@@ -1,0 +1,112 @@
+"""pytest-benchmark cases of the operators in gpl_fast/ops.py, at small shapes.
+
+``python -m pytest benchmarks/test_operators.py``. Maps are NHWC; what an operator writes is checked
+after it was timed, coarsely: the tests of correctness are in tests/.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import gpl_fast
+from gpl_fast import ops, plan
+
+N, H, W = 1, 64, 64
+CLASSES = (19, 150)
+DTYPES = (torch.float32, torch.bfloat16)
+SOFTMAX, MAX_POOL = ops.ACTIVATIONS["softmax"], ops.POOLS["max"]
+
+pytestmark = [
+    pytest.mark.skipif(ops.load() is not None, reason=str(ops.load())),
+    pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"]),
+]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def nan(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """An output that the operator has to fill."""
+    return torch.full(shape, float("nan")).to(dtype)
+
+
+@pytest.mark.parametrize("c", CLASSES)
+def test_softmax_pack_fwd(benchmark, c, dtype):
+    """Logits (N, C, H, W) and a dense target -> y, δ (N, H, W, C padded) and lse (N, H, W)."""
+    x, target = torch.randn(2, N, c, H, W)
+    padded = plan.padded_channels(c)
+    y, delta = nan(N, H, W, padded, dtype=dtype), nan(N, H, W, padded, dtype=dtype)
+    lse = nan(N, H, W)
+    nothing = (None,) * 4  # labels, topk_values, topk_indices, topk_rest
+    strip = (0, H, 0, H)
+    benchmark(
+        ops.softmax_pack_fwd, x, None, target, *nothing, SOFTMAX, SOFTMAX, 1.0, None, None, 0.0,
+        *strip, y, delta, lse, None, None,
+    )  # fmt: skip
+    torch.testing.assert_close(lse, x.logsumexp(dim=1))
+    wanted = x.softmax(dim=1) - target.softmax(dim=1)
+    torch.testing.assert_close(
+        delta[..., :c].permute(0, 3, 1, 2).float(), wanted, rtol=1e-2, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("c", [64, 256])
+def test_relu_pool_diff_fwd(benchmark, c, dtype):
+    """z, δz (N, H, W, C) -> y⁺, δ⁺ (N, H / 2, W / 2, C) and the winners' codes."""
+    z, dz = torch.randn(2, N, H, W, c).to(dtype)
+    y, delta = (nan(N, H // 2, W // 2, c, dtype=dtype) for _ in range(2))
+    code = torch.empty(N, H // 2, W // 2, c // 2, dtype=torch.uint8)
+    benchmark(ops.relu_pool_diff_fwd, z, dz, MAX_POOL, y, delta, code)
+    pooled = torch.nn.functional.max_pool2d(z.permute(0, 3, 1, 2).relu(), 2)
+    torch.testing.assert_close(y.permute(0, 3, 1, 2), pooled)
+
+
+@pytest.mark.parametrize("c", [64, 256])
+def test_relu_pool_bwd(benchmark, c, dtype):
+    """dy (N, H / 2, W / 2, C) -> dz (N, H, W, C): each value to its window's winner, or nowhere."""
+    z, dz = torch.randn(N, H, W, c).to(dtype), nan(N, H, W, c, dtype=dtype)
+    y = nan(N, H // 2, W // 2, c, dtype=dtype)
+    code = torch.empty(N, H // 2, W // 2, c // 2, dtype=torch.uint8)
+    ops.relu_pool_fwd(z, MAX_POOL, y, code)
+    dy = torch.randn(N, H // 2, W // 2, c).to(dtype)
+    benchmark(ops.relu_pool_bwd, dy, code, MAX_POOL, H, W, 0, dz)
+    torch.testing.assert_close(dz.float().sum(), (dy * (y > 0)).float().sum(), rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("c", CLASSES)
+def test_label_conv_fwd(benchmark, c, dtype):
+    """Labels (N, H, W) in blobs -> z (N, H, W, 64), the first convolution of their one-hot map."""
+    labels = torch.randint(c, (N, H // 8, W // 8))
+    labels = labels.repeat_interleave(8, dim=1).repeat_interleave(8, dim=2)
+    weight = gpl_fast.LossNet.vgg(c).weights["conv1_1"]  # (64, C, 3, 3)
+    table = weight.permute(2, 3, 1, 0).flatten(0, 1).contiguous()
+    z = nan(N, H, W, weight.shape[0], dtype=dtype)
+    benchmark(ops.label_conv_fwd, labels, None, table.to(dtype), table.sum(dim=0), 0, z)
+    onehot = torch.nn.functional.one_hot(labels, c).permute(0, 3, 1, 2).float()
+    wanted = torch.conv2d(onehot, weight, padding=1)
+    torch.testing.assert_close(z.permute(0, 3, 1, 2).float(), wanted, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("c", CLASSES)
+def test_softmax_bwd(benchmark, c, dtype):
+    """dy (N, H, W, C padded), logits and lse -> dx (N, C, H, W)."""
+    x = torch.randn(N, c, H, W)
+    dy = torch.randn(N, H, W, plan.padded_channels(c)).to(dtype)
+    dx = nan(N, c, H, W)
+    benchmark(
+        ops.softmax_bwd, x, x.logsumexp(dim=1), dy, torch.ones(N), None, SOFTMAX, 1.0, None, None,
+        None, None, 0.0, 0, H, dx,
+    )  # fmt: skip
+    torch.testing.assert_close(dx.sum(dim=1), torch.zeros(N, H, W), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("c", [64, 512])
+def test_diff_reduce_fwd(benchmark, c, dtype):
+    """δ (N, H, W, C) -> (N,) float64: Σ δ² of each image."""
+    delta = torch.randn(N, H, W, c).to(dtype)
+    sums = benchmark(ops.diff_reduce_fwd, delta)
+    torch.testing.assert_close(sums, delta.double().square().sum(dim=(1, 2, 3)), rtol=1e-6, atol=0)
