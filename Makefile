@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV   ?= .venv
 PY     := $(VENV)/bin/python
-# Where the CPU build of torch comes from; only torch itself is looked up there.
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# An index with a CPU build of torch saves gigabytes where PyPI's own would be the CUDA build; only
+# torch itself is looked up there.
+TORCH_INDEX ?=
 
 # Everything that a run leaves behind stays in this folder.
 export XDG_CACHE_HOME := $(CURDIR)/.cache
@@ -38,7 +39,7 @@ venv: $(READY)
 $(READY): pyproject.toml constraints.txt setup.py
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=..." if sys.version_info < (3, 11) else 0)'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --retries 1 --no-deps -c constraints.txt --extra-index-url $(TORCH_INDEX) torch
+	$(PY) -m pip install --no-deps -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
 	$(PY) -m pip install -c constraints.txt torch numpy setuptools wheel ninja pybind11
 	$(PY) -m pip install -c constraints.txt --no-build-isolation -e '.[demo,test,dev]'
 	touch $@

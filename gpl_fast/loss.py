@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from gpl_fast import functional
 from gpl_fast.explain import Explanation, explain
-from gpl_fast.lossnet import WIDTHS, Init, LossNet, parse_blocks
+from gpl_fast.initialisation import Init
+from gpl_fast.lossnet import LossNet
 from gpl_fast.options import Options, level_taps
+from gpl_fast.structure import WIDTHS, parse_blocks
 from gpl_fast.targets import TargetFeatures, TopK
 
 

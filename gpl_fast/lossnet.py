@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -15,86 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from gpl_fast import reference
+from gpl_fast.files import read_safetensors
+from gpl_fast.initialisation import Init, draw_weight, own_generator
+from gpl_fast.structure import (
+    KERNEL_SIZES,
+    POOLS,
+    WIDTHS,
+    Layer,
+    check_chain,
+    sequential_chain,
+    weight_shape,
+)
+from gpl_fast.taps import TappedModule
 
-Init = str | tuple[str, float]
 T = TypeVar("T")
-
-# Convolutions per block of the paper's networks (its Section 4.2).
-STRUCTURES: Mapping[str, tuple[int, ...]] = {
-    "vgg11": (1, 1, 2, 2, 2),
-    "vgg13": (2, 2, 2, 2, 2),
-    "vgg16": (2, 2, 3, 3, 3),
-    "vgg19": (2, 2, 4, 4, 4),
-}
-WIDTHS = (64, 128, 256, 512, 512)
-KERNEL_SIZES = (1, 3, 5, 7)
-POOLS = ("max", "avg", "stride")
-KINDS = ("conv", "relu", "maxpool", "avgpool", "down")
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One step of the chain: ``kind`` is conv, relu, maxpool, avgpool or down (stride 2 + ReLU)."""
-
-    name: str
-    kind: str
-    in_channels: int
-    out_channels: int
-    kernel_size: int = 1
-
-
-def parse_blocks(net: str) -> tuple[int, ...]:
-    """``"vgg19"`` or ``"2,2,4,4,4"`` -> convolutions per block.
-
-    Raises:
-        ValueError: the text is neither a known name nor a list of positive integers.
-    """
-    if net in STRUCTURES:
-        return STRUCTURES[net]
-    try:
-        blocks = tuple(int(part) for part in net.split(","))
-    except ValueError:
-        blocks = ()
-    if not blocks or min(blocks) < 1:
-        known = ", ".join(repr(name) for name in STRUCTURES)
-        raise ValueError(
-            f"net: got {net!r}, expected one of {known}, or convolutions per block such as "
-            "'1,1,1,1,1', or a LossNet (LossNet.vgg, .from_sequential, .from_module, .load)"
-        )
-    return blocks
-
-
-def draw_weight(shape: Sequence[int], init: Init, generator: torch.Generator) -> Tensor:
-    """A ``(C_out, C_in, K, K)`` float32 weight, drawn in float64 and cast.
-
-    float32 draws differ between CPU generations (vectorised and plain code round differently).
-    ``"he"``: N(0, 2 / fan_in), the paper's Section 3.2.
-
-    Raises:
-        ValueError: `init` is unknown or its number is not positive and finite.
-    """
-    fan_in, fan_out = math.prod(shape[1:]), shape[0] * math.prod(shape[2:])
-    named = isinstance(init, str)
-    try:
-        kind, number = (init, 1.0) if isinstance(init, str) else (init[0], float(init[1]))
-    except (TypeError, ValueError, IndexError):
-        kind, number = "malformed", 1.0
-    if not (math.isfinite(number) and number > 0):
-        raise ValueError(f"init: got {init!r}, expected a positive number, as in ('normal', 0.01)")
-    if kind == "uniform" and not named:
-        draw = torch.rand(*shape, generator=generator, dtype=torch.float64)
-        return ((2 * draw - 1) * number).float()
-    if kind == "he" and named:
-        std = math.sqrt(2 / fan_in)
-    elif kind == "xavier_normal" and named:
-        std = math.sqrt(2 / (fan_in + fan_out))
-    elif kind == "normal" and not named:
-        std = number
-    else:
-        raise ValueError(
-            f"init: got {init!r}, expected 'he', 'xavier_normal', ('normal', std) or ('uniform', a)"
-        )
-    return (torch.randn(*shape, generator=generator, dtype=torch.float64) * std).float()
 
 
 def constant_in_graphs(function: Callable[..., T]) -> Callable[..., T]:
@@ -141,7 +74,7 @@ class LossNet:
                 "for each channel that enters the network"
             )
         self._cast: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        self._cast_module: dict[tuple[torch.device, torch.dtype], _TappedModule] = {}
+        self._cast_module: dict[tuple[torch.device, torch.dtype], TappedModule] = {}
         self._packs: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = {}
         self._fingerprint: str | None = None
 
@@ -199,9 +132,9 @@ class LossNet:
                 layers.append(Layer(f"down{b}", "down", c, c, kernel_size))
             else:
                 layers.append(Layer(f"pool{b}", f"{pool}pool", c, c))
-        generator = _own_generator(seed)
+        generator = own_generator(seed)
         weights = {
-            layer.name: draw_weight(_weight_shape(layer), init, generator)
+            layer.name: draw_weight(weight_shape(layer), init, generator)
             for layer in layers
             if layer.kind in ("conv", "down")
         }
@@ -225,38 +158,7 @@ class LossNet:
             TypeError: `sequential` is not an ``nn.Sequential``.
             ValueError: a layer that the chain cannot hold; `from_module` takes any module.
         """
-        if not isinstance(sequential, nn.Sequential):
-            raise TypeError(
-                f"from_sequential: got {type(sequential).__name__}, expected torch.nn.Sequential "
-                "(of torchvision's VGG its .features); any other module: LossNet.from_module"
-            )
-        layers: list[Layer] = []
-        weights: dict[str, Tensor] = {}
-        block, i, c = 1, 0, 0
-        for position, m in enumerate(_flatten(sequential)):
-            after_conv = bool(layers) and layers[-1].kind == "conv"
-            if isinstance(m, nn.Conv2d) and _is_same_convolution(m) and c in (0, m.in_channels):
-                i, c = i + 1, m.out_channels
-                name = f"conv{block}_{i}"
-                layers.append(Layer(name, "conv", m.in_channels, c, int(m.kernel_size[0])))
-                weights[name] = m.weight.detach().float().cpu().clone()
-                if m.bias is not None:
-                    weights[f"{name}.bias"] = m.bias.detach().float().cpu().clone()
-            elif isinstance(m, nn.ReLU) and after_conv:
-                layers.append(Layer(f"relu{block}_{i}", "relu", c, c))
-            elif isinstance(m, nn.MaxPool2d | nn.AvgPool2d) and _halves(m) and layers:
-                kind = "maxpool" if isinstance(m, nn.MaxPool2d) else "avgpool"
-                layers.append(Layer(f"pool{block}", kind, c, c))
-                block, i = block + 1, 0
-            else:
-                raise ValueError(
-                    f"from_sequential: got {m} at position {position}, expected a chain of "
-                    "Conv2d (odd kernel, stride 1, padding kernel_size // 2, zeros), each followed "
-                    "by at most one ReLU, and MaxPool2d(2) or AvgPool2d(2); for anything else use "
-                    "LossNet.from_module"
-                )
-        if not layers:
-            raise ValueError("from_sequential: got an empty chain, expected at least one Conv2d")
+        layers, weights = sequential_chain(sequential)
         return cls(layers, weights, mean=mean, std=std)
 
     @classmethod
@@ -320,7 +222,7 @@ class LossNet:
             )
         if not isinstance(in_channels, int) or in_channels < 1:
             raise ValueError(f"in_channels: got {in_channels!r}, expected an integer >= 1")
-        generator = _own_generator(seed)
+        generator = own_generator(seed)
         adapter = draw_weight((self.in_channels, in_channels, 1, 1), "he", generator)
         return LossNet(
             self.layers,
@@ -462,17 +364,17 @@ class LossNet:
     def features(self, y: Tensor, taps: Sequence[str]) -> dict[str, Tensor]:
         """Outputs ``(N, C_b, H_b, W_b)`` of the layers named, after `network_input`."""
         if self._module is not None:
-            module: _TappedModule = self._module_on(y.device, y.dtype)
+            module: TappedModule = self._module_on(y.device, y.dtype)
             return module(y, taps)  # type: ignore[no-any-return]
         return reference.features(y, self.layers, self.weights_on(y.device, y.dtype), taps)
 
-    def _module_on(self, device: torch.device, dtype: torch.dtype) -> _TappedModule:
+    def _module_on(self, device: torch.device, dtype: torch.dtype) -> TappedModule:
         key = (device, dtype)
         if key not in self._cast_module:
             assert self._module is not None
             with torch.inference_mode(False):
                 module = copy.deepcopy(self._module).to(device=device, dtype=dtype)
-            self._cast_module[key] = _TappedModule(module, self._taps)
+            self._cast_module[key] = TappedModule(module, self._taps)
         return self._cast_module[key]
 
     # -------------------------------------------------------------------------------------- files
@@ -503,9 +405,9 @@ class LossNet:
         structure, tensors = read_safetensors(path, "gpl_fast.lossnet", "LossNet.save")
         try:
             layers = [Layer(**layer) for layer in structure["layers"]]
-            shapes = {x.name: _weight_shape(x) for x in layers if x.kind in ("conv", "down")}
+            shapes = {x.name: weight_shape(x) for x in layers if x.kind in ("conv", "down")}
             mean, std = _normalisation(structure["mean"], structure["std"])
-            _check_chain(layers)
+            check_chain(layers)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: the network's structure is malformed: {error!r}") from error
         for name, t in tensors.items():
@@ -537,85 +439,6 @@ class LossNet:
         return {**self.__dict__, "_cast": {}, "_cast_module": {}, "_packs": {}}
 
 
-def read_safetensors(
-    path: str | PathLike[str], key: str, writer: str
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The JSON under `key` in the file's metadata, and its tensors on the CPU.
-
-    Raises:
-        ValueError: not a safetensors file, truncated, or without that key.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="pt") as f:
-            metadata = f.metadata() or {}
-            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path}: got a file that is not safetensors or is truncated ({error}), expected one "
-            f"written by {writer}; pickles are never read"
-        ) from error
-    if key not in metadata:
-        raise ValueError(f"{path}: got a foreign safetensors file, expected one of {writer}")
-    try:
-        header = json.loads(metadata[key])
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: its metadata is malformed: {error}") from error
-    if not isinstance(header, dict):
-        raise ValueError(f"{path}: its metadata is malformed: got {type(header).__name__}")
-    return header, tensors
-
-
-class _TappedModule(nn.Module):
-    """Any module that also returns what its submodules put out; made for one device and dtype."""
-
-    def __init__(self, module: nn.Module, taps: Mapping[str, str]) -> None:
-        super().__init__()
-        self.module, self.taps = module, dict(taps)
-        self.outputs: dict[str, Any] = {}
-        # Registered once and not at each call, which torch.compile could not trace.
-        for tap, path in self.taps.items():
-            module.get_submodule(path).register_forward_hook(self._keep(tap))
-
-    def _keep(self, tap: str) -> Callable[[nn.Module, Any, Any], None]:
-        def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-            self.outputs[tap] = output
-
-        return keep
-
-    def forward(self, y: Tensor, taps: Sequence[str]) -> dict[str, Tensor]:
-        self.module(y)
-        outputs = {tap: self.outputs[tap] for tap in taps}
-        self.outputs.clear()
-        for tap, e in outputs.items():
-            if not isinstance(e, Tensor) or e.dim() != 4:
-                got = tuple(e.shape) if isinstance(e, Tensor) else type(e).__name__
-                raise ValueError(
-                    f"from_module: tap {tap!r} ({self.taps[tap]}): got {got}, expected one "
-                    "(N, C, H, W) tensor"
-                )
-        return outputs
-
-
-def _own_generator(seed: int) -> torch.Generator:
-    try:
-        return torch.Generator().manual_seed(seed)
-    except (TypeError, RuntimeError, ValueError):
-        raise ValueError(f"seed: got {seed!r}, expected a 64-bit integer") from None
-
-
-def _check_chain(layers: Sequence[Layer]) -> None:
-    """Raises: TypeError for an unknown kind, or channels that do not fit the layer before."""
-    for before, layer in zip((None, *layers), layers, strict=False):
-        if layer.kind not in KINDS or (before and layer.in_channels != before.out_channels):
-            raise TypeError(f"got {layer} after {before}")
-
-
-def _weight_shape(layer: Layer) -> tuple[int, int, int, int]:
-    return (layer.out_channels, layer.in_channels, layer.kernel_size, layer.kernel_size)
-
-
 def _normalisation(
     mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
@@ -626,33 +449,3 @@ def _normalisation(
             f"mean, std: got {mean} and {std}, expected both, of the same length, std > 0"
         )
     return tuple(float(m) for m in mean), tuple(float(s) for s in std)
-
-
-def _flatten(sequential: nn.Sequential) -> list[nn.Module]:
-    flat: list[nn.Module] = []
-    for m in sequential:
-        flat.extend(_flatten(m) if isinstance(m, nn.Sequential) else [m])
-    return flat
-
-
-def _is_same_convolution(m: nn.Conv2d) -> bool:
-    k = m.kernel_size[0]
-    return (
-        m.kernel_size == (k, k)
-        and k % 2 == 1
-        and m.stride == (1, 1)
-        and m.padding in ((k // 2, k // 2), "same")
-        and m.dilation == (1, 1)
-        and m.groups == 1
-        and m.padding_mode == "zeros"
-    )
-
-
-def _halves(m: nn.MaxPool2d | nn.AvgPool2d) -> bool:
-    pair = (2, (2, 2))
-    if isinstance(m, nn.MaxPool2d) and (m.dilation not in (1, (1, 1)) or m.return_indices):
-        return False
-    if isinstance(m, nn.AvgPool2d) and m.divisor_override is not None:
-        return False
-    no_padding = m.padding in (0, (0, 0)) and not m.ceil_mode
-    return m.kernel_size in pair and m.stride in pair and no_padding

@@ -89,7 +89,7 @@ def prediction_map(
 
 
 class Layer(Protocol):
-    """One step of a chain; `gpl_fast.lossnet.Layer` is the implementation."""
+    """One step of a chain; `gpl_fast.structure.Layer` is the implementation."""
 
     @property
     def name(self) -> str: ...

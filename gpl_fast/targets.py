@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from gpl_fast import reference
+from gpl_fast.files import read_safetensors
 from gpl_fast.label_checks import check_labels, check_topk, may_look
-from gpl_fast.lossnet import read_safetensors
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 RESTS = ("renormalize", "uniform", "drop")

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--teacher-steps", type=_positive, help="of the teacher (default 800)")
     add("--train-scenes", type=_positive, help="rendered for training (default 4096)")
     add("--test-scenes", type=_positive, help="rendered for the test (default 256)")
-    add("--out", type=Path, default=Path("gpl-fast-demo"), help="folder of the report")
+    add("--out", type=Path, default=Path("demo_out"), help="folder of the report")
 
 
 def run(args: argparse.Namespace) -> int:
