@@ -64,7 +64,8 @@ lint: | $(READY)
 	$(if $(CSRC),$(VENV)/bin/clang-format --dry-run --Werror $(CSRC))
 
 bench: $(LIBRARY)
-	$(PY) -m gpl_fast bench
+	$(PY) benchmarks/run.py --ceiling --markdown benchmarks/results/table.md --plot docs/images/benchmark.png
+	$(PY) -m pytest benchmarks/test_operators.py
 
 toy: $(LIBRARY)
 	$(PY) examples/toy_structure.py --out toy_out

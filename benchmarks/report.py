@@ -65,7 +65,7 @@ def _commit() -> str:
     commit = git("rev-parse", "--short=10", "HEAD")
     sources = ("gpl_fast", "csrc", "benchmarks/*.py")
     changed = git("status", "--porcelain", "--", *sources) if commit else ""
-    return commit + ("+changes" if changed else "")
+    return commit + "+changes" * bool(changed) or "unknown"
 
 
 def write_csv(rows: list[Row], path: Path) -> None:
@@ -132,12 +132,17 @@ def _text(value: float | None, form: str, scale: float = 1) -> str:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Time and peak memory per image against the number of classes, log-log, a column a target."""
+    """Time and peak memory per image against the number of classes, log-log, a column a target.
+
+    Only the rows with the first row's height and width.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    size = rows[0]["shape"].split("x")[2:]
+    rows = [row for row in rows if row["shape"].split("x")[2:] == size]
     kinds = list(dict.fromkeys(row["target"] for row in rows))
     names = list(dict.fromkeys(row["provider"] for row in rows))
     measures = (("seconds_median", "seconds per image"), ("peak_mib", "peak MiB per image"))
@@ -160,11 +165,15 @@ def plot(rows: list[Row], path: Path) -> None:
                             markersize=4, **style)  # fmt: skip
             axis.set(title=f"{kind} target" if i == 0 else None, ylabel=label if j == 0 else None,
                      xlabel="classes C" if i else None)  # fmt: skip
+            classes = sorted({int(row["shape"].split("x")[1]) for row in rows})
+            axis.set_xticks(classes, [str(c) for c in classes])
+            axis.xaxis.minorticks_off()
             axis.grid(alpha=0.3, which="both")
     axes[0][0].legend(fontsize=8)
     r = rows[0]
-    figure.suptitle(f"forward and backward; {r['machine']}, {float(r['threads']):.0f} threads",
-                    fontsize=10)  # fmt: skip
+    threads = f"{float(r['threads']):.0f} threads"
+    title = f"forward and backward, {'×'.join(size)} pixels; {r['machine']}, {threads}"
+    figure.suptitle(title, fontsize=10)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

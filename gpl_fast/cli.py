@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     info.set_defaults(run=_info)
 
     bench = commands.add_parser("bench", help="time and peak memory on this machine")
-    bench.add_argument("--quick", action="store_true", help="small shapes, half a minute")
+    bench.add_argument("--quick", action="store_true", help="small shapes, about a minute")
     bench.add_argument("--json", metavar="FILE", help="write the rows to FILE")
     bench.set_defaults(run=_bench)
 
