@@ -1,72 +1,15 @@
-"""The fast path's two walks over the network: forward in the difference form, and backward.
-
-Both go through images in chunks and through each segment in strips of rows (`gpl_fast.plan`).
-Convolutions are ATen's; everything between them is one of the stage operators of `gpl_fast.ops`.
-Maps are NHWC, prediction and target carried as ``y`` and ``δ = y' − y`` (eq. 6 of
-docs/derivation.md). What the forward leaves for the backward is `Plan.saved`.
-"""
+"""The forward walk: both branches in the difference form, eq. (6)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from gpl_fast import ops, reference
-from gpl_fast.lossnet import LossNet
+from gpl_fast.chain.convolution import conv, zero_outside
 from gpl_fast.plan import Plan, Step, padded_channels
-
-Saved = dict[str, Tensor]
-
-
-# ---------------------------------------------------------------------------------- weight packs
-
-
-def pack_names(net: LossNet, looked_up: bool) -> tuple[str, ...]:
-    """Names of what `pack_weights` returns, in order."""
-    names = [
-        f"b.{name.removesuffix('.bias')}" if name.endswith(".bias") else f"w.{name}"
-        for name in net.weight_names
-    ]
-    return (*names, "table", "interior", "rest_table") if looked_up else tuple(names)
-
-
-def pack_weights(
-    net: LossNet, device: torch.device, dtype: torch.dtype, looked_up: bool
-) -> list[Tensor]:
-    """Weights as the walks read them, by `pack_names`.
-
-    ``w.*`` (C_out, C_in, K, K) channels_last, the first one's C_in padded; ``b.*``; the look-up
-    tables of label and top-k targets: ``table`` (K², C, C_out), ``interior`` (C, C_out) its sum
-    over taps, ``rest_table`` (K², C_out) its sum over classes.
-    """
-    weights = net.weights_on(device, dtype)
-    exact = net.weights_on(device, torch.float32)
-    front = "adapter" in weights or net.mean is not None
-    first = next(layer.name for layer in net.layers if layer.kind == "conv")
-    packs: list[Tensor] = []
-    for name, w in weights.items():
-        if name.endswith(".bias"):
-            packs.append(w)
-            continue
-        if name == "adapter" or (name == first and not front):
-            extra = padded_channels(w.shape[1]) - w.shape[1]
-            w = torch.nn.functional.pad(w, (0, 0, 0, 0, 0, extra))
-        packs.append(w.contiguous(memory_format=torch.channels_last))
-    if looked_up:
-        if front:
-            rows = exact["adapter"][:, :, 0, 0] if "adapter" in exact else None
-            eye = torch.eye(net.in_channels, device=device)
-            table = (eye if rows is None else rows.t()).unsqueeze(0)
-        else:
-            table = exact[first].permute(2, 3, 1, 0).flatten(0, 1)
-        sums = table.sum(dim=0), table.sum(dim=1)
-        packs += [table.to(dtype).contiguous(), *(t.contiguous() for t in sums)]
-    return packs
-
-
-# -------------------------------------------------------------------------------------- forward
 
 
 class Forward:
@@ -84,19 +27,24 @@ class Forward:
     """
 
     def __init__(
-        self, plan: Plan, x: Tensor, target: Mapping[str, Tensor], packs: Saved, keep: bool
+        self,
+        plan: Plan,
+        x: Tensor,
+        target: Mapping[str, Tensor],
+        packs: dict[str, Tensor],
+        keep: bool,
     ) -> None:
         self.plan, self.x, self.target, self.packs, self.keep = plan, x, target, packs, keep
         self.plain = plan.spec.kind == "features"
         self.n0 = self.n1 = 0
-        self.saved: Saved = {
+        self.saved: dict[str, Tensor] = {
             name: x.new_empty(shape, dtype=dtype)
             for name, (shape, dtype) in plan.saved().items()
             if keep or name.split(".")[0] == "gram"
         }
         self.terms = x.new_zeros((4, plan.n), dtype=torch.float64)
 
-    def run(self) -> tuple[Tensor, Saved]:
+    def run(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Terms (4, N) float64 (feature, style, Σ cross-entropy, Σ its weights), and `saved`."""
         plan = self.plan
         ce_rows = None
@@ -146,7 +94,9 @@ class Forward:
                     # Rows of each map are contiguous, rows of both together are not.
                     both = level[:, :, r0 : r1 + 2 * halo]
                     maps = [both[:1], both[1:]][: len(both)] if strips else [level]
+                    del both
                 self._segment(segment, maps, (lo, hi), (r0, r1), strips, out)
+                del maps  # its memory serves the next strip and level
             level = following
         self._reduce()
 
@@ -213,7 +163,7 @@ class Forward:
     def _front(self, maps: Tensor, lo: int, hi: int, count: int) -> Tensor:
         """Input adapter, mean/std and zeroing of `count` stacked maps; the last is δ."""
         if self.plan.spec.adapter:
-            maps = _conv(maps, self.packs["w.adapter"], 1, (0, 0))
+            maps = conv(maps, self.packs["w.adapter"], 1, (0, 0))
         else:
             maps = maps[..., : self.plan.spec.in_channels]
         maps = maps.view(count, -1, *maps.shape[1:])
@@ -237,7 +187,7 @@ class Forward:
             a, b = max(lo, 0), min(hi, self.plan.h)
             rows[:, a - lo : b - lo] = valid[:, a:b].unsqueeze(-1)
             z = torch.where(rows, z, 0)
-        _zero_outside(z, lo, self.plan.h)
+        zero_outside(z, lo, self.plan.h)
         return z
 
     def _look_up(self, z: Tensor, row0: int) -> None:
@@ -275,7 +225,7 @@ class Forward:
             z, dz = maps[0][0], None if self.plain else maps[-1][-1]
             if strips and i != segment[-1]:
                 for t in maps:
-                    _zero_outside(t.flatten(0, 1), lo, size.conv_h)
+                    zero_outside(t.flatten(0, 1), lo, size.conv_h)
             a, b = (core[0], core[1]) if strips else (0, size.conv_h)
             inner = slice(max(lo, 0) - lo, min(hi, size.conv_h) - lo)
             image_rows = slice(max(lo, 0), min(hi, size.conv_h))
@@ -303,7 +253,7 @@ class Forward:
         w, bias = self.packs[f"w.{step.conv}"], self.packs.get(f"b.{step.conv}")
         out = []
         for m in maps:
-            z = _conv(m.flatten(0, 1), w, step.stride, (pad_h, step.kernel_size // 2))
+            z = conv(m.flatten(0, 1), w, step.stride, (pad_h, step.kernel_size // 2))
             out.append(z.view(*m.shape[:2], *z.shape[1:]))
         if sum(m.shape[0] for m in maps) == 1 and not self.plain:
             out.insert(0, torch.empty_like(out[0]))
@@ -421,242 +371,3 @@ class Forward:
     def _saved_rows(self, name: str, a: int = 0, b: int | None = None) -> Tensor | None:
         t = self.saved.get(name)
         return None if t is None else t[self.n0 : self.n1, a:b]
-
-
-# ------------------------------------------------------------------------------------- backward
-
-
-class Backward:
-    """One call's backward walk: eq. (2) to (5), at unit scale.
-
-    Args:
-        plan, x, target, packs: as in `Forward`.
-        saved: what it left.
-        g: (4, N) float32, the gradients of its terms.
-    """
-
-    def __init__(
-        self,
-        plan: Plan,
-        x: Tensor,
-        target: Mapping[str, Tensor],
-        packs: Saved,
-        saved: Saved,
-        g: Tensor,
-    ) -> None:
-        self.plan, self.x, self.target, self.packs, self.saved = plan, x, target, packs, saved
-        self.n0 = self.n1 = 0
-        # The chain carries seeds of at most one δ; what it was divided by is applied at its end.
-        c = plan.coefficients()
-        unit = max(c.values())
-        g_n = g[:2].abs().amax(dim=0)
-        relative = torch.where(g_n == 0, 0, g[:2] / g_n)
-        self.seeds = {
-            name: relative[0 if name.startswith("feature") else 1] * (value / unit)
-            for name, value in c.items()
-        }
-        self.scale = (2 * unit * g_n).float()
-        last = plan.steps[-1]
-        self.end = last.pool or last.relu or last.conv
-        self.ce_scale = g[2].float().contiguous()
-        self.dx = empty_gradient(x)
-
-    def run(self) -> Tensor:
-        """The gradient of the prediction, (N, C, H, W), in its dtype and memory format."""
-        for n0 in range(0, self.plan.n, self.plan.images):
-            self.n0, self.n1 = n0, min(n0 + self.plan.images, self.plan.n)
-            self._chunk()
-        return self.dx
-
-    def _chunk(self) -> None:
-        plan, n = self.plan, self.n1 - self.n0
-        d_out = self._seed(self.end, 0, plan.tap_shape(self.end)[1], None)
-        for i in reversed(range(len(plan.segments))):
-            segment = plan.segments[i]
-            size, rows = plan.sizes[segment[0]], plan.rows[i]
-            d_in = None
-            if i:
-                channels = plan.steps[segment[0]].in_channels
-                d_in = self.x.new_empty((n, size.h, size.w, channels), dtype=plan.dtype)
-            for r0 in range(0, max(size.h, 1), max(rows, 1)):
-                r1 = min(r0 + rows, size.h)
-                dy = self._segment(segment, d_out, r0, r1, rows < size.h)
-                if i == 0:
-                    self._first_maps(dy, r0, r1)
-                else:
-                    assert d_in is not None
-                    d_in[:, r0:r1] = dy
-            if d_in is not None:
-                pool = plan.steps[segment[0] - 1].pool
-                d_out = self._seed(pool, 0, size.h, d_in) if pool in plan.taps else d_in
-
-    def _segment(self, segment: range, d_out: Tensor, r0: int, r1: int, strips: bool) -> Tensor:
-        """Gradient at rows [r0, r1) of the segment's input."""
-        plan = self.plan
-        reach = plan.halo(segment)
-        dy: Tensor | None = None
-        for i in reversed(segment):
-            step, size = plan.steps[i], plan.sizes[i]
-            p = step.kernel_size // 2
-            lo, hi = (r0 - reach, r1 + reach) if strips else (0, size.conv_h)
-            if dy is None:
-                dz = self._last_gradient(step, i, d_out, lo, hi)
-            else:
-                dz = self._relu_gradient(step, i, dy, lo, hi)
-            if step.conv != step.relu:
-                dz = self._add_tap(step.conv, dz, lo, hi, size.conv_h)
-            reach -= p
-            w = self.packs[f"w.{step.conv}"]
-            pad_h = 2 * p if strips else p
-            extra = (0, 0)
-            if step.stride == 2:
-                full = (2 * (size.conv_h - 1) - 2 * p + step.kernel_size,
-                        2 * (size.conv_w - 1) - 2 * p + step.kernel_size)  # fmt: skip
-                extra = (size.h - full[0], size.w - full[1])
-            dy = _conv_transpose(dz, w, step.stride, (pad_h, p), extra)
-        assert dy is not None
-        return dy
-
-    def _last_gradient(self, step: Step, i: int, d_out: Tensor, lo: int, hi: int) -> Tensor:
-        """dZ at rows [lo, hi) of a segment's last convolution, 0 outside the image."""
-        plan, size, n = self.plan, self.plan.sizes[i], d_out.shape[0]
-        if not step.pool:
-            inner = d_out[:, max(lo, 0) : min(hi, size.conv_h)]
-            if lo < 0 or hi > size.conv_h:
-                dy = d_out.new_zeros((n, hi - lo, size.conv_w, step.out_channels))
-                dy[:, max(lo, 0) - lo : min(hi, size.conv_h) - lo] = inner
-            else:
-                dy = inner
-            return self._relu_gradient(step, i, dy, lo, hi)
-        dz = d_out.new_empty((n, hi - lo, size.conv_w, step.out_channels))
-        name = f"code.{step.pool}" if step.pool_kind == "max" else f"mask.{step.relu}"
-        code = self.saved[name][self.n0 : self.n1]
-        kind = ops.POOLS[step.pool_kind]
-        ops.relu_pool_bwd(d_out, code, kind, size.conv_h, size.conv_w, lo, dz)
-        if step.relu in plan.taps:
-            seed = self._add_tap(step.relu, torch.zeros_like(dz), lo, hi, size.conv_h)
-            dz += self._masked(step, seed, lo, hi, size.conv_h)
-        return dz
-
-    def _relu_gradient(self, step: Step, i: int, dy: Tensor, lo: int, hi: int) -> Tensor:
-        height = self.plan.sizes[i].conv_h
-        if not step.relu:
-            return dy.contiguous()
-        dy = self._add_tap(step.relu, dy, lo, hi, height)
-        return self._masked(step, dy, lo, hi, height)
-
-    def _masked(self, step: Step, dy: Tensor, lo: int, hi: int, height: int) -> Tensor:
-        """ReLU's gradient inside the image, 0 outside."""
-        mask = self.saved[f"mask.{step.relu}"][self.n0 : self.n1]
-        a, b = max(lo, 0), min(hi, height)
-        if (a, b) == (lo, hi):
-            dz = torch.empty_like(dy, memory_format=torch.contiguous_format)
-            ops.relu_bwd(dy.contiguous(), mask[:, a:b].contiguous(), dz)
-            return dz
-        dz = torch.zeros_like(dy, memory_format=torch.contiguous_format)
-        inner = dy[:, a - lo : b - lo].contiguous()
-        ops.relu_bwd(inner, mask[:, a:b].contiguous(), inner)
-        dz[:, a - lo : b - lo] = inner
-        return dz
-
-    def _add_tap(self, tap: str, dy: Tensor, lo: int, hi: int, height: int) -> Tensor:
-        """`dy` plus the tap's own gradient; the chain's end has started with it."""
-        if tap not in self.plan.taps or tap == self.end:
-            return dy
-        a, b = max(lo, 0), min(hi, height)
-        dy = dy.clone()
-        dy[:, a - lo : b - lo] = self._seed(tap, a, b, dy[:, a - lo : b - lo])
-        return dy
-
-    def _seed(self, tap: str, a: int, b: int, dy: Tensor | None) -> Tensor:
-        """Rows [a, b) of ``dE_b``, eq. (2) and Gram's, added to `dy`, in the compute dtype."""
-        chunk = slice(self.n0, self.n1)
-        if set(self.seeds) == {f"feature.{tap}"} and dy is None:
-            g = self.seeds[f"feature.{tap}"][chunk]
-            diff = self.saved[f"diff.{tap}"][chunk, a:b]
-            # One level: the seed is δ itself (times 0 or ±1 where the loss' gradient is).
-            return diff * g.to(diff.dtype).view(-1, 1, 1, 1)
-        total: Tensor | None = None if dy is None else dy.float()
-        if f"feature.{tap}" in self.seeds:
-            g = self.seeds[f"feature.{tap}"][chunk].float().view(-1, 1, 1, 1)
-            seed = self.saved[f"diff.{tap}"][chunk, a:b].float() * g
-            total = seed if total is None else total + seed
-        if f"style.{tap}" in self.seeds:
-            g = self.seeds[f"style.{tap}"][chunk].float().view(-1, 1, 1, 1)
-            phi = self.saved[f"phi.{tap}"][chunk, a:b].float()
-            seed = (phi.flatten(1, 2) @ self.saved[f"gram.{tap}"][chunk]).view_as(phi) * g
-            total = seed if total is None else total + seed
-        assert total is not None
-        return total.to(self.plan.dtype)
-
-    def _first_maps(self, dy: Tensor, r0: int, r1: int) -> None:
-        plan, spec, chunk = self.plan, self.plan.spec, slice(self.n0, self.n1)
-        valid, labels = self._of("valid"), self._of("ce_labels")
-        if plan.front:
-            dy = self._front(dy, r0, r1)
-        lse = self.saved.get("lse")
-        ce_lse = self.saved.get("ce_lse")
-        ops.softmax_bwd(
-            self.x[chunk],
-            None if lse is None else lse[chunk],
-            dy,
-            self.scale[chunk].contiguous(),
-            valid,
-            ops.ACTIVATIONS[spec.activation],
-            spec.temperature,
-            None if labels is None else labels.long(),
-            None if ce_lse is None else ce_lse[chunk],
-            None if labels is None else self.ce_scale[chunk],
-            self.target.get("class_weight"),
-            spec.label_smoothing,
-            r0,
-            r1 - r0,
-            self.dx[chunk],
-        )
-
-    def _front(self, dy: Tensor, r0: int, r1: int) -> Tensor:
-        spec = self.plan.spec
-        valid = self._of("valid")
-        if spec.std is not None:
-            dy = (dy.float() / dy.new_tensor(spec.std, dtype=torch.float32)).to(dy.dtype)
-        if valid is not None:
-            dy = torch.where(valid[:, r0:r1].unsqueeze(-1), dy, 0)
-        if spec.adapter:
-            return _conv_transpose(dy, self.packs["w.adapter"], 1, (0, 0), (0, 0))
-        return dy.contiguous()
-
-    def _of(self, name: str) -> Tensor | None:
-        t = self.target.get(name)
-        return None if t is None else t[self.n0 : self.n1]
-
-
-def empty_gradient(x: Tensor) -> Tensor:
-    """Uninitialised memory for the gradient of `x`, in its memory format."""
-    nhwc = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    layout = torch.channels_last if nhwc else torch.contiguous_format
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
-
-
-# --------------------------------------------------------------------------------- convolutions
-
-
-def _conv(y: Tensor, w: Tensor, stride: int, pad: tuple[int, int]) -> Tensor:
-    """NHWC -> NHWC, `pad` = rows and columns of zeros on each side."""
-    z = torch.conv2d(y.permute(0, 3, 1, 2), w, None, stride, pad)
-    return z.permute(0, 2, 3, 1).contiguous()
-
-
-def _conv_transpose(
-    dz: Tensor, w: Tensor, stride: int, pad: tuple[int, int], extra: Sequence[int]
-) -> Tensor:
-    """Eq. (4), NHWC -> NHWC."""
-    dy = torch.conv_transpose2d(dz.permute(0, 3, 1, 2), w, None, stride, pad, extra)
-    return dy.permute(0, 2, 3, 1).contiguous()
-
-
-def _zero_outside(z: Tensor, lo: int, height: int) -> None:
-    """Rows of `z`, whose first is row `lo` of an image of `height` rows, that lie outside of it."""
-    if lo < 0:
-        z[:, :-lo] = 0
-    if lo + z.shape[1] > height:
-        z[:, height - lo :] = 0

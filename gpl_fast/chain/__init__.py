@@ -1,0 +1,13 @@
+"""The fast path's two walks over the network: forward in the difference form, and backward.
+
+Both go through images in chunks and through each segment in strips of rows (`gpl_fast.plan`).
+Convolutions are ATen's; everything between them is one of the stage operators of `gpl_fast.ops`.
+Maps are NHWC, prediction and target carried as ``y`` and ``δ = y' − y`` (eq. 6 of
+docs/derivation.md). What the forward leaves for the backward is `Plan.saved`.
+"""
+
+from gpl_fast.chain.backward import Backward, empty_gradient
+from gpl_fast.chain.forward import Forward
+from gpl_fast.chain.packs import pack_names, pack_weights
+
+__all__ = ["Backward", "Forward", "empty_gradient", "pack_names", "pack_weights"]

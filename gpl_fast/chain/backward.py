@@ -1,0 +1,223 @@
+"""The backward walk: eq. (2) to (5) from the saved tensors, at unit scale."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from gpl_fast import ops
+from gpl_fast.chain.convolution import conv_transpose
+from gpl_fast.plan import Plan, Step
+
+
+class Backward:
+    """One call's backward walk: eq. (2) to (5), at unit scale.
+
+    Args:
+        plan, x, target, packs: as in `Forward`.
+        saved: what it left.
+        g: (4, N) float32, the gradients of its terms.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        x: Tensor,
+        target: Mapping[str, Tensor],
+        packs: dict[str, Tensor],
+        saved: dict[str, Tensor],
+        g: Tensor,
+    ) -> None:
+        self.plan, self.x, self.target, self.packs, self.saved = plan, x, target, packs, saved
+        self.n0 = self.n1 = 0
+        # The chain carries seeds of at most one δ; what it was divided by is applied at its end.
+        c = plan.coefficients()
+        unit = max(c.values())
+        g_n = g[:2].abs().amax(dim=0)
+        relative = torch.where(g_n == 0, 0, g[:2] / g_n)
+        self.seeds = {
+            name: relative[0 if name.startswith("feature") else 1] * (value / unit)
+            for name, value in c.items()
+        }
+        self.scale = (2 * unit * g_n).float()
+        last = plan.steps[-1]
+        self.end = last.pool or last.relu or last.conv
+        self.ce_scale = g[2].float().contiguous()
+        self.dx = empty_gradient(x)
+
+    def run(self) -> Tensor:
+        """The gradient of the prediction, (N, C, H, W), in its dtype and memory format."""
+        for n0 in range(0, self.plan.n, self.plan.images):
+            self.n0, self.n1 = n0, min(n0 + self.plan.images, self.plan.n)
+            self._chunk()
+        return self.dx
+
+    def _chunk(self) -> None:
+        plan, n = self.plan, self.n1 - self.n0
+        d_out = self._seed(self.end, 0, plan.tap_shape(self.end)[1], None)
+        for i in reversed(range(len(plan.segments))):
+            segment = plan.segments[i]
+            size, rows = plan.sizes[segment[0]], plan.rows[i]
+            d_in = None
+            if i:
+                channels = plan.steps[segment[0]].in_channels
+                d_in = self.x.new_empty((n, size.h, size.w, channels), dtype=plan.dtype)
+            for r0 in range(0, max(size.h, 1), max(rows, 1)):
+                r1 = min(r0 + rows, size.h)
+                dy = self._segment(segment, d_out, r0, r1, rows < size.h)
+                if i == 0:
+                    self._first_maps(dy, r0, r1)
+                else:
+                    assert d_in is not None
+                    d_in[:, r0:r1] = dy
+            if d_in is not None:
+                pool = plan.steps[segment[0] - 1].pool
+                d_out = self._seed(pool, 0, size.h, d_in) if pool in plan.taps else d_in
+
+    def _segment(self, segment: range, d_out: Tensor, r0: int, r1: int, strips: bool) -> Tensor:
+        """Gradient at rows [r0, r1) of the segment's input."""
+        plan = self.plan
+        reach = plan.halo(segment)
+        dy: Tensor | None = None
+        for i in reversed(segment):
+            step, size = plan.steps[i], plan.sizes[i]
+            p = step.kernel_size // 2
+            lo, hi = (r0 - reach, r1 + reach) if strips else (0, size.conv_h)
+            if dy is None:
+                dz = self._last_gradient(step, i, d_out, lo, hi)
+            else:
+                dz = self._relu_gradient(step, i, dy, lo, hi)
+            if step.conv != step.relu:
+                dz = self._add_tap(step.conv, dz, lo, hi, size.conv_h)
+            reach -= p
+            w = self.packs[f"w.{step.conv}"]
+            pad_h = 2 * p if strips else p
+            extra = (0, 0)
+            if step.stride == 2:
+                full = (2 * (size.conv_h - 1) - 2 * p + step.kernel_size,
+                        2 * (size.conv_w - 1) - 2 * p + step.kernel_size)  # fmt: skip
+                extra = (size.h - full[0], size.w - full[1])
+            dy = conv_transpose(dz, w, step.stride, (pad_h, p), extra)
+        assert dy is not None
+        return dy
+
+    def _last_gradient(self, step: Step, i: int, d_out: Tensor, lo: int, hi: int) -> Tensor:
+        """dZ at rows [lo, hi) of a segment's last convolution, 0 outside the image."""
+        plan, size, n = self.plan, self.plan.sizes[i], d_out.shape[0]
+        if not step.pool:
+            inner = d_out[:, max(lo, 0) : min(hi, size.conv_h)]
+            if lo < 0 or hi > size.conv_h:
+                dy = d_out.new_zeros((n, hi - lo, size.conv_w, step.out_channels))
+                dy[:, max(lo, 0) - lo : min(hi, size.conv_h) - lo] = inner
+            else:
+                dy = inner
+            return self._relu_gradient(step, i, dy, lo, hi)
+        dz = d_out.new_empty((n, hi - lo, size.conv_w, step.out_channels))
+        name = f"code.{step.pool}" if step.pool_kind == "max" else f"mask.{step.relu}"
+        code = self.saved[name][self.n0 : self.n1]
+        kind = ops.POOLS[step.pool_kind]
+        ops.relu_pool_bwd(d_out, code, kind, size.conv_h, size.conv_w, lo, dz)
+        if step.relu in plan.taps:
+            seed = self._add_tap(step.relu, torch.zeros_like(dz), lo, hi, size.conv_h)
+            dz += self._masked(step, seed, lo, hi, size.conv_h)
+        return dz
+
+    def _relu_gradient(self, step: Step, i: int, dy: Tensor, lo: int, hi: int) -> Tensor:
+        height = self.plan.sizes[i].conv_h
+        if not step.relu:
+            return dy.contiguous()
+        dy = self._add_tap(step.relu, dy, lo, hi, height)
+        return self._masked(step, dy, lo, hi, height)
+
+    def _masked(self, step: Step, dy: Tensor, lo: int, hi: int, height: int) -> Tensor:
+        """ReLU's gradient inside the image, 0 outside."""
+        mask = self.saved[f"mask.{step.relu}"][self.n0 : self.n1]
+        a, b = max(lo, 0), min(hi, height)
+        if (a, b) == (lo, hi):
+            dz = torch.empty_like(dy, memory_format=torch.contiguous_format)
+            ops.relu_bwd(dy.contiguous(), mask[:, a:b].contiguous(), dz)
+            return dz
+        dz = torch.zeros_like(dy, memory_format=torch.contiguous_format)
+        inner = dy[:, a - lo : b - lo].contiguous()
+        ops.relu_bwd(inner, mask[:, a:b].contiguous(), inner)
+        dz[:, a - lo : b - lo] = inner
+        return dz
+
+    def _add_tap(self, tap: str, dy: Tensor, lo: int, hi: int, height: int) -> Tensor:
+        """`dy` plus the tap's own gradient; the chain's end has started with it."""
+        if tap not in self.plan.taps or tap == self.end:
+            return dy
+        a, b = max(lo, 0), min(hi, height)
+        dy = dy.clone()
+        dy[:, a - lo : b - lo] = self._seed(tap, a, b, dy[:, a - lo : b - lo])
+        return dy
+
+    def _seed(self, tap: str, a: int, b: int, dy: Tensor | None) -> Tensor:
+        """Rows [a, b) of ``dE_b``, eq. (2) and Gram's, added to `dy`, in the compute dtype."""
+        chunk = slice(self.n0, self.n1)
+        if set(self.seeds) == {f"feature.{tap}"} and dy is None:
+            g = self.seeds[f"feature.{tap}"][chunk]
+            diff = self.saved[f"diff.{tap}"][chunk, a:b]
+            # One level: the seed is δ itself (times 0 or ±1 where the loss' gradient is).
+            return diff * g.to(diff.dtype).view(-1, 1, 1, 1)
+        total: Tensor | None = None if dy is None else dy.float()
+        if f"feature.{tap}" in self.seeds:
+            g = self.seeds[f"feature.{tap}"][chunk].float().view(-1, 1, 1, 1)
+            seed = self.saved[f"diff.{tap}"][chunk, a:b].float() * g
+            total = seed if total is None else total + seed
+        if f"style.{tap}" in self.seeds:
+            g = self.seeds[f"style.{tap}"][chunk].float().view(-1, 1, 1, 1)
+            phi = self.saved[f"phi.{tap}"][chunk, a:b].float()
+            seed = (phi.flatten(1, 2) @ self.saved[f"gram.{tap}"][chunk]).view_as(phi) * g
+            total = seed if total is None else total + seed
+        assert total is not None
+        return total.to(self.plan.dtype)
+
+    def _first_maps(self, dy: Tensor, r0: int, r1: int) -> None:
+        plan, spec, chunk = self.plan, self.plan.spec, slice(self.n0, self.n1)
+        valid, labels = self._of("valid"), self._of("ce_labels")
+        if plan.front:
+            dy = self._front(dy, r0, r1)
+        lse = self.saved.get("lse")
+        ce_lse = self.saved.get("ce_lse")
+        ops.softmax_bwd(
+            self.x[chunk],
+            None if lse is None else lse[chunk],
+            dy,
+            self.scale[chunk].contiguous(),
+            valid,
+            ops.ACTIVATIONS[spec.activation],
+            spec.temperature,
+            None if labels is None else labels.long(),
+            None if ce_lse is None else ce_lse[chunk],
+            None if labels is None else self.ce_scale[chunk],
+            self.target.get("class_weight"),
+            spec.label_smoothing,
+            r0,
+            r1 - r0,
+            self.dx[chunk],
+        )
+
+    def _front(self, dy: Tensor, r0: int, r1: int) -> Tensor:
+        spec = self.plan.spec
+        valid = self._of("valid")
+        if spec.std is not None:
+            dy = (dy.float() / dy.new_tensor(spec.std, dtype=torch.float32)).to(dy.dtype)
+        if valid is not None:
+            dy = torch.where(valid[:, r0:r1].unsqueeze(-1), dy, 0)
+        if spec.adapter:
+            return conv_transpose(dy, self.packs["w.adapter"], 1, (0, 0), (0, 0))
+        return dy.contiguous()
+
+    def _of(self, name: str) -> Tensor | None:
+        t = self.target.get(name)
+        return None if t is None else t[self.n0 : self.n1]
+
+
+def empty_gradient(x: Tensor) -> Tensor:
+    """Uninitialised memory for the gradient of `x`, in its memory format."""
+    nhwc = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    layout = torch.channels_last if nhwc else torch.contiguous_format
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)

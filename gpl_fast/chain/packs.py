@@ -1,0 +1,52 @@
+"""Weights as the walks read them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gpl_fast.lossnet import LossNet
+from gpl_fast.plan import padded_channels
+
+
+def pack_names(net: LossNet, looked_up: bool) -> tuple[str, ...]:
+    """Names of what `pack_weights` returns, in order."""
+    names = [
+        f"b.{name.removesuffix('.bias')}" if name.endswith(".bias") else f"w.{name}"
+        for name in net.weight_names
+    ]
+    return (*names, "table", "interior", "rest_table") if looked_up else tuple(names)
+
+
+def pack_weights(
+    net: LossNet, device: torch.device, dtype: torch.dtype, looked_up: bool
+) -> list[Tensor]:
+    """Weights as the walks read them, by `pack_names`.
+
+    ``w.*`` (C_out, C_in, K, K) channels_last, the first one's C_in padded; ``b.*``; the look-up
+    tables of label and top-k targets: ``table`` (K², C, C_out), ``interior`` (C, C_out) its sum
+    over taps, ``rest_table`` (K², C_out) its sum over classes.
+    """
+    weights = net.weights_on(device, dtype)
+    exact = net.weights_on(device, torch.float32)
+    front = "adapter" in weights or net.mean is not None
+    first = next(layer.name for layer in net.layers if layer.kind == "conv")
+    packs: list[Tensor] = []
+    for name, w in weights.items():
+        if name.endswith(".bias"):
+            packs.append(w)
+            continue
+        if name == "adapter" or (name == first and not front):
+            extra = padded_channels(w.shape[1]) - w.shape[1]
+            w = torch.nn.functional.pad(w, (0, 0, 0, 0, 0, extra))
+        packs.append(w.contiguous(memory_format=torch.channels_last))
+    if looked_up:
+        if front:
+            rows = exact["adapter"][:, :, 0, 0] if "adapter" in exact else None
+            eye = torch.eye(net.in_channels, device=device)
+            table = (eye if rows is None else rows.t()).unsqueeze(0)
+        else:
+            table = exact[first].permute(2, 3, 1, 0).flatten(0, 1)
+        sums = table.sum(dim=0), table.sum(dim=1)
+        packs += [table.to(dtype).contiguous(), *(t.contiguous() for t in sums)]
+    return packs
