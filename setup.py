@@ -23,7 +23,11 @@ ROOT = Path(__file__).resolve().parent
 LIBRARY = "libgpl_fast.so"
 KERNELS = ["softmax_pack", "label_conv", "relu", "relu_pool", "diff_reduce", "softmax_bwd"]
 # The same sources, once for each instruction set; dispatch.cpp picks one at run time.
-X86_BUILDS = {"default": "-march=x86-64-v2", "avx2": "-march=x86-64-v3", "avx512": "-march=x86-64-v4"}
+X86_BUILDS = {
+    "default": "-march=x86-64-v2",
+    "avx2": "-march=x86-64-v3",
+    "avx512": "-march=x86-64-v4",
+}
 
 NINJA = """\
 ninja_required_version = 1.5

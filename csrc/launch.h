@@ -124,11 +124,11 @@ struct LabelConvFwd {
   const int64_t* topk_indices;  // [N, k, H, W]
   const float* topk_rest;       // [N, H, W] or null
   int64_t k;
-  const uint8_t* valid;        // [N, H, W], null = all
-  const void* table;           // [K * K, C, c_out]
-  const float* interior;       // [C, c_out], labels only: the taps' sum
-  const float* rest_table;     // [K * K, c_out], with topk_rest: the classes' sum
-  void* z;                     // [N, rows, W, c_out]
+  const uint8_t* valid;     // [N, H, W], null = all
+  const void* table;        // [K * K, C, c_out]
+  const float* interior;    // [C, c_out], labels only: the taps' sum
+  const float* rest_table;  // [K * K, c_out], with topk_rest: the classes' sum
+  void* z;                  // [N, rows, W, c_out]
   int64_t z_image_stride;
 };
 
@@ -143,14 +143,14 @@ struct DiffReduceFwd {
 using ParallelBody = void (*)(int64_t begin, int64_t end, void* ctx);
 void parallel_for(int64_t n, int64_t grain, ParallelBody body, void* ctx);
 
-#define GPL_FAST_STAGES(STAGE)         \
+#define GPL_FAST_STAGES(STAGE)            \
   STAGE(softmax_pack_fwd, SoftmaxPackFwd) \
-  STAGE(label_conv_fwd, LabelConvFwd)  \
-  STAGE(relu_fwd, ReluFwd)             \
-  STAGE(relu_pool_fwd, ReluPoolFwd)    \
-  STAGE(diff_reduce_fwd, DiffReduceFwd) \
-  STAGE(relu_pool_bwd, ReluPoolBwd)    \
-  STAGE(relu_bwd, ReluBwd)             \
+  STAGE(label_conv_fwd, LabelConvFwd)     \
+  STAGE(relu_fwd, ReluFwd)                \
+  STAGE(relu_pool_fwd, ReluPoolFwd)       \
+  STAGE(diff_reduce_fwd, DiffReduceFwd)   \
+  STAGE(relu_pool_bwd, ReluPoolBwd)       \
+  STAGE(relu_bwd, ReluBwd)                \
   STAGE(softmax_bwd, SoftmaxBwd)
 
 namespace cpu {

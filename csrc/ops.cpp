@@ -197,9 +197,10 @@ void label_conv(const MaybeTensor& labels, const MaybeTensor& values, const Mayb
   STD_TORCH_CHECK(table.dim() == 3, "gpl_fast: table must be [K * K, C, c_out], got ",
                   text(table.sizes()));
   const Tensor& map = labels ? *labels : *values;
-  STD_TORCH_CHECK(map.dim() == (labels ? 3 : 4), "gpl_fast: ",
-                  labels ? "labels must be [N, H, W], got " : "topk_values must be [N, k, H, W], got ",
-                  text(map.sizes()));
+  STD_TORCH_CHECK(
+      map.dim() == (labels ? 3 : 4), "gpl_fast: ",
+      labels ? "labels must be [N, H, W], got " : "topk_values must be [N, k, H, W], got ",
+      text(map.sizes()));
   a.N = map.size(0), a.H = map.size(map.dim() - 2), a.W = map.size(map.dim() - 1);
   a.C = table.size(1), a.c_out = table.size(2);
   while (a.K * a.K < table.size(0)) ++a.K;
@@ -280,11 +281,11 @@ void relu_pool_fwd_any(const Tensor& z, const MaybeTensor& dz, int64_t pool, con
   a.dz_image_stride = image_stride(dz, "dz", dtype, full);
   a.y_image_stride = image_stride(y, "y", dtype, pooled);
   a.delta_image_stride = image_stride(delta, "delta", dtype, pooled);
-  a.code_image_stride = a.pool == Pool::kMax
-                            ? image_stride(code, "code", ScalarType::Byte,
-                                           {a.N, a.H / 2, a.W / 2, ceil_div(a.C, 2)})
-                            : image_stride(code, "code (a mask)", ScalarType::Byte,
-                                           {a.N, a.H, a.W, ceil_div(a.C, 8)});
+  a.code_image_stride =
+      a.pool == Pool::kMax
+          ? image_stride(code, "code", ScalarType::Byte, {a.N, a.H / 2, a.W / 2, ceil_div(a.C, 2)})
+          : image_stride(code, "code (a mask)", ScalarType::Byte,
+                         {a.N, a.H, a.W, ceil_div(a.C, 8)});
   a.z = z.data_ptr(), a.dz = data(dz);
   a.y = data(y), a.delta = data(delta), a.code = (uint8_t*)data(code);
   if (z.numel() == 0) return;

@@ -38,7 +38,7 @@ def load() -> str | None:
     if not LIBRARY.exists():
         return f"the compiled operators are not built ({LIBRARY.name} is missing)"
     try:
-        torch.ops.load_library(str(LIBRARY))
+        torch.ops.load_library(str(LIBRARY))  # type: ignore[no-untyped-call]
     except Exception as error:
         return f"the compiled operators do not load: {error}"
     for name in _MUTATING:

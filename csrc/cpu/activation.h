@@ -1,7 +1,7 @@
 // What the softmax's forward and backward share, for one group of 16 pixels x C channels, [C][16].
 #pragma once
 
-#include "tile.h"
+#include "walk.h"
 
 namespace gpl_fast {
 namespace GPL_CPU_NAMESPACE {
@@ -36,11 +36,11 @@ struct Activated {
 };
 
 // In place: y' = act(x / T), up to the factor.
-inline Activated activate(Activation activation, float* x, int64_t C, float inv_t, Ahead& ahead) {
+inline Activated activate(Activation activation, float* x, int64_t C, float inv_t, Lines& lines) {
   if (activation == Activation::kSoftmax) {
     const Vf shift = channel_max(x, C) * fill(inv_t), minus = fill(0.0f) - shift;
     Vf sum = fill(0.0f);
-    each_channel(C, ahead, [&](int64_t c) __attribute__((always_inline)) {
+    each_channel(C, lines, [&](int64_t c) __attribute__((always_inline)) {
       Vf e = exp<true>(fma(load(x + c * 16), fill(inv_t), minus));
       sum = sum + e;
       store(x + c * 16, e);
@@ -48,7 +48,7 @@ inline Activated activate(Activation activation, float* x, int64_t C, float inv_
     return {fill(1.0f) / sum, {shift, log(sum)}};
   }
   if (activation == Activation::kSigmoid) {
-    each_channel(C, ahead, [&](int64_t c) __attribute__((always_inline)) {
+    each_channel(C, lines, [&](int64_t c) __attribute__((always_inline)) {
       Vf e = exp<false>(load(x + c * 16) * fill(-inv_t));
       store(x + c * 16, fill(1.0f) / (fill(1.0f) + e));
     });

@@ -58,11 +58,11 @@ const char* capability() {
 }
 
 #ifdef GPL_FAST_X86
-#define GPL_FAST_FORWARD(stage, Args)                                         \
-  void stage(const Args& args) {                                              \
-    if (current() == Capability::kAvx512) return cpu_avx512::stage(args);     \
-    if (current() == Capability::kAvx2) return cpu_avx2::stage(args);         \
-    return cpu_default::stage(args);                                          \
+#define GPL_FAST_FORWARD(stage, Args)                                     \
+  void stage(const Args& args) {                                          \
+    if (current() == Capability::kAvx512) return cpu_avx512::stage(args); \
+    if (current() == Capability::kAvx2) return cpu_avx2::stage(args);     \
+    return cpu_default::stage(args);                                      \
   }
 #else
 #define GPL_FAST_FORWARD(stage, Args) \

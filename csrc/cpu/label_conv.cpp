@@ -1,13 +1,13 @@
-// The first convolution of a target that is a list of classes: a sum of table rows, so its cost does
-// not depend on the number of classes.
+// The first convolution of a target that is a list of classes: a sum of table rows, so its cost
+// does not depend on the number of classes.
 #include "tile.h"
 
 namespace gpl_fast {
 namespace GPL_CPU_NAMESPACE {
 namespace {
 
-constexpr int32_t kNoClass = -1;   // a zero row: no label, not valid, outside the image
-constexpr int32_t kMixed = -2;     // more than one label in a column of the neighbourhood
+constexpr int32_t kNoClass = -1;  // a zero row: no label, not valid, outside the image
+constexpr int32_t kMixed = -2;    // more than one label in a column of the neighbourhood
 
 struct Term {
   const void* row;  // [c_out], of the table (compute dtype) or of the rest's table (float32)

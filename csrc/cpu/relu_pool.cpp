@@ -1,5 +1,6 @@
 // ReLU and 2x2 pooling of the target and of the difference, with the prediction's winners packed to
-// 4 bits (max) or its signs to 1 bit (average); and the way back, row by row of the full resolution.
+// 4 bits (max) or its signs to 1 bit (average); and the way back, row by row of the full
+// resolution.
 #include "packed.h"
 #include "tile.h"
 
@@ -11,11 +12,11 @@ constexpr int kNoWinner = 4;
 
 // Up to 16 channels of one window: at[i] = the offset of position i, row-major.
 template <class T, bool kDiff>
-GPL_INLINE void max_window(const T* z, const T* dz, const int64_t* at,
-                           int64_t n, T* y, T* delta, uint8_t* code) {
-  Vf target = load_upto(z + at[0], n);       // max z
-  Vf z_win = target, dz_win = fill(0.0f);    // z and dz where the prediction won
-  Vf best = target;                          // max z + dz
+GPL_INLINE void max_window(const T* z, const T* dz, const int64_t* at, int64_t n, T* y, T* delta,
+                           uint8_t* code) {
+  Vf target = load_upto(z + at[0], n);     // max z
+  Vf z_win = target, dz_win = fill(0.0f);  // z and dz where the prediction won
+  Vf best = target;                        // max z + dz
   Vi winner = fill_i(0);
   if (kDiff) {
     dz_win = load_upto(dz + at[0], n);
@@ -62,14 +63,14 @@ void max_row(const ReluPoolFwd& a, int64_t n, int64_t i) {
       const int64_t first = 2 * j * a.C + c, row = a.W * a.C;
       const int64_t at[4] = {first, first + a.C, first + row, first + row + a.C};
       const int64_t out = j * a.C + c;
-      max_window<T, kDiff>(z, dz, at, a.C - c, y ? y + out : nullptr,
-                           kDiff ? delta + out : nullptr,
+      max_window<T, kDiff>(z, dz, at, a.C - c, y ? y + out : nullptr, kDiff ? delta + out : nullptr,
                            code ? code + j * code_bytes + c / 2 : nullptr);
     }
   }
 }
 
-// One full-resolution row: its masks, and its half of the windows into sums ([w, C] float, or null).
+// One full-resolution row: its masks, and its half of the windows into sums ([w, C] float, or
+// null).
 template <class T, bool kDiff>
 void avg_row(const ReluPoolFwd& a, int64_t n, int64_t h, bool add, float* y_sum, float* delta_sum) {
   const int64_t mask_bytes = ceil_div(a.C, 8);
@@ -139,7 +140,8 @@ void bwd_row(const ReluPoolBwd& a, int64_t n, int64_t r) {
   const bool max = a.pool == Pool::kMax;
   const int64_t pixel_bytes = ceil_div(a.C, max ? 2 : 8);
   const T* dy = (const T*)a.dy + n * a.dy_image_stride + h / 2 * w * a.C;
-  const uint8_t* code = a.code + n * a.code_image_stride + (max ? h / 2 * w : h * a.W) * pixel_bytes;
+  const uint8_t* code =
+      a.code + n * a.code_image_stride + (max ? h / 2 * w : h * a.W) * pixel_bytes;
   for (int64_t j = 0; j < w; ++j) {
     T* out = dz + 2 * j * a.C;
     for (int64_t c = 0; c < a.C; c += 16) {

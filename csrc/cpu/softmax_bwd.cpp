@@ -6,6 +6,8 @@ namespace gpl_fast {
 namespace GPL_CPU_NAMESPACE {
 namespace {
 
+constexpr int64_t kCachedBytes = 16 << 20;
+
 struct Pixels {
   int64_t image, at, n;  // at: the first one's place in an [N, H, W] tensor
 };
@@ -39,15 +41,16 @@ class CrossEntropyGrad {
 };
 
 // In place: e^(x / T - lse), with the sums over the channels. The sum of the values is 1 up to the
-// rounding of lse, which is absolute and so not small for large logits: dividing by it removes that.
+// rounding of lse, which is absolute and so not small for large logits: dividing by it removes
+// that.
 struct Sums {
   Vf inverse, dot;  // 1 / sum y, sum y dy / sum y
 };
 Sums probabilities(float* x, const float* dy, const float* lse, int64_t n, int64_t C, float inv_t,
-                   Ahead& ahead) {
+                   Lines& lines) {
   const Vf shift = fill(0.0f) - load_upto(lse, n);
   Vf sum = fill(0.0f), dot = fill(0.0f);
-  each_channel(C, ahead, [&](int64_t c) __attribute__((always_inline)) {
+  each_channel(C, lines, [&](int64_t c) __attribute__((always_inline)) {
     Vf y = exp<true>(fma(load(x + c * 16), fill(inv_t), shift));
     sum = sum + y;
     if (dy) dot = fma(y, load(dy + c * 16), dot);
@@ -59,9 +62,9 @@ Sums probabilities(float* x, const float* dy, const float* lse, int64_t n, int64
 
 // In place: x becomes scale y' (dy - sum y' dy) / T                                           (5)
 void softmax_group(const SoftmaxBwd& a, const Pixels& px, float* x, const float* dy, Vi keep,
-                   const CrossEntropyGrad* ce, Ahead& ahead) {
+                   const CrossEntropyGrad* ce, Lines& lines) {
   const float inv_t = 1.0f / a.temperature;
-  const Sums sums = probabilities(x, dy, a.lse + px.at, px.n, a.C, inv_t, ahead);
+  const Sums sums = probabilities(x, dy, a.lse + px.at, px.n, a.C, inv_t, lines);
   const Vf scale = fill(a.scale[px.image] * inv_t);
   for (int64_t c = 0; c < a.C; ++c) {
     Vf y = load(x + c * 16) * sums.inverse;
@@ -87,12 +90,12 @@ void elementwise_group(const SoftmaxBwd& a, const Pixels& px, float* x, const fl
 
 // The net's part of a group; x: logits in, gradient out.
 void net_group(const SoftmaxBwd& a, const Pixels& px, float* x, const float* dy,
-               const CrossEntropyGrad* ce, Ahead& ahead) {
+               const CrossEntropyGrad* ce, Lines& lines) {
   const Vi keep = a.valid ? valid_lanes(a.valid + px.at, px.n) : fill_i(-1);
   if (!dy) {
     std::memset(x, 0, (size_t)(a.C * 16) * sizeof(float));
   } else if (a.activation == Activation::kSoftmax) {
-    softmax_group(a, px, x, dy, keep, ce, ahead);
+    softmax_group(a, px, x, dy, keep, ce, lines);
   } else {
     elementwise_group(a, px, x, dy, keep);
   }
@@ -100,15 +103,14 @@ void net_group(const SoftmaxBwd& a, const Pixels& px, float* x, const float* dy,
 
 // One group of 16 pixels, in place. own: [C][16] of scratch.
 void group_bwd(const SoftmaxBwd& a, const Pixels& px, float* x, const float* dy, float* own,
-               float weights, Ahead& ahead) {
-  if (!a.ce.labels) return net_group(a, px, x, dy, nullptr, ahead);
+               float weights, Lines& lines) {
+  if (!a.ce.labels) return net_group(a, px, x, dy, nullptr, lines);
   const CrossEntropyGrad ce(a, px, weights);
-  if (dy && !a.ce.own_lse) return net_group(a, px, x, dy, &ce, ahead);
+  if (dy && !a.ce.own_lse) return net_group(a, px, x, dy, &ce, lines);
   // The cross-entropy's probabilities are not the activation's.
   std::memcpy(own, x, (size_t)(a.C * 16) * sizeof(float));
-  const Vf inverse =
-      probabilities(own, nullptr, a.ce_lse + px.at, px.n, a.C, 1.0f, ahead).inverse;
-  net_group(a, px, x, dy, nullptr, ahead);
+  const Vf inverse = probabilities(own, nullptr, a.ce_lse + px.at, px.n, a.C, 1.0f, lines).inverse;
+  net_group(a, px, x, dy, nullptr, lines);
   for (int64_t c = 0; c < a.C; ++c) {
     store(x + c * 16, load(x + c * 16) + ce.at(load(own + c * 16) * inverse, c));
   }
@@ -116,16 +118,17 @@ void group_bwd(const SoftmaxBwd& a, const Pixels& px, float* x, const float* dy,
 
 void rows_bwd(const SoftmaxBwd& a, const Tiling& tiling, float weights, int64_t begin,
               int64_t end) {
-  TileReader xs(tiling, a.x, a.x_dtype, a.x_strides, a.C);
-  Scratch dy_tile(a.dy ? tiling.group : 0), own(a.ce.labels ? tiling.group : 0);
+  Scratch x_tile(tiling.floats()), dy_group(a.dy ? tiling.group : 0),
+      own(a.ce.labels ? tiling.group : 0);
+  float *x = x_tile.get(), *dy = a.dy ? dy_group.get() : nullptr;
+  Lines lines;
   const Strides& s = a.dx_strides;
+  const bool past_cache = a.N * a.C * a.H * a.W * element_size(a.x_dtype) > kCachedBytes;
   for (Walk walk(a.strip, a.H, a.W, tiling, begin, end); !walk.done();) {
     const Place at = walk.here();
     walk.advance();
     if (!at.inside) continue;
-    const Place next = walk.done() ? Place{} : walk.here();
-    float* x = xs.read(at, next);
-    float* dy = a.dy ? dy_tile.get() : nullptr;
+    load_image(x, tiling, a.x, a.x_dtype, a.x_strides, a.C, at);
     for (int64_t p = 0; p < at.pixels; p += 16) {
       const Pixels px = {at.n, (at.n * a.H + at.h) * a.W + at.w + p, min_of(at.pixels - p, 16)};
       const int64_t group = p / 16 * tiling.group;
@@ -139,17 +142,18 @@ void rows_bwd(const SoftmaxBwd& a, const Tiling& tiling, float weights, int64_t 
           } else {
             load_channels(dy, src, a.c_pad, a.C, px.n);
           }
-          xs.ahead.want(src + 16 * a.c_pad, px.n * a.c_pad * (int64_t)sizeof(T));
+          lines.want(src + 16 * a.c_pad, px.n * a.c_pad * (int64_t)sizeof(T));
         });
       }
-      group_bwd(a, px, x + group, dy, own.get(), weights, xs.ahead);
+      group_bwd(a, px, x + group, dy, own.get(), weights, lines);
     }
     with_dtype(a.x_dtype, [&](auto tag) {
       using T = decltype(tag);
       store_tile((T*)a.dx + at.n * s.n + at.h * s.h + at.w * s.w, s.c, s.w, x, tiling, a.C,
-                 at.pixels);
+                 at.pixels, past_cache);
     });
   }
+  finish_past_cache();
 }
 
 }  // namespace
@@ -157,9 +161,8 @@ void rows_bwd(const SoftmaxBwd& a, const Tiling& tiling, float weights, int64_t 
 void softmax_bwd(const SoftmaxBwd& a) {
   const Tiling tiling(a.W, max_of(a.C, a.dy ? a.c_pad : 0));
   const float weights = a.ce.labels ? class_weight_sum(a.ce, a.C) : 0.0f;
-  parallel(a.N * a.strip.rows, a.W * a.C, [&](int64_t begin, int64_t end) {
-    rows_bwd(a, tiling, weights, begin, end);
-  });
+  parallel(a.N * a.strip.rows, a.W * a.C,
+           [&](int64_t begin, int64_t end) { rows_bwd(a, tiling, weights, begin, end); });
 }
 
 }  // namespace GPL_CPU_NAMESPACE

@@ -1,5 +1,5 @@
-// Logits -> the difference of the maps the net sees, NHWC: y, delta = y' - y, and from the same pass
-// what the softmax's backward and the cross-entropy need.
+// Logits -> the difference of the maps the net sees, NHWC: y, delta = y' - y, and from the same
+// pass what the softmax's backward and the cross-entropy need.
 #include "activation.h"
 
 namespace gpl_fast {
@@ -95,8 +95,8 @@ void difference(const SoftmaxPackFwd& a, const Pixels& px, float* x, Vf fx, floa
 }
 
 // From the loaded logits of x and of a dense target, both [C][16], to the maps, in place.
-void maps(const SoftmaxPackFwd& a, const Pixels& px, float* x, float* t, Ahead& x_ahead,
-          Ahead& t_ahead, float weights, double* ce_sums) {
+void maps(const SoftmaxPackFwd& a, const Pixels& px, float* x, float* t, Lines& x_lines,
+          Lines& t_lines, float weights, double* ce_sums) {
   const float inv_t = 1.0f / a.temperature;
   const bool has_ce = px.core && a.ce.labels;
   if (has_ce && a.ce.own_lse) {
@@ -107,13 +107,13 @@ void maps(const SoftmaxPackFwd& a, const Pixels& px, float* x, float* t, Ahead& 
   PixelLoss loss;
   const bool shared = has_ce && !a.ce.own_lse;
   if (shared) loss = PixelLoss(a.ce, px, x, a.C, weights);
-  const Activated yp = activate(a.activation, x, a.C, inv_t, x_ahead);
+  const Activated yp = activate(a.activation, x, a.C, inv_t, x_lines);
   if (shared) loss.add(yp.lse, ce_sums);
   if (px.core && a.lse) store_upto(a.lse + px.at, yp.lse.value(), px.n);
   if (!a.delta && !a.y) return;
   Vf target_factor = fill(1.0f);
   if (a.target) {
-    target_factor = activate(a.target_activation, t, a.C, inv_t, t_ahead).factor;
+    target_factor = activate(a.target_activation, t, a.C, inv_t, t_lines).factor;
   } else if (a.topk_values) {
     topk_target(a, px, t);
   }
@@ -126,19 +126,23 @@ char* map_address(const SoftmaxPackFwd& a, void* map, int64_t image_stride, cons
   return (char*)map + (p.n * image_stride + (p.r * a.W + p.w) * a.c_pad) * element_size(a.dtype);
 }
 
-void store_map(const SoftmaxPackFwd& a, char* map, const float* tile, const Tiling& tiling,
-               int64_t pixels) {
-  if (!map) return;
+// One group of up to 16 pixels, [C][16], to its place.
+void store_map(const SoftmaxPackFwd& a, char* map, const float* group, int64_t pixels) {
   with_dtype(a.dtype, [&](auto tag) {
-    store_tile((decltype(tag)*)map, 1, a.c_pad, tile, tiling, a.c_pad, pixels);
+    using T = decltype(tag);
+    if (a.c_pad == 1) {
+      store_upto((T*)map, load(group), pixels);
+    } else {
+      store_channels((T*)map, a.c_pad, a.c_pad, group, pixels);
+    }
   });
 }
 
 void rows_fwd(const SoftmaxPackFwd& a, const Tiling& tiling, float weights, int64_t begin,
               int64_t end) {
-  TileReader xs(tiling, a.x, a.x_dtype, a.x_strides, a.C);
-  TileReader targets(tiling, a.target, a.target_dtype, a.target_strides, a.C);
-  Scratch listed(a.topk_values ? tiling.floats() : 0);
+  Scratch x_tile(tiling.floats()), t_tile(a.target || a.topk_values ? tiling.floats() : 0);
+  float *x = x_tile.get(), *t = t_tile.get();
+  Lines x_lines, t_lines;
   const int64_t pixel_bytes = a.c_pad * element_size(a.dtype);
   double ce_sums[2] = {0.0, 0.0};
   for (Walk walk(a.strip, a.H, a.W, tiling, begin, end); !walk.done();) {
@@ -152,20 +156,20 @@ void rows_fwd(const SoftmaxPackFwd& a, const Tiling& tiling, float weights, int6
       continue;
     }
     walk.advance();
-    const Place next = walk.done() ? Place{} : walk.here();
-    float* x = xs.read(at, next);
-    float* t = a.target ? targets.read(at, next) : listed.get();
+    load_image(x, tiling, a.x, a.x_dtype, a.x_strides, a.C, at);
+    if (a.target) load_image(t, tiling, a.target, a.target_dtype, a.target_strides, a.C, at);
     const bool core = at.h >= a.core.row0 && at.h < a.core.row0 + a.core.rows;
     if (at.w == 0) ce_sums[0] = ce_sums[1] = 0.0;
     for (int64_t p = 0; p < at.pixels; p += 16) {
-      const Pixels px = {at.n, (at.n * a.H + at.h) * a.W + at.w + p, min_of(at.pixels - p, 16), core};
-      if (delta) xs.ahead.want(delta + p * pixel_bytes, px.n * pixel_bytes);
-      if (y) targets.ahead.want(y + p * pixel_bytes, px.n * pixel_bytes);
-      const int64_t group = p / 16 * tiling.group;
-      maps(a, px, x + group, t + group, xs.ahead, targets.ahead, weights, ce_sums);
+      const Pixels px = {at.n, (at.n * a.H + at.h) * a.W + at.w + p, min_of(at.pixels - p, 16),
+                         core};
+      const int64_t group = p / 16 * tiling.group, out = p * pixel_bytes;
+      if (delta) x_lines.want(delta + out, px.n * pixel_bytes);
+      if (y) t_lines.want(y + out, px.n * pixel_bytes);
+      maps(a, px, x + group, t + group, x_lines, t_lines, weights, ce_sums);
+      if (delta) store_map(a, delta + out, x + group, px.n);
+      if (y) store_map(a, y + out, t + group, px.n);
     }
-    store_map(a, delta, x, tiling, at.pixels);
-    store_map(a, y, t, tiling, at.pixels);
     if (core && a.ce.labels) {
       double* sums = a.ce_rows + (at.n * a.H + at.h) * 2;
       sums[0] = ce_sums[0], sums[1] = ce_sums[1];
@@ -178,9 +182,8 @@ void rows_fwd(const SoftmaxPackFwd& a, const Tiling& tiling, float weights, int6
 void softmax_pack_fwd(const SoftmaxPackFwd& a) {
   const Tiling tiling(a.W, max_of(a.C, a.c_pad));
   const float weights = a.ce.labels ? class_weight_sum(a.ce, a.C) : 0.0f;
-  parallel(a.N * a.strip.rows, a.W * a.C, [&](int64_t begin, int64_t end) {
-    rows_fwd(a, tiling, weights, begin, end);
-  });
+  parallel(a.N * a.strip.rows, a.W * a.C,
+           [&](int64_t begin, int64_t end) { rows_fwd(a, tiling, weights, begin, end); });
 }
 
 }  // namespace GPL_CPU_NAMESPACE

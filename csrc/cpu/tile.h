@@ -11,7 +11,6 @@
 namespace gpl_fast {
 namespace GPL_CPU_NAMESPACE {
 
-static const bool kNT = std::getenv("NT") != nullptr;
 class Scratch {
  public:
   explicit Scratch(int64_t floats) {
@@ -37,7 +36,8 @@ struct Tiling {
   Tiling(int64_t W, int64_t c) {
     channels = ceil_div(c, 32) * 32;
     group = channels * 16;
-    int64_t most = std::getenv("TP") ? std::atoi(std::getenv("TP")) : 64;
+    // Long runs of each channel's row let the hardware fetch ahead.
+    int64_t most = channels > 512 ? 128 : 256;
     int64_t tiles = max_of(ceil_div(W, most), 1);
     pixels = max_of(ceil_div(ceil_div(W, tiles), 16) * 16, 16);
   }
@@ -234,23 +234,19 @@ void load_tile(float* tile, const Tiling& t, const T* src, int64_t sc, int64_t s
   }
 }
 
-// dst[c * sc + (16 g + p) * sw] = tile[g][c][p] for 16 g + p < n.
+// dst[c * sc + (16 g + p) * sw] = tile[g][c][p] for 16 g + p < n. past_cache: the result is larger
+// than what a cache holds, so do not read what is overwritten anyway; needs finish_past_cache().
 template <class T>
 void store_tile(T* dst, int64_t sc, int64_t sw, const float* tile, const Tiling& t, int64_t C,
-                int64_t n) {
+                int64_t n, bool past_cache) {
   if (sw == 1) {
     for (int64_t c = 0; c < C; ++c) {
       T* row = dst + c * sc;
       const float* in = tile + c * 16;
       int64_t p = 0;
-      if (sizeof(T) == 4 && kNT && ((uintptr_t)row & 63) == 0)
-      for (; p + 16 <= n; p += 16, in += t.group) 
-#ifdef GPL_AVX512
- _mm512_stream_ps((float*)row + p, load(in).v[0])
-#else
- (void)0
-#endif
-;
+      if (past_cache && (uintptr_t)row % 64 == 0) {
+        for (; p + 16 <= n; p += 16, in += t.group) store_past_cache(row + p, load(in));
+      }
       for (; p + 16 <= n; p += 16, in += t.group) store(row + p, load(in));
       if (p < n) store_n(row + p, load(in), n - p);
     }
@@ -268,137 +264,6 @@ void store_tile(T* dst, int64_t sc, int64_t sw, const float* tile, const Tiling&
     }
   }
 }
-
-// Where a tile lies: image, row of the image, row of the strip, first column, width.
-struct Place {
-  int64_t n, h, r, w, pixels;
-  bool inside;  // the row is one of the image's
-};
-
-// The tiles of rows [begin, end) of N strips, in order.
-class Walk {
- public:
-  Walk(const Strip& strip, int64_t H, int64_t W, const Tiling& t, int64_t begin, int64_t end)
-      : strip_(strip), H_(H), W_(W), step_(t.pixels), end_(end), row_(begin), w_(0) {}
-  bool done() const { return row_ >= end_; }
-  Place here() const {
-    const int64_t r = row_ % strip_.rows, h = strip_.row0 + r;
-    return {row_ / strip_.rows, h, r, w_, min_of(W_ - w_, step_), h >= 0 && h < H_};
-  }
-  void advance() {
-    w_ += step_;
-    if (w_ >= W_) w_ = 0, ++row_;
-  }
-  void skip_row() { w_ = 0, ++row_; }
-
- private:
-  Strip strip_;
-  int64_t H_, W_, step_, end_, row_, w_;
-};
-
-// Work for the gaps of an arithmetic loop: one vector of the next tile is copied in each step, and
-// one cache line that will be written (or read) soon is asked for.
-struct Ahead {
-  const void* src = nullptr;  // rows of the next tile's channels
-  DType dtype = DType::kFloat32;
-  int64_t sc = 0, C = 0, pixels = 0, group = 0;
-  float* out = nullptr;
-  int64_t c = 0, g = 0, groups = 0;  // the next vector; whole groups of 16 pixels
-  const char *line = nullptr, *line_end = nullptr;
-
-  template <class T>
-  GPL_INLINE void step(T) {
-    if (line < line_end) {
-      __builtin_prefetch(line, 1);
-      line += 64;
-    }
-    if (c >= C) return;
-    store(out + g * group + c * 16, load((const T*)src + c * sc + g * 16));
-    if (++g >= groups) g = 0, ++c;
-  }
-  // The rest of the copy, with the last pixels of a row that is no multiple of 16.
-  void finish() {
-    with_dtype(dtype, [&](auto tag) {
-      using T = decltype(tag);
-      if (groups == 0) c = C;
-      line = line_end;
-      while (c < C) step(tag);
-      const int64_t p = groups * 16;
-      for (int64_t k = 0; p < pixels && k < C; ++k) {
-        store(out + groups * group + k * 16, load_n((const T*)src + k * sc + p, pixels - p));
-      }
-    });
-  }
-  void want(const void* begin, int64_t bytes) {
-    line = (const char*)begin;
-    line_end = line + bytes;
-  }
-};
-
-// f(c) for every channel, with a step of what lies ahead after each.
-template <class F>
-GPL_INLINE void each_channel(int64_t C, Ahead& ahead, const F& f) {
-  with_dtype(ahead.dtype, [&](auto tag) __attribute__((always_inline)) {
-    Ahead local = ahead;
-    if (local.groups == 0) local.C = 0;
-    for (int64_t c = 0; c < C; ++c) {
-      f(c);
-      local.step(tag);
-    }
-    local.C = ahead.C;
-    ahead = local;
-  });
-}
-
-// A caller's [N, C, H, W] image tile by tile, the next one read while this one is computed.
-class TileReader {
- public:
-  TileReader(const Tiling& t, const void* image, DType dtype, const Strides& s, int64_t C)
-      : tiling_(t), image_((const char*)image), dtype_(dtype), s_(s), C_(C),
-        front_(image ? t.floats() : 0), back_(image && s.w == 1 ? t.floats() : 0),
-        now_(front_.get()), next_(back_.get()) {
-    ahead.dtype = dtype;
-  }
-
-  Ahead ahead;
-
-  float* read(const Place& at, const Place& next) {
-    if (!image_) return nullptr;
-    if (fetching_) {
-      ahead.finish();
-      float* ready = next_;
-      next_ = now_, now_ = ready;
-    } else {
-      with_dtype(dtype_, [&](auto tag) {
-        using T = decltype(tag);
-        load_tile(now_, tiling_, (const T*)address(at), s_.c, s_.w, C_, at.pixels);
-      });
-    }
-    fetching_ = next.inside && s_.w == 1;
-    ahead.C = 0;
-    if (fetching_) {
-      ahead.src = address(next), ahead.out = next_;
-      ahead.sc = s_.c, ahead.C = C_, ahead.group = tiling_.group;
-      ahead.pixels = next.pixels, ahead.groups = next.pixels / 16;
-      ahead.c = ahead.g = 0;
-    }
-    return now_;
-  }
-
- private:
-  const void* address(const Place& p) const {
-    return image_ + (p.n * s_.n + p.h * s_.h + p.w * s_.w) * element_size(dtype_);
-  }
-
-  const Tiling& tiling_;
-  const char* image_;
-  DType dtype_;
-  Strides s_;
-  int64_t C_;
-  Scratch front_, back_;
-  float *now_, *next_;
-  bool fetching_ = false;
-};
 
 }  // namespace GPL_CPU_NAMESPACE
 }  // namespace gpl_fast

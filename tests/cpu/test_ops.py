@@ -21,7 +21,7 @@ if (reason := ops.load()) is not None:
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ATOL = {torch.float32: 1e-6, torch.bfloat16: 1e-5, torch.float16: 1e-6}
-# odd rows and columns, one row, a row longer than a tile of pixels at C = 150
+# odd rows and columns, one row, a row of more than one tile of pixels
 SIZES = [(13, 27), (1, 5), (7, 33), (2, 300)]
 NONE, SOFTMAX, SIGMOID = 0, 1, 2
 MAX, AVG = 0, 1
@@ -93,8 +93,9 @@ def pack(x, *, target=None, labels=None, topk=(None, None, None), valid=None, ac
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("C", [1, 3, 19, 150])
+@pytest.mark.parametrize(
+    ("C", "size"), [*((C, size) for C in (1, 3, 19) for size in SIZES), (150, (3, 27))]
+)
 def test_softmax_pack_dense(C, size, dtype):
     for activation, temperature, kind, x_dtype in [
         (SOFTMAX, 1.0, "nchw", torch.float32),
@@ -260,8 +261,9 @@ def softmax_bwd(x, lse, dy, scale, *, valid=None, activation=SOFTMAX, temperatur
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("C", [1, 3, 19, 150])
+@pytest.mark.parametrize(
+    ("C", "size"), [*((C, size) for C in (1, 3, 19) for size in SIZES), (150, (3, 27))]
+)
 def test_softmax_bwd(C, size, dtype):
     scale = torch.tensor([0.5, 3.0])
     for activation, temperature, kind, x_dtype in [
@@ -356,6 +358,16 @@ def test_layouts_give_the_same_bits():
     for kind in ("channels_last", "sliced"):
         other = pack(layout(x, kind), target=layout(t, kind))
         assert all(torch.equal(a, b) for a, b in zip(first[:3], other[:3], strict=True))
+
+
+def test_a_large_gradient_is_written_past_the_cache():
+    x, dy = torch.randn(1, 19, 480, 512), torch.randn(1, 480, 512, 19)
+    lse, scale = x.logsumexp(1), torch.ones(1)
+    whole = softmax_bwd(x, lse, dy, scale)
+    for rows in (slice(0, 9), slice(470, 480)):
+        part = x[:, :, rows].contiguous()
+        small = softmax_bwd(part, lse[:, rows].contiguous(), dy[:, rows].contiguous(), scale)
+        assert torch.equal(whole[:, :, rows], small)
 
 
 def every_result():
@@ -681,7 +693,7 @@ def test_narrower_builds(capability):
     env = {**os.environ, "GPL_FAST_CPU_CAPABILITY": capability}
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", __file__,
-         "-k", "not opcheck and not narrower and not errors and (not 150 or label)"],
+         "-k", "(19 or strips or nan or codes) and not opcheck and not dtype2"],
         env=env, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-3000:]
