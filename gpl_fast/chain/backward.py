@@ -179,7 +179,7 @@ class Backward:
         plan, spec, chunk = self.plan, self.plan.spec, slice(self.n0, self.n1)
         valid, labels = self._of("valid"), self._of("ce_labels")
         if plan.front:
-            dy = self._front(dy, r0, r1)
+            dy = self._front(dy)
         lse = self.saved.get("lse")
         ce_lse = self.saved.get("ce_lse")
         ops.softmax_bwd(
@@ -200,13 +200,10 @@ class Backward:
             self.dx[chunk],
         )
 
-    def _front(self, dy: Tensor, r0: int, r1: int) -> Tensor:
+    def _front(self, dy: Tensor) -> Tensor:
         spec = self.plan.spec
-        valid = self._of("valid")
         if spec.std is not None:
             dy = (dy.float() / dy.new_tensor(spec.std, dtype=torch.float32)).to(dy.dtype)
-        if valid is not None:
-            dy = torch.where(valid[:, r0:r1].unsqueeze(-1), dy, 0)
         if spec.adapter:
             return conv_transpose(dy, self.packs["w.adapter"], 1, (0, 0), (0, 0))
         return dy.contiguous()

@@ -47,6 +47,7 @@ def pack_weights(
             table = (eye if rows is None else rows.t()).unsqueeze(0)
         else:
             table = exact[first].permute(2, 3, 1, 0).flatten(0, 1)
-        sums = table.sum(dim=0), table.sum(dim=1)
-        packs += [table.to(dtype).contiguous(), *(t.contiguous() for t in sums)]
+        # Sums of the rounded rows: z must be the convolution by the weights that δ sees.
+        table = table.to(dtype).contiguous()
+        packs += [table, table.float().sum(dim=0), table.float().sum(dim=1)]
     return packs
