@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gpl_fast import ops, plan
+from gpl_fast import ops
 from gpl_fast.lossnet import LossNet, constant_in_graphs
 
 BACKENDS = ("auto", "fast", "reference")
@@ -45,15 +45,19 @@ def requested_backend(backend: str) -> str:
     return word
 
 
-@constant_in_graphs
 def fast_obstacle(device: torch.device, dtype: torch.dtype, net: LossNet | None) -> str | None:
     """Why the fast path cannot run here, or None."""
     if dtype == torch.float64:
         return "float64 is the reference's: pass float32, bfloat16 or float16"
-    if net is not None and (why := plan.obstacle(net)) is not None:
+    if net is not None and (why := net.chain_obstacle()) is not None:
         return why
     if device.type != "cpu":
         return f"there are no fast kernels for device type {device.type!r} yet"
+    return _library_obstacle()
+
+
+@constant_in_graphs
+def _library_obstacle() -> str | None:
     return ops.load()
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from gpl_fast import autograd, reference
 from gpl_fast import backend as backends
 from gpl_fast.label_checks import check_labels
-from gpl_fast.lossnet import LossNet
+from gpl_fast.lossnet import LossNet, constant_in_graphs
 from gpl_fast.options import (
     Options,
     check_class_weight,
@@ -508,6 +508,7 @@ def _device(target: object) -> torch.device:
     return data.device
 
 
+@constant_in_graphs  # torch 2.11 cannot trace it
 def _has_autocast(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind)
 

@@ -33,7 +33,8 @@ T = TypeVar("T")
 def constant_in_graphs(function: Callable[..., T]) -> Callable[..., T]:
     """torch.compile calls `function` while it traces and keeps the result.
 
-    What `torch.compiler.assume_constant_result` does, which would import all of torch._dynamo.
+    What `torch.compiler.assume_constant_result` does, which would import all of torch._dynamo. The
+    arguments must be constants in torch 2.11; the object of a method may be any.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -325,6 +326,20 @@ class LossNet:
                 return cast
             self._cast[key] = cast
         return self._cast[key]
+
+    @constant_in_graphs
+    def chain_obstacle(self) -> str | None:
+        """Why the fast path cannot hold this network, or None; see `gpl_fast.plan`."""
+        from gpl_fast.plan import obstacle
+
+        return obstacle(self)
+
+    @constant_in_graphs
+    def chain_json(self) -> str:
+        """This network's part of the fast path's `Spec`; see `gpl_fast.plan`."""
+        from gpl_fast.plan import network_json
+
+        return network_json(self)
 
     @constant_in_graphs
     def cached_packs(

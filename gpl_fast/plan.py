@@ -11,6 +11,7 @@ import functools
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 
@@ -324,7 +325,6 @@ def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return torch.Size(shape).numel() * dtype.itemsize
 
 
-@constant_in_graphs
 def make_spec(
     net: LossNet,
     *,
@@ -341,26 +341,45 @@ def make_spec(
     workspace_mb: float,
 ) -> str:
     """The Spec of a loss on a network without `obstacle`, as JSON for `load_spec`."""
+    return _spec_json(
+        net.chain_json(),
+        feature_weights=feature_weights,
+        style_weights=style_weights,
+        kind=kind,
+        resized=resized,
+        activation=activation,
+        target_activation=target_activation,
+        temperature=temperature,
+        label_smoothing=label_smoothing,
+        cross_entropy=cross_entropy,
+        dtype=dtype,
+        workspace_mb=workspace_mb,
+    )
+
+
+def network_json(net: LossNet) -> str:
+    """What `Spec` holds of the network."""
     steps = chain_steps(net)
     assert not isinstance(steps, str)
     names = net.weight_names
-    spec = Spec(
-        net.in_channels,
-        steps,
-        any(name.endswith(".bias") for name in names),
-        "adapter" in names,
-        net.mean,
-        net.std,
-        dict(feature_weights),
-        dict(style_weights),
-        kind,
-        resized,
-        activation,
-        target_activation,
-        float(temperature),
-        float(label_smoothing),
-        cross_entropy,
-        str(dtype).removeprefix("torch."),
-        int(workspace_mb * MIB),
+    return json.dumps(
+        {
+            "in_channels": net.in_channels,
+            "steps": [asdict(step) for step in steps],
+            "biases": any(name.endswith(".bias") for name in names),
+            "adapter": "adapter" in names,
+            "mean": net.mean,
+            "std": net.std,
+        }
     )
-    return json.dumps(asdict(spec))
+
+
+@constant_in_graphs  # json cannot be traced
+def _spec_json(network: str, *, dtype: torch.dtype, workspace_mb: float, **rest: Any) -> str:
+    fields = {
+        **json.loads(network),
+        **rest,
+        "dtype": str(dtype).removeprefix("torch."),
+        "workspace_bytes": int(workspace_mb * MIB),
+    }
+    return json.dumps(fields)
