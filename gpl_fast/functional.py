@@ -27,6 +27,7 @@ from gpl_fast.targets import (
     FLOAT_DTYPES,
     Target,
     TargetFeatures,
+    label_plane,
     normalise_mask,
     resolve_target,
 )
@@ -444,17 +445,7 @@ def _check_segmentation_labels(labels: object, logits: Tensor) -> Tensor:
             f"labels: got {labels.dtype}, expected integers (N, H, W); use labels.long(), or "
             "teacher= for soft targets"
         )
-    if labels.dim() == 4 and labels.shape[1] == logits.shape[1]:
-        raise ValueError(
-            f"labels: got {tuple(labels.shape)}, which looks one-hot, expected class indices "
-            "(N, H, W); use labels.argmax(dim=1)"
-        )
-    if labels.dim() not in (3, 4) or (labels.dim() == 4 and labels.shape[1] != 1):
-        raise ValueError(
-            f"labels: got shape {tuple(labels.shape)}, expected (N, H, W) or (N, 1, H, W); one "
-            "image: use labels.unsqueeze(0)"
-        )
-    labels = labels.squeeze(1) if labels.dim() == 4 else labels
+    labels = label_plane(labels, logits.shape[1])
     if labels.shape[0] != logits.shape[0]:
         raise ValueError(
             f"labels: got {labels.shape[0]} images, expected {logits.shape[0]}, as many as logits; "

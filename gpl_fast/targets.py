@@ -221,10 +221,11 @@ def resolve_target(
             "labels), gpl_fast.TopK or gpl_fast.TargetFeatures"
         )
     if _is_integer(target) or target.dtype == torch.bool:
-        _check_label_shape(target, channels, pred)
+        plane = label_plane(target, channels)
+        _check_like(plane, "labels", pred, plane.shape[1:])
         size = (int(target.shape[-2]), int(target.shape[-1]))
         mask = normalise_mask(mask, target.shape[0], size, target.device)
-        labels = check_labels(_squeeze(target), mask, channels, ignore_index)
+        labels = check_labels(plane, mask, channels, ignore_index)
         valid = mask
         if ignore_index is not None or labels.device.type not in ("cpu", "meta"):
             valid = labels >= 0
@@ -285,7 +286,12 @@ def _resolve_features(target: TargetFeatures, mask: Tensor | None, pred: Tensor 
     return Target("features", (height, width), valid, features=target)
 
 
-def _check_label_shape(labels: Tensor, channels: int, pred: Tensor | None) -> None:
+def label_plane(labels: Tensor, channels: int) -> Tensor:
+    """Labels (N, H, W) or (N, 1, H, W) -> (N, H, W).
+
+    Raises:
+        ValueError: another shape; one-hot labels, with the way out.
+    """
     if labels.dim() == 4 and labels.shape[1] == channels and channels > 1:
         raise ValueError(
             f"labels: got {tuple(labels.shape)}, which looks one-hot, expected class indices "
@@ -296,7 +302,7 @@ def _check_label_shape(labels: Tensor, channels: int, pred: Tensor | None) -> No
             f"labels: got shape {tuple(labels.shape)}, expected (N, H, W) or (N, 1, H, W); one "
             "image: use labels.unsqueeze(0)"
         )
-    _check_like(labels, "labels", pred, labels.shape[-2:])
+    return labels.squeeze(1) if labels.dim() == 4 else labels
 
 
 def _check_dense(target: Tensor, channels: int, pred: Tensor | None) -> None:
@@ -358,10 +364,6 @@ def _savable(mask: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or not mask.is_inference():
         return mask
     return mask.clone()
-
-
-def _squeeze(labels: Tensor) -> Tensor:
-    return labels.squeeze(1) if labels.dim() == 4 else labels
 
 
 def _is_integer(t: Tensor) -> bool:

@@ -17,7 +17,7 @@ _EXTRAS = {"sklearn": "scikit-learn", "PIL": "pillow", "matplotlib": "matplotlib
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the demo; None = the default of `experiment.Settings`."""
     add = parser.add_argument
-    add("--steps", type=_positive, help="of each student (default 1000)")
+    add("--steps", type=_positive, help="of each student (default 900)")
     add("--seeds", type=int, nargs="+", help="of the students (default 0 1 2)")
     add("--device", help="cpu, cuda, cuda:1, ... (default cpu)")
     add("--backend", choices=("auto", "fast", "reference"), help="of the loss (default auto)")

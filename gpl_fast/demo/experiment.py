@@ -38,7 +38,7 @@ class Settings:
     """Everything that decides the figures, besides the machine. Sizes in pixels."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    steps: int = 1000  # of a student
+    steps: int = 900  # of a student
     gpl_weight: float = 0.1
     net: str = "1,1,1,1,1"
     size: int = 32
