@@ -44,7 +44,7 @@ GATES = {
     "eager-fp32": (1e-3, 0.999),
     "compile": (1e-3, 0.999),
     "gpl_fast-fp32": (1e-3, 0.999),
-    "gpl_fast-bf16": (0.1, 0.95),
+    "gpl_fast-bf16": (0.05, 0.95),
 }
 
 

@@ -23,6 +23,8 @@ pytestmark = [
     pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"]),
 ]
 
+PREDICTION = torch.zeros(N, dtype=torch.bool)  # the branch that every image carries
+
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
@@ -36,16 +38,16 @@ def nan(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 @pytest.mark.parametrize("c", CLASSES)
 def test_softmax_pack_fwd(benchmark, c, dtype):
-    """Logits (N, C, H, W) and a dense target -> y, δ (N, H, W, C padded) and lse (N, H, W)."""
+    """Logits (N, C, H, W) and a dense target -> y', δ (N, H, W, C padded) and lse (N, H, W)."""
     x, target = torch.randn(2, N, c, H, W)
     padded = plan.padded_channels(c)
     y, delta = nan(N, H, W, padded, dtype=dtype), nan(N, H, W, padded, dtype=dtype)
     lse = nan(N, H, W)
-    nothing = (None,) * 4  # labels, topk_values, topk_indices, topk_rest
+    dense = (None, target, PREDICTION, *(None,) * 4)  # no labels, no top-k
     strip = (0, H, 0, H)
     benchmark(
-        ops.softmax_pack_fwd, x, None, target, *nothing, SOFTMAX, SOFTMAX, 1.0, None, None, 0.0,
-        *strip, y, delta, lse, None, None,
+        ops.softmax_pack_fwd, x, *dense, SOFTMAX, SOFTMAX, 1.0, None, None, 0.0, *strip,
+        y, delta, None, lse, None, None,
     )  # fmt: skip
     torch.testing.assert_close(lse, x.logsumexp(dim=1))
     wanted = x.softmax(dim=1) - target.softmax(dim=1)
@@ -56,11 +58,11 @@ def test_softmax_pack_fwd(benchmark, c, dtype):
 
 @pytest.mark.parametrize("c", [64, 256])
 def test_relu_pool_diff_fwd(benchmark, c, dtype):
-    """z, δz (N, H, W, C) -> y⁺, δ⁺ (N, H / 2, W / 2, C) and the winners' codes."""
+    """z', δz (N, H, W, C) -> y'⁺, δ⁺ (N, H / 2, W / 2, C) and the winners' codes."""
     z, dz = torch.randn(2, N, H, W, c).to(dtype)
     y, delta = (nan(N, H // 2, W // 2, c, dtype=dtype) for _ in range(2))
     code = torch.empty(N, H // 2, W // 2, c // 2, dtype=torch.uint8)
-    benchmark(ops.relu_pool_diff_fwd, z, dz, MAX_POOL, y, delta, code)
+    benchmark(ops.relu_pool_diff_fwd, z, dz, PREDICTION, MAX_POOL, y, delta, code)
     pooled = torch.nn.functional.max_pool2d(z.permute(0, 3, 1, 2).relu(), 2)
     torch.testing.assert_close(y.permute(0, 3, 1, 2), pooled)
 
@@ -79,13 +81,15 @@ def test_relu_pool_bwd(benchmark, c, dtype):
 
 @pytest.mark.parametrize("c", CLASSES)
 def test_label_conv_fwd(benchmark, c, dtype):
-    """Labels (N, H, W) in blobs -> z (N, H, W, 64), the first convolution of their one-hot map."""
+    """Labels (N, H, W) in blobs: their share of the first convolution, z' and δz (N, H, W, 64)."""
     labels = torch.randint(c, (N, H // 8, W // 8))
     labels = labels.repeat_interleave(8, dim=1).repeat_interleave(8, dim=2)
     weight = gpl_fast.LossNet.vgg(c).weights["conv1_1"]  # (64, C, 3, 3)
     table = weight.permute(2, 3, 1, 0).flatten(0, 1).contiguous()
     z = nan(N, H, W, weight.shape[0], dtype=dtype)
-    benchmark(ops.label_conv_fwd, labels, None, table.to(dtype), table.sum(dim=0), 0, z)
+    taken, dz = torch.ones(N, H, W, dtype=torch.uint8), torch.zeros_like(z)
+    listed = (labels, None, table.to(dtype), table.sum(dim=0))
+    benchmark(ops.label_conv_fwd, *listed, PREDICTION, taken, 0, 0, z, dz)
     onehot = torch.nn.functional.one_hot(labels, c).permute(0, 3, 1, 2).float()
     wanted = torch.conv2d(onehot, weight, padding=1)
     torch.testing.assert_close(z.permute(0, 3, 1, 2).float(), wanted, rtol=2e-2, atol=2e-2)

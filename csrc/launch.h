@@ -42,15 +42,19 @@ struct SoftmaxPackFwd {
   const float* topk_values;     // [N, k, H, W] or null
   const int64_t* topk_indices;  // [N, k, H, W]
   const float* topk_rest;       // [N, H, W] or null: the value of every class that is not listed
-  int64_t k;
+  int64_t k, topk_image_stride, topk_stride;  // of an image, of one of its k planes
   CrossEntropy ce;
-  void* y;  // [N, rows, W, c_pad] or null
+  // [N, rows, W, c_pad] or null. With target: of prediction and target as in ReluPoolFwd. With
+  // labels or topk_values: the prediction, less the target where taken.
+  void* y;
   int64_t y_image_stride;
-  void* delta;  // [N, rows, W, c_pad] or null
+  void* delta;  // [N, rows, W, c_pad], with target: the prediction less the target
   int64_t delta_image_stride;
-  float* lse;       // [N, H, W] or null
-  float* ce_lse;    // [N, H, W] where ce.own_lse
-  double* ce_rows;  // [N, H, 2]: sum of the losses, sum of the weights
+  uint8_t* taken;              // [N, rows, W], with labels or topk_values
+  const uint8_t* from_target;  // [N], with target
+  float* lse;                  // [N, H, W] or null
+  float* ce_lse;               // [N, H, W] where ce.own_lse
+  double* ce_rows;             // [N, H, 2]: sum of the losses, sum of the weights
 };
 
 struct SoftmaxBwd {
@@ -73,16 +77,19 @@ struct SoftmaxBwd {
   Strides dx_strides;
 };
 
-// dz and delta are null in the plain form; code is null where no gradient will be asked for.
+// z and y belong to the target where its image is in from_target, else to the prediction; dz and
+// delta are the prediction's less the target's, null in the plain form. code is null where no
+// gradient will be asked for.
 struct ReluPoolFwd {
   int64_t N, H, W, C;
   Pool pool;
   DType dtype;
-  const void* z;   // [N, H, W, C]
-  const void* dz;  // [N, H, W, C]
-  void* y;         // [N, H / 2, W / 2, C] or null
-  void* delta;     // [N, H / 2, W / 2, C]
-  uint8_t* code;   // max [N, H / 2, W / 2, ceil(C / 2)], avg [N, H, W, ceil(C / 8)]
+  const void* z;               // [N, H, W, C]
+  const void* dz;              // [N, H, W, C]
+  void* y;                     // [N, H / 2, W / 2, C] or null
+  void* delta;                 // [N, H / 2, W / 2, C]
+  uint8_t* code;               // max [N, H / 2, W / 2, ceil(C / 2)], avg [N, H, W, ceil(C / 8)]
+  const uint8_t* from_target;  // [N], with dz
   int64_t z_image_stride, dz_image_stride, y_image_stride, delta_image_stride, code_image_stride;
 };
 
@@ -98,13 +105,14 @@ struct ReluPoolBwd {
 };
 
 struct ReluFwd {
-  int64_t pixels, C;
+  int64_t pixels, image_pixels, C;
   DType dtype;
-  const void* z;   // [pixels, C]
-  const void* dz;  // [pixels, C] or null
-  void* y;         // [pixels, C] or null
-  void* delta;     // [pixels, C]
-  uint8_t* mask;   // [pixels, ceil(C / 8)] or null
+  const void* z;               // [pixels, C], as in ReluPoolFwd
+  const void* dz;              // [pixels, C] or null
+  void* y;                     // [pixels, C] or null
+  void* delta;                 // [pixels, C]
+  uint8_t* mask;               // [pixels, ceil(C / 8)] or null
+  const uint8_t* from_target;  // [N], with dz
 };
 
 struct ReluBwd {
@@ -128,8 +136,12 @@ struct LabelConvFwd {
   const void* table;        // [K * K, C, c_out]
   const float* interior;    // [C, c_out], labels only: the taps' sum
   const float* rest_table;  // [K * K, c_out], with topk_rest: the classes' sum
-  void* z;                  // [N, rows, W, c_out]
-  int64_t z_image_stride;
+  const uint8_t* taken;     // [N, taken_strip.rows, W]: of SoftmaxPackFwd
+  Strip taken_strip;
+  const uint8_t* from_target;  // [N]
+  void* z;                     // [N, rows, W, c_out], as in ReluPoolFwd
+  void* dz;  // [N, rows, W, c_out]: on entry the convolution of SoftmaxPackFwd's y
+  int64_t z_image_stride, dz_image_stride;
 };
 
 struct DiffReduceFwd {

@@ -85,6 +85,17 @@ int64_t image_stride(const MaybeTensor& t, const char* name, ScalarType dtype, S
   return t ? image_stride(*t, name, dtype, shape) : 0;
 }
 
+// [N, k, H, W] with each [H, W] contiguous: a slice of rows passes.
+void* planes(const Tensor& t, const char* name, ScalarType dtype, Shape shape) {
+  check_shape(t, name, shape);
+  check_dtype(t, name, dtype);
+  STD_TORCH_CHECK(
+      t.numel() == 0 ||
+          ((t.size(3) == 1 || t.stride(3) == 1) && (t.size(2) == 1 || t.stride(2) == t.size(3))),
+      "gpl_fast: ", name, " must be contiguous within a plane, strides ", text(t.strides()));
+  return t.data_ptr();
+}
+
 void* data(const MaybeTensor& t) { return t ? t->data_ptr() : nullptr; }
 
 Strides strides(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
@@ -107,6 +118,10 @@ void check_temperature(double temperature) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+const uint8_t* from_target_of(const MaybeTensor& t, int64_t N) {
+  return contiguous<uint8_t>(t, "from_target", ScalarType::Bool, {N});
+}
+
 CrossEntropy cross_entropy(const MaybeTensor& labels, const MaybeTensor& class_weight,
                            double label_smoothing, bool own_lse, int64_t N, int64_t C, int64_t H,
                            int64_t W) {
@@ -119,14 +134,14 @@ CrossEntropy cross_entropy(const MaybeTensor& labels, const MaybeTensor& class_w
 }
 
 void softmax_pack_fwd(const Tensor& x, const MaybeTensor& valid, const MaybeTensor& target,
-                      const MaybeTensor& labels, const MaybeTensor& topk_values,
-                      const MaybeTensor& topk_indices, const MaybeTensor& topk_rest,
-                      int64_t activation, int64_t target_activation, double temperature,
-                      const MaybeTensor& ce_labels, const MaybeTensor& class_weight,
-                      double label_smoothing, int64_t row0, int64_t rows, int64_t core0,
-                      int64_t core_rows, const MaybeTensor& y, const MaybeTensor& delta,
-                      const MaybeTensor& lse, const MaybeTensor& ce_lse,
-                      const MaybeTensor& ce_rows) {
+                      const MaybeTensor& from_target, const MaybeTensor& labels,
+                      const MaybeTensor& topk_values, const MaybeTensor& topk_indices,
+                      const MaybeTensor& topk_rest, int64_t activation, int64_t target_activation,
+                      double temperature, const MaybeTensor& ce_labels,
+                      const MaybeTensor& class_weight, double label_smoothing, int64_t row0,
+                      int64_t rows, int64_t core0, int64_t core_rows, const MaybeTensor& y,
+                      const MaybeTensor& delta, const MaybeTensor& taken, const MaybeTensor& lse,
+                      const MaybeTensor& ce_lse, const MaybeTensor& ce_rows) {
   STD_TORCH_CHECK(x.dim() == 4, "gpl_fast: x must be [N, C, H, W], got ", text(x.sizes()));
   SoftmaxPackFwd a = {};
   a.N = x.size(0), a.C = x.size(1), a.H = x.size(2), a.W = x.size(3);
@@ -156,25 +171,36 @@ void softmax_pack_fwd(const Tensor& x, const MaybeTensor& valid, const MaybeTens
     STD_TORCH_CHECK(topk_indices, "gpl_fast: topk_values needs topk_indices");
     a.k = topk_values->size(1);
     const Shape list = {a.N, a.k, a.H, a.W};
-    a.topk_values = contiguous<float>(topk_values, "topk_values", ScalarType::Float, list);
-    a.topk_indices = contiguous<int64_t>(topk_indices, "topk_indices", ScalarType::Long, list);
+    a.topk_values = (const float*)planes(*topk_values, "topk_values", ScalarType::Float, list);
+    a.topk_indices = (const int64_t*)planes(*topk_indices, "topk_indices", ScalarType::Long, list);
+    a.topk_image_stride = topk_values->stride(0), a.topk_stride = topk_values->stride(1);
+    STD_TORCH_CHECK(
+        topk_indices->stride(0) == a.topk_image_stride && topk_indices->stride(1) == a.topk_stride,
+        "gpl_fast: topk_values and topk_indices must have the same strides, got ",
+        text(topk_values->strides()), " and ", text(topk_indices->strides()));
     a.topk_rest = contiguous<float>(topk_rest, "topk_rest", ScalarType::Float, plane);
   }
   const bool shared = a.activation == Activation::kSoftmax && a.temperature == 1.0f;
   a.ce = cross_entropy(ce_labels, class_weight, label_smoothing, !shared, a.N, a.C, a.H, a.W);
-  if (y || delta) {
-    const Tensor& out = delta ? *delta : *y;
-    STD_TORCH_CHECK(out.dim() == 4 && out.size(3) >= a.C,
-                    "gpl_fast: delta and y must be [N, rows, W, c_pad] with c_pad >= C = ", a.C,
-                    ", got ", text(out.sizes()));
-    STD_TORCH_CHECK(!y || target || topk_values, "gpl_fast: y needs target or topk_values");
-    a.c_pad = out.size(3);
-    a.dtype = float_dtype(out, "delta");
+  STD_TORCH_CHECK(y.has_value() || !(delta || taken), "gpl_fast: delta and taken need y");
+  if (y) {
+    STD_TORCH_CHECK(y->dim() == 4 && y->size(3) >= a.C,
+                    "gpl_fast: y must be [N, rows, W, c_pad] with c_pad >= C = ", a.C, ", got ",
+                    text(y->sizes()));
+    STD_TORCH_CHECK(delta.has_value() == target.has_value(),
+                    "gpl_fast: delta and target go together");
+    a.from_target = from_target_of(from_target, a.N);
+    STD_TORCH_CHECK(!target || from_target, "gpl_fast: target needs from_target");
+    STD_TORCH_CHECK(taken.has_value() == (labels || topk_values),
+                    "gpl_fast: taken goes together with labels or topk_values");
+    a.c_pad = y->size(3);
+    a.dtype = float_dtype(*y, "y");
     const Shape map = {a.N, rows, a.W, a.c_pad};
-    a.delta_image_stride = image_stride(delta, "delta", out.scalar_type(), map);
-    a.y_image_stride = image_stride(y, "y", out.scalar_type(), map);
-    a.delta = data(delta);
+    a.y_image_stride = image_stride(y, "y", y->scalar_type(), map);
+    a.delta_image_stride = image_stride(delta, "delta", y->scalar_type(), map);
     a.y = data(y);
+    a.delta = data(delta);
+    a.taken = contiguous<uint8_t>(taken, "taken", ScalarType::Byte, {a.N, rows, a.W});
   }
   a.lse = contiguous<float>(lse, "lse", ScalarType::Float, plane);
   a.ce_lse = contiguous<float>(ce_lse, "ce_lse", ScalarType::Float, plane);
@@ -190,8 +216,9 @@ void softmax_pack_fwd(const Tensor& x, const MaybeTensor& valid, const MaybeTens
 
 void label_conv(const MaybeTensor& labels, const MaybeTensor& values, const MaybeTensor& indices,
                 const MaybeTensor& rest, const MaybeTensor& valid, const Tensor& table,
-                const MaybeTensor& interior, const MaybeTensor& rest_table, int64_t row0,
-                const Tensor& z) {
+                const MaybeTensor& interior, const MaybeTensor& rest_table,
+                const Tensor& from_target, const Tensor& taken, int64_t taken_row0, int64_t row0,
+                const Tensor& z, const Tensor& dz) {
   LabelConvFwd a = {};
   STD_TORCH_CHECK(z.dim() == 4, "gpl_fast: z must be [N, rows, W, c_out], got ", text(z.sizes()));
   STD_TORCH_CHECK(table.dim() == 3, "gpl_fast: table must be [K * K, C, c_out], got ",
@@ -206,7 +233,7 @@ void label_conv(const MaybeTensor& labels, const MaybeTensor& values, const Mayb
   while (a.K * a.K < table.size(0)) ++a.K;
   STD_TORCH_CHECK(a.K * a.K == table.size(0) && a.K % 2 == 1,
                   "gpl_fast: table must hold K * K taps, K odd, got ", table.size(0));
-  STD_TORCH_CHECK(a.C < INT32_MAX, "gpl_fast: too many classes: ", a.C);
+  STD_TORCH_CHECK(a.C < INT32_MAX / 2, "gpl_fast: too many classes: ", a.C);
   a.strip = {row0, z.size(1)};
   a.dtype = float_dtype(z, "z");
   const Shape plane = {a.N, a.H, a.W};
@@ -225,31 +252,48 @@ void label_conv(const MaybeTensor& labels, const MaybeTensor& values, const Mayb
   }
   a.valid = contiguous<uint8_t>(valid, "valid", ScalarType::Bool, plane);
   a.table = contiguous(table, "table", z.scalar_type(), {a.K * a.K, a.C, a.c_out});
-  a.z_image_stride = image_stride(z, "z", z.scalar_type(), {a.N, z.size(1), a.W, a.c_out});
-  a.z = z.data_ptr();
+  STD_TORCH_CHECK(taken.dim() == 3, "gpl_fast: taken must be [N, rows, W], got ",
+                  text(taken.sizes()));
+  a.taken_strip = {taken_row0, taken.size(1)};
+  const int64_t reach = a.K / 2, first = row0 - reach, last = row0 + z.size(1) + reach;
+  STD_TORCH_CHECK(taken_row0 <= (first > 0 ? first : 0) &&
+                      taken_row0 + taken.size(1) >= (last < a.H ? last : a.H),
+                  "gpl_fast: taken must hold the rows of the image from ", first, " to ", last,
+                  ", got ", taken.size(1), " from ", taken_row0);
+  a.taken = (uint8_t*)contiguous(taken, "taken", ScalarType::Byte, {a.N, a.taken_strip.rows, a.W});
+  a.from_target = from_target_of(from_target, a.N);
+  const Shape strip = {a.N, z.size(1), a.W, a.c_out};
+  a.z_image_stride = image_stride(z, "z", z.scalar_type(), strip);
+  a.dz_image_stride = image_stride(dz, "dz", z.scalar_type(), strip);
+  a.z = z.data_ptr(), a.dz = dz.data_ptr();
   if (z.numel() == 0) return;
   cpu::label_conv_fwd(a);
 }
 
 void label_conv_fwd(const Tensor& labels, const MaybeTensor& valid, const Tensor& table,
-                    const Tensor& interior, int64_t row0, const Tensor& z) {
-  label_conv(labels, {}, {}, {}, valid, table, interior, {}, row0, z);
+                    const Tensor& interior, const Tensor& from_target, const Tensor& taken,
+                    int64_t taken_row0, int64_t row0, const Tensor& z, const Tensor& dz) {
+  label_conv(labels, {}, {}, {}, valid, table, interior, {}, from_target, taken, taken_row0, row0,
+             z, dz);
 }
 
 void topk_conv_fwd(const Tensor& values, const Tensor& indices, const MaybeTensor& rest,
                    const MaybeTensor& valid, const Tensor& table, const MaybeTensor& rest_table,
-                   int64_t row0, const Tensor& z) {
-  label_conv({}, values, indices, rest, valid, table, {}, rest_table, row0, z);
+                   const Tensor& from_target, const Tensor& taken, int64_t taken_row0, int64_t row0,
+                   const Tensor& z, const Tensor& dz) {
+  label_conv({}, values, indices, rest, valid, table, {}, rest_table, from_target, taken,
+             taken_row0, row0, z, dz);
 }
 
-void relu_fwd_any(const Tensor& z, const MaybeTensor& dz, const MaybeTensor& y,
-                  const MaybeTensor& delta, const MaybeTensor& mask) {
+void relu_fwd_any(const Tensor& z, const MaybeTensor& dz, const MaybeTensor& from_target,
+                  const MaybeTensor& y, const MaybeTensor& delta, const MaybeTensor& mask) {
   STD_TORCH_CHECK(z.dim() == 4, "gpl_fast: z must be [N, H, W, C], got ", text(z.sizes()));
   const int64_t N = z.size(0), H = z.size(1), W = z.size(2), C = z.size(3);
   const Shape shape = {N, H, W, C};
   ReluFwd a = {};
-  a.pixels = N * H * W, a.C = C;
+  a.pixels = N * H * W, a.image_pixels = H * W, a.C = C;
   a.dtype = float_dtype(z, "z");
+  a.from_target = from_target_of(from_target, N);
   a.z = contiguous(z, "z", z.scalar_type(), shape);
   a.dz = contiguous<void>(dz, "dz", z.scalar_type(), shape);
   a.y = contiguous<void>(y, "y", z.scalar_type(), shape);
@@ -260,16 +304,17 @@ void relu_fwd_any(const Tensor& z, const MaybeTensor& dz, const MaybeTensor& y,
 }
 
 void relu_fwd(const Tensor& z, const Tensor& y, const MaybeTensor& mask) {
-  relu_fwd_any(z, {}, y, {}, mask);
+  relu_fwd_any(z, {}, {}, y, {}, mask);
 }
 
-void relu_diff_fwd(const Tensor& z, const Tensor& dz, const MaybeTensor& y, const Tensor& delta,
-                   const MaybeTensor& mask) {
-  relu_fwd_any(z, dz, y, delta, mask);
+void relu_diff_fwd(const Tensor& z, const Tensor& dz, const Tensor& from_target,
+                   const MaybeTensor& y, const Tensor& delta, const MaybeTensor& mask) {
+  relu_fwd_any(z, dz, from_target, y, delta, mask);
 }
 
-void relu_pool_fwd_any(const Tensor& z, const MaybeTensor& dz, int64_t pool, const MaybeTensor& y,
-                       const MaybeTensor& delta, const MaybeTensor& code) {
+void relu_pool_fwd_any(const Tensor& z, const MaybeTensor& dz, const MaybeTensor& from_target,
+                       int64_t pool, const MaybeTensor& y, const MaybeTensor& delta,
+                       const MaybeTensor& code) {
   STD_TORCH_CHECK(z.dim() == 4, "gpl_fast: z must be [N, H, W, C], got ", text(z.sizes()));
   ReluPoolFwd a = {};
   a.N = z.size(0), a.H = z.size(1), a.W = z.size(2), a.C = z.size(3);
@@ -286,6 +331,7 @@ void relu_pool_fwd_any(const Tensor& z, const MaybeTensor& dz, int64_t pool, con
           ? image_stride(code, "code", ScalarType::Byte, {a.N, a.H / 2, a.W / 2, ceil_div(a.C, 2)})
           : image_stride(code, "code (a mask)", ScalarType::Byte,
                          {a.N, a.H, a.W, ceil_div(a.C, 8)});
+  a.from_target = from_target_of(from_target, a.N);
   a.z = z.data_ptr(), a.dz = data(dz);
   a.y = data(y), a.delta = data(delta), a.code = (uint8_t*)data(code);
   if (z.numel() == 0) return;
@@ -293,12 +339,12 @@ void relu_pool_fwd_any(const Tensor& z, const MaybeTensor& dz, int64_t pool, con
 }
 
 void relu_pool_fwd(const Tensor& z, int64_t pool, const Tensor& y, const MaybeTensor& code) {
-  relu_pool_fwd_any(z, {}, pool, y, {}, code);
+  relu_pool_fwd_any(z, {}, {}, pool, y, {}, code);
 }
 
-void relu_pool_diff_fwd(const Tensor& z, const Tensor& dz, int64_t pool, const MaybeTensor& y,
-                        const Tensor& delta, const MaybeTensor& code) {
-  relu_pool_fwd_any(z, dz, pool, y, delta, code);
+void relu_pool_diff_fwd(const Tensor& z, const Tensor& dz, const Tensor& from_target, int64_t pool,
+                        const MaybeTensor& y, const Tensor& delta, const MaybeTensor& code) {
+  relu_pool_fwd_any(z, dz, from_target, pool, y, delta, code);
 }
 
 Tensor diff_reduce_fwd(const Tensor& delta) {
@@ -407,25 +453,29 @@ std::string cpu_capability() { return cpu::capability(); }
 
 STABLE_TORCH_LIBRARY(gpl_fast, m) {
   m.def(
-      "softmax_pack_fwd(Tensor x, Tensor? valid, Tensor? target, Tensor? labels, "
-      "Tensor? topk_values, Tensor? topk_indices, Tensor? topk_rest, int activation, "
-      "int target_activation, float temperature, Tensor? ce_labels, Tensor? class_weight, "
+      "softmax_pack_fwd(Tensor x, Tensor? valid, Tensor? target, Tensor? from_target, "
+      "Tensor? labels, Tensor? topk_values, Tensor? topk_indices, Tensor? topk_rest, "
+      "int activation, int target_activation, float temperature, Tensor? ce_labels, Tensor? "
+      "class_weight, "
       "float label_smoothing, int row0, int rows, int core0, int core_rows, Tensor(a!)? y, "
-      "Tensor(b!)? delta, Tensor(c!)? lse, Tensor(d!)? ce_lse, Tensor(e!)? ce_rows) -> ()");
+      "Tensor(b!)? delta, Tensor(c!)? taken, Tensor(d!)? lse, Tensor(e!)? ce_lse, "
+      "Tensor(f!)? ce_rows) -> ()");
   m.def(
-      "label_conv_fwd(Tensor labels, Tensor? valid, Tensor table, Tensor interior, int row0, "
-      "Tensor(a!) z) -> ()");
+      "label_conv_fwd(Tensor labels, Tensor? valid, Tensor table, Tensor interior, "
+      "Tensor from_target, Tensor taken, int taken_row0, int row0, Tensor(a!) z, Tensor(b!) dz)"
+      " -> ()");
   m.def(
       "topk_conv_fwd(Tensor topk_values, Tensor topk_indices, Tensor? topk_rest, Tensor? valid, "
-      "Tensor table, Tensor? rest_table, int row0, Tensor(a!) z) -> ()");
+      "Tensor table, Tensor? rest_table, Tensor from_target, Tensor taken, int taken_row0, "
+      "int row0, Tensor(a!) z, Tensor(b!) dz) -> ()");
   m.def("relu_fwd(Tensor z, Tensor(a!) y, Tensor(b!)? mask) -> ()");
   m.def(
-      "relu_diff_fwd(Tensor z, Tensor dz, Tensor(a!)? y, Tensor(b!) delta, Tensor(c!)? mask)"
-      " -> ()");
+      "relu_diff_fwd(Tensor z, Tensor dz, Tensor from_target, Tensor(a!)? y, Tensor(b!) delta, "
+      "Tensor(c!)? mask) -> ()");
   m.def("relu_pool_fwd(Tensor z, int pool, Tensor(a!) y, Tensor(b!)? code) -> ()");
   m.def(
-      "relu_pool_diff_fwd(Tensor z, Tensor dz, int pool, Tensor(a!)? y, Tensor(b!) delta, "
-      "Tensor(c!)? code) -> ()");
+      "relu_pool_diff_fwd(Tensor z, Tensor dz, Tensor from_target, int pool, Tensor(a!)? y, "
+      "Tensor(b!) delta, Tensor(c!)? code) -> ()");
   m.def("diff_reduce_fwd(Tensor delta) -> Tensor");
   m.def(
       "relu_pool_bwd(Tensor dy, Tensor code, int pool, int H, int W, int row0, Tensor(a!) dz)"

@@ -79,7 +79,7 @@ def _check_one(device: str, name: str, dtype: torch.dtype, kind: str) -> dict[st
     error = float((value - true_value).abs() / true_value)
     cosine = float(torch.cosine_similarity(grad.flatten(), true_grad.flatten(), dim=0))
     # bfloat16 rounding picks other winners of max pooling: PyTorch itself is at 0.97 to 0.98 here.
-    tolerance, least = (1e-3, 0.999) if dtype == torch.float32 else (5e-2, 0.9)
+    tolerance, least = (1e-3, 0.999) if dtype == torch.float32 else (5e-2, 0.95)
     return {
         "device": device,
         "backend": name,

@@ -234,7 +234,7 @@ class Plan:
 
     def bytes_transient(self) -> int:
         """Of the chunk that the walks allocate besides `saved`: at most the workspace."""
-        return self._bytes(self.images, self.rows)
+        return self._fixed_bytes() + self._bytes(self.images, self.rows)
 
     # --------------------------------------------------------------------------------- coefficients
 
@@ -254,7 +254,7 @@ class Plan:
 
     def _chunks(self) -> tuple[int, tuple[int, ...]]:
         """Images a chunk, and rows a strip for each segment (its whole height = no strips)."""
-        budget = self.spec.workspace_bytes
+        budget = self.spec.workspace_bytes - self._fixed_bytes()
         heights = tuple(self.sizes[s[0]].h for s in self.segments)
         whole = self._bytes(1, heights)
         if whole <= min(budget, PREFERRED_STRIP_BYTES):
@@ -269,10 +269,18 @@ class Plan:
                 )
             if self._bytes(1, wanted) <= budget:
                 return 1, wanted
+        needed = self._fixed_bytes() + self._bytes(1, least)
         raise ValueError(
-            f"workspace_mb: got {budget / MIB:g}, expected at least "
-            f"{-(-self._bytes(1, least) // MIB)} for an input of {self.h} x {self.w} with "
+            f"workspace_mb: got {self.spec.workspace_bytes / MIB:g}, expected at least "
+            f"{-(-needed // MIB)} for an input of {self.h} x {self.w} with "
             f"{self.spec.in_channels} channels: not one strip of rows fits"
+        )
+
+    def _fixed_bytes(self) -> int:
+        """What no chunk makes smaller: ATen's reordered copy of one convolution's weight."""
+        return self.dtype.itemsize * max(
+            step.out_channels * padded_channels(step.in_channels) * step.kernel_size**2
+            for step in self.steps
         )
 
     def _whole_only(self, i: int) -> bool:
@@ -300,6 +308,8 @@ class Plan:
                 grids += 3 * self.steps[0].in_channels
             if self.spec.resized:
                 grids += 2 * self.spec.in_channels * 4 // e
+            if self.spec.cross_entropy:
+                grids += -(-8 // e)  # the saved labels as int64
         widest = max(self.steps[j].out_channels for j in segment)
         narrow = self.steps[segment[0]].in_channels if i else 0
         # (y, δ) in, (z, δz) out; with several convolutions both pairs are alive.

@@ -1,5 +1,5 @@
-// The first convolution of a target that is a list of classes: a sum of table rows, so its cost
-// does not depend on the number of classes.
+// What a target that is a list of classes adds to the first convolution: a sum of table rows, so
+// its cost does not depend on the number of classes.
 #include "tile.h"
 
 namespace gpl_fast {
@@ -15,22 +15,48 @@ struct Term {
   bool rest;
 };
 
-// z[0..c_out) = sum of weight * row, float32 in the order given.
+// The rows of the target that y is already less of, and the others.
+struct Terms {
+  Term *taken, *left;
+  int64_t n_taken = 0, n_left = 0;
+  void add(bool is_taken, const Term& term) {
+    (is_taken ? taken[n_taken++] : left[n_left++]) = term;
+  }
+};
+
+// sum[0..64) += sign * weight * row, float32 in the order given.
 template <class T>
-void sum_rows(T* z, const Term* terms, int64_t count, int64_t c_out) {
-  for (int64_t c = 0; c < c_out; c += 64) {
-    Vf sum[4] = {fill(0.0f), fill(0.0f), fill(0.0f), fill(0.0f)};
-    const int64_t n = c_out - c;
-    for (int64_t i = 0; i < count; ++i) {
-      const Vf weight = fill(terms[i].weight);
-      for (int64_t k = 0; k < 4 && 16 * k < n; ++k) {
-        const int64_t at = c + 16 * k;
-        Vf row = terms[i].rest ? load_upto((const float*)terms[i].row + at, n - 16 * k)
-                               : load_upto((const T*)terms[i].row + at, n - 16 * k);
-        sum[k] = fma(weight, row, sum[k]);
-      }
+GPL_INLINE void add_rows(Vf* sum, const Term* terms, int64_t count, float sign, int64_t c,
+                         int64_t n) {
+  for (int64_t i = 0; i < count; ++i) {
+    const Vf weight = fill(sign * terms[i].weight);
+    for (int64_t k = 0; k < 4 && 16 * k < n; ++k) {
+      const int64_t at = c + 16 * k;
+      Vf row = terms[i].rest ? load_upto((const float*)terms[i].row + at, n - 16 * k)
+                             : load_upto((const T*)terms[i].row + at, n - 16 * k);
+      sum[k] = fma(weight, row, sum[k]);
     }
-    for (int64_t k = 0; k < 4 && 16 * k < n; ++k) store_upto(z + c + 16 * k, sum[k], n - 16 * k);
+  }
+}
+
+// From q in dz, the convolution of y' less the taken rows: z = q + taken rows, or all rows where it
+// is the target's; dz = q - the others.
+template <class T>
+void add_terms(T* z, T* dz, const Terms& terms, bool from_target, int64_t c_out) {
+  for (int64_t c = 0; c < c_out; c += 64) {
+    const int64_t n = c_out - c;
+    Vf plus[4], minus[4];
+    for (int64_t k = 0; k < 4 && 16 * k < n; ++k) {
+      minus[k] = load_upto(dz + c + 16 * k, n - 16 * k);
+      plus[k] = from_target ? fill(0.0f) : minus[k];
+    }
+    add_rows<T>(plus, terms.taken, terms.n_taken, 1.0f, c, n);
+    if (from_target) add_rows<T>(plus, terms.left, terms.n_left, 1.0f, c, n);
+    add_rows<T>(minus, terms.left, terms.n_left, -1.0f, c, n);
+    for (int64_t k = 0; k < 4 && 16 * k < n; ++k) {
+      store_upto(z + c + 16 * k, plus[k], n - 16 * k);
+      store_upto(dz + c + 16 * k, minus[k], n - 16 * k);
+    }
   }
 }
 
@@ -38,7 +64,11 @@ bool is_valid(const LabelConvFwd& a, int64_t n, int64_t h, int64_t w) {
   return h >= 0 && h < a.H && w >= 0 && w < a.W && (!a.valid || a.valid[(n * a.H + h) * a.W + w]);
 }
 
-// labels of the K rows around row h, with K / 2 columns on both sides: [K, W + K - 1]
+bool is_taken(const LabelConvFwd& a, int64_t n, int64_t h, int64_t w) {
+  return a.taken[(n * a.taken_strip.rows + h - a.taken_strip.row0) * a.W + w] != 0;
+}
+
+// 2 * label + taken of the K rows around row h, with K / 2 columns on both sides: [K, W + K - 1]
 void gather_labels(const LabelConvFwd& a, int64_t n, int64_t h, int32_t* around, int32_t* column) {
   const int64_t pad = a.K / 2, width = a.W + a.K - 1;
   for (int64_t i = 0; i < a.K; ++i) {
@@ -47,7 +77,7 @@ void gather_labels(const LabelConvFwd& a, int64_t n, int64_t h, int32_t* around,
       int32_t label = kNoClass;
       if (is_valid(a, n, y, x)) {
         int64_t l = a.labels[(n * a.H + y) * a.W + x];
-        if (l >= 0 && l < a.C) label = (int32_t)l;
+        if (l >= 0 && l < a.C) label = (int32_t)(2 * l) + is_taken(a, n, y, x);
       }
       around[i * width + j] = label;
       column[j] = i == 0 || column[j] == label ? label : kMixed;
@@ -56,46 +86,49 @@ void gather_labels(const LabelConvFwd& a, int64_t n, int64_t h, int32_t* around,
 }
 
 template <class T>
-void label_row(const LabelConvFwd& a, int64_t n, int64_t h, T* z, int32_t* around, Term* terms) {
+void label_row(const LabelConvFwd& a, int64_t n, int64_t h, T* z, T* dz, int32_t* around,
+               Terms terms) {
   const int64_t width = a.W + a.K - 1;
+  const bool from_target = a.from_target[n];
   int32_t* column = around + a.K * width;
   gather_labels(a, n, h, around, column);
-  for (int64_t w = 0; w < a.W; ++w, z += a.c_out) {
+  for (int64_t w = 0; w < a.W; ++w, z += a.c_out, dz += a.c_out) {
     int32_t label = column[w];
     for (int64_t j = 1; j < a.K; ++j) label = column[w + j] == label ? label : kMixed;
-    if (label == kNoClass) {
-      std::memset(z, 0, (size_t)a.c_out * sizeof(T));
-      continue;
-    }
     if (label != kMixed) {
-      const float* row = a.interior + label * a.c_out;
+      // kNoClass: no row
+      const float* row = label == kNoClass ? nullptr : a.interior + label / 2 * a.c_out;
       for (int64_t c = 0; c < a.c_out; c += 16) {
-        store_upto(z + c, load_upto(row + c, a.c_out - c), a.c_out - c);
+        const int64_t m = a.c_out - c;
+        const Vf q = load_upto(dz + c, m), r = row ? load_upto(row + c, m) : fill(0.0f);
+        const bool taken = label % 2 != 0;
+        store_upto(z + c, from_target ? r : taken ? q + r : q, m);
+        if (!taken) store_upto(dz + c, q - r, m);
       }
       continue;
     }
-    int64_t count = 0;
+    terms.n_taken = terms.n_left = 0;
     for (int64_t i = 0; i < a.K; ++i) {
       for (int64_t j = 0; j < a.K; ++j) {
         int32_t l = around[i * width + w + j];
         if (l == kNoClass) continue;
-        terms[count++] = {(const T*)a.table + ((i * a.K + j) * a.C + l) * a.c_out, 1.0f, false};
+        const T* row = (const T*)a.table + ((i * a.K + j) * a.C + l / 2) * a.c_out;
+        terms.add(l % 2, {row, 1.0f, false});
       }
     }
-    sum_rows(z, terms, count, a.c_out);
+    add_terms(z, dz, terms, from_target, a.c_out);
   }
 }
 
 // Each listed class of the pixel at tap (i, j) as a term; with a rest, the rest's row and what the
 // listed classes do not take of it.
 template <class T>
-int64_t topk_terms(const LabelConvFwd& a, int64_t n, int64_t h, int64_t w, int64_t tap,
-                   Term* terms) {
+void topk_terms(const LabelConvFwd& a, int64_t n, int64_t h, int64_t w, int64_t tap, Terms& terms) {
   const int64_t plane = a.H * a.W, pixel = h * a.W + w;
   const int64_t* indices = a.topk_indices + n * a.k * plane + pixel;
   const float* values = a.topk_values + n * a.k * plane + pixel;
   const float rest = a.topk_rest ? a.topk_rest[n * plane + pixel] : 0.0f;
-  int64_t count = 0;
+  const bool taken = is_taken(a, n, h, w);
   for (int64_t j = 0; j < a.k; ++j) {
     const int64_t c = indices[j * plane];
     if (c < 0 || c >= a.C) continue;
@@ -105,22 +138,21 @@ int64_t topk_terms(const LabelConvFwd& a, int64_t n, int64_t h, int64_t w, int64
       for (int64_t i = 0; i < j; ++i) first = first && indices[i * plane] != c;
       if (first) weight -= rest;
     }
-    terms[count++] = {(const T*)a.table + (tap * a.C + c) * a.c_out, weight, false};
+    terms.add(taken, {(const T*)a.table + (tap * a.C + c) * a.c_out, weight, false});
   }
-  if (rest != 0.0f) terms[count++] = {a.rest_table + tap * a.c_out, rest, true};
-  return count;
+  if (rest != 0.0f) terms.add(taken, {a.rest_table + tap * a.c_out, rest, true});
 }
 
 template <class T>
-void topk_row(const LabelConvFwd& a, int64_t n, int64_t h, T* z, Term* terms) {
+void topk_row(const LabelConvFwd& a, int64_t n, int64_t h, T* z, T* dz, Terms terms) {
   const int64_t pad = a.K / 2;
-  for (int64_t w = 0; w < a.W; ++w, z += a.c_out) {
-    int64_t count = 0;
+  for (int64_t w = 0; w < a.W; ++w, z += a.c_out, dz += a.c_out) {
+    terms.n_taken = terms.n_left = 0;
     for (int64_t tap = 0; tap < a.K * a.K; ++tap) {
       const int64_t y = h + tap / a.K - pad, x = w + tap % a.K - pad;
-      if (is_valid(a, n, y, x)) count += topk_terms<T>(a, n, y, x, tap, terms + count);
+      if (is_valid(a, n, y, x)) topk_terms<T>(a, n, y, x, tap, terms);
     }
-    sum_rows(z, terms, count, a.c_out);
+    add_terms(z, dz, terms, a.from_target[n] != 0, a.c_out);
   }
 }
 
@@ -129,19 +161,22 @@ void topk_row(const LabelConvFwd& a, int64_t n, int64_t h, T* z, Term* terms) {
 void label_conv_fwd(const LabelConvFwd& a) {
   const int64_t most_terms = a.K * a.K * (a.labels ? 1 : a.k + 1);
   parallel(a.N * a.strip.rows, a.W * a.c_out * a.K, [&](int64_t begin, int64_t end) {
-    Scratch terms(most_terms * (int64_t)(sizeof(Term) / sizeof(float)));
+    Scratch memory(2 * most_terms * (int64_t)(sizeof(Term) / sizeof(float)));
     Scratch around(a.labels ? (a.K + 1) * (a.W + a.K - 1) : 0);
+    const Terms terms = {(Term*)memory.get(), (Term*)memory.get() + most_terms};
     with_dtype(a.dtype, [&](auto tag) {
       using T = decltype(tag);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t n = i / a.strip.rows, r = i % a.strip.rows, h = a.strip.row0 + r;
         T* z = (T*)a.z + n * a.z_image_stride + r * a.W * a.c_out;
+        T* dz = (T*)a.dz + n * a.dz_image_stride + r * a.W * a.c_out;
         if (h < 0 || h >= a.H) {
           std::memset(z, 0, (size_t)(a.W * a.c_out) * sizeof(T));
+          std::memset(dz, 0, (size_t)(a.W * a.c_out) * sizeof(T));
         } else if (a.labels) {
-          label_row(a, n, h, z, (int32_t*)around.get(), (Term*)terms.get());
+          label_row(a, n, h, z, dz, (int32_t*)around.get(), terms);
         } else {
-          topk_row(a, n, h, z, (Term*)terms.get());
+          topk_row(a, n, h, z, dz, terms);
         }
       }
     });

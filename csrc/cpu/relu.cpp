@@ -1,32 +1,24 @@
-// ReLU of the target and of the difference, where no pool follows; any number of pixels.
+// ReLU of a branch and of the difference, where no pool follows; any number of pixels.
+#include "branches.h"
 #include "packed.h"
 
 namespace gpl_fast {
 namespace GPL_CPU_NAMESPACE {
 namespace {
 
-template <class T, bool kDiff>
-void fwd(const ReluFwd& a, int64_t begin, int64_t end) {
-  const int64_t mask_bytes = ceil_div(a.C, 8);
-  for (int64_t px = begin; px < end; ++px) {
-    const int64_t at = px * a.C;
-    for (int64_t c = 0; c < a.C; c += 16) {
-      const int64_t n = a.C - c;
-      Vf z = load_upto((const T*)a.z + at + c, n), y = relu(z), prediction = z;
-      if (kDiff) {
-        Vf dz = load_upto((const T*)a.dz + at + c, n);
-        prediction = z + dz;
-        // delta+ = relu(z + dz) - relu(z); dz itself where both are positive               (6)
-        Vf d = select(prediction <= fill(0.0f), fill(0.0f), (z - y) + dz);
-        Vf lost = select(prediction <= fill(0.0f), y, fill(0.0f));
-        store_upto((T*)a.delta + at + c, d - lost, n);
-      }
-      if (a.y) store_upto((T*)a.y + at + c, y, n);
-      if (a.mask) {
-        Vi on = ~(prediction <= fill(0.0f));
-        store_mask_upto(a.mask + px * mask_bytes + c / 8, on, n);
-      }
-    }
+template <class T, Carried kCarried>
+void pixel_fwd(const ReluFwd& a, int64_t px) {
+  const int64_t mask_bytes = ceil_div(a.C, 8), at = px * a.C;
+  for (int64_t c = 0; c < a.C; c += 16) {
+    const int64_t n = a.C - c;
+    const Vf z = load_upto((const T*)a.z + at + c, n);
+    const Vf dz = a.dz ? load_upto((const T*)a.dz + at + c, n) : z;
+    Vf y, d;
+    const Vf prediction = relu_branches<kCarried>(z, dz, y, d);
+    if (a.dz) store_upto((T*)a.delta + at + c, d, n);
+    if (a.y) store_upto((T*)a.y + at + c, y, n);
+    if (!a.mask) continue;
+    store_mask_upto(a.mask + px * mask_bytes + c / 8, ~(prediction <= fill(0.0f)), n);
   }
 }
 
@@ -50,7 +42,10 @@ void relu_fwd(const ReluFwd& a) {
   parallel(a.pixels, a.C, [&](int64_t begin, int64_t end) {
     with_dtype(a.dtype, [&](auto tag) {
       using T = decltype(tag);
-      a.dz ? fwd<T, true>(a, begin, end) : fwd<T, false>(a, begin, end);
+      for (int64_t px = begin; px < end; ++px) {
+        with_carried(a.dz, a.from_target, px / a.image_pixels,
+                     [&](auto carried) { pixel_fwd<T, decltype(carried)::value>(a, px); });
+      }
     });
   });
 }

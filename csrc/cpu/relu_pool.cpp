@@ -1,6 +1,7 @@
-// ReLU and 2x2 pooling of the target and of the difference, with the prediction's winners packed to
+// ReLU and 2x2 pooling of a branch and of the difference, with the prediction's winners packed to
 // 4 bits (max) or its signs to 1 bit (average); and the way back, row by row of the full
 // resolution.
+#include "branches.h"
 #include "packed.h"
 #include "tile.h"
 
@@ -11,68 +12,66 @@ namespace {
 constexpr int kNoWinner = 4;
 
 // Up to 16 channels of one window: at[i] = the offset of position i, row-major.
-template <class T, bool kDiff>
+template <class T, Carried kCarried>
 GPL_INLINE void max_window(const T* z, const T* dz, const int64_t* at, int64_t n, T* y, T* delta,
                            uint8_t* code) {
-  Vf target = load_upto(z + at[0], n);     // max z
-  Vf z_win = target, dz_win = fill(0.0f);  // z and dz where the prediction won
-  Vf best = target;                        // max z + dz
+  constexpr bool kDiff = kCarried != Carried::kAlone, kTarget = kCarried == Carried::kTarget;
+  Vf best, target, z_other, dz_other;  // the largest of each branch; z and dz at the other one's
   Vi winner = fill_i(0);
-  if (kDiff) {
-    dz_win = load_upto(dz + at[0], n);
-    best = z_win + dz_win;
-  }
-  GPL_UNROLL for (int i = 1; i < 4; ++i) {
-    Vf zi = load_upto(z + at[i], n), p = zi, dzi;
-    if (kDiff) {
-      dzi = load_upto(dz + at[i], n);
-      p = zi + dzi;
-      target = select((zi > target) | (zi != zi), zi, target);
+  GPL_UNROLL for (int i = 0; i < 4; ++i) {
+    const Vf zi = load_upto(z + at[i], n), dzi = kDiff ? load_upto(dz + at[i], n) : zi;
+    const Branches<kCarried> b(zi, dzi);
+    if (i == 0) {
+      best = b.prediction, target = b.target, z_other = zi, dz_other = dzi;
+      continue;
     }
     // the first winner, as PyTorch; NaN wins
-    Vi wins = (p > best) | (p != p);
-    best = select(wins, p, best);
+    const Vi wins = (b.prediction > best) | (b.prediction != b.prediction);
+    best = select(wins, b.prediction, best);
     winner = select(wins, fill_i(i), winner);
     if (kDiff) {
-      z_win = select(wins, zi, z_win);
-      dz_win = select(wins, dzi, dz_win);
+      const Vi target_wins = (b.target > target) | (b.target != b.target);
+      target = select(target_wins, b.target, target);
+      z_other = select(kTarget ? wins : target_wins, zi, z_other);
+      dz_other = select(kTarget ? wins : target_wins, dzi, dz_other);
     }
   }
-  const Vi off = best <= fill(0.0f);
+  const Vf r = relu(kTarget ? target : best);
   if (kDiff) {
-    // delta+ = relu(max(z + dz)) - relu(max z); dz itself where both have the same winner  (6)
-    Vf r = relu(target);
-    store_upto(delta, select(off, fill(0.0f) - r, (z_win - r) + dz_win), n);
-    if (y) store_upto(y, r, n);
-  } else if (y) {
-    store_upto(y, relu(best), n);
+    const Vf d = relu_difference<kCarried>(r, z_other, dz_other, kTarget ? best : target);
+    store_upto(delta, d, n);
   }
-  if (code) store_nibbles_upto(code, select(off, fill_i(kNoWinner), winner), n);
+  if (y) store_upto(y, r, n);
+  if (code) {
+    store_nibbles_upto(code, select(best <= fill(0.0f), fill_i(kNoWinner), winner), n);
+  }
 }
 
-template <class T, bool kDiff>
+template <class T, Carried kCarried>
 void max_row(const ReluPoolFwd& a, int64_t n, int64_t i) {
   const int64_t w = a.W / 2, code_bytes = ceil_div(a.C, 2);
   const T* z = (const T*)a.z + n * a.z_image_stride + 2 * i * a.W * a.C;
-  const T* dz = kDiff ? (const T*)a.dz + n * a.dz_image_stride + 2 * i * a.W * a.C : nullptr;
+  const T* dz = a.dz ? (const T*)a.dz + n * a.dz_image_stride + 2 * i * a.W * a.C : nullptr;
   T* y = a.y ? (T*)a.y + n * a.y_image_stride + i * w * a.C : nullptr;
-  T* delta = kDiff ? (T*)a.delta + n * a.delta_image_stride + i * w * a.C : nullptr;
+  T* delta = a.dz ? (T*)a.delta + n * a.delta_image_stride + i * w * a.C : nullptr;
   uint8_t* code = a.code ? a.code + n * a.code_image_stride + i * w * code_bytes : nullptr;
   for (int64_t j = 0; j < w; ++j) {
     for (int64_t c = 0; c < a.C; c += 16) {
       const int64_t first = 2 * j * a.C + c, row = a.W * a.C;
       const int64_t at[4] = {first, first + a.C, first + row, first + row + a.C};
       const int64_t out = j * a.C + c;
-      max_window<T, kDiff>(z, dz, at, a.C - c, y ? y + out : nullptr, kDiff ? delta + out : nullptr,
-                           code ? code + j * code_bytes + c / 2 : nullptr);
+      max_window<T, kCarried>(z, dz, at, a.C - c, y ? y + out : nullptr,
+                              delta ? delta + out : nullptr,
+                              code ? code + j * code_bytes + c / 2 : nullptr);
     }
   }
 }
 
 // One full-resolution row: its masks, and its half of the windows into sums ([w, C] float, or
 // null).
-template <class T, bool kDiff>
+template <class T, Carried kCarried>
 void avg_row(const ReluPoolFwd& a, int64_t n, int64_t h, bool add, float* y_sum, float* delta_sum) {
+  constexpr bool kDiff = kCarried != Carried::kAlone;
   const int64_t mask_bytes = ceil_div(a.C, 8);
   const T* z = (const T*)a.z + n * a.z_image_stride + h * a.W * a.C;
   const T* dz = kDiff ? (const T*)a.dz + n * a.dz_image_stride + h * a.W * a.C : nullptr;
@@ -80,12 +79,9 @@ void avg_row(const ReluPoolFwd& a, int64_t n, int64_t h, bool add, float* y_sum,
   for (int64_t x = 0; x < a.W; ++x) {
     for (int64_t c = 0; c < a.C; c += 16) {
       const int64_t channels = a.C - c, at = x * a.C + c, out = x / 2 * a.C + c;
-      Vf zi = load_upto(z + at, channels), y = relu(zi), p = zi, d = fill(0.0f);
-      if (kDiff) {
-        Vf dzi = load_upto(dz + at, channels);
-        p = zi + dzi;
-        d = select(p <= fill(0.0f), fill(0.0f) - y, (zi - y) + dzi);
-      }
+      const Vf zi = load_upto(z + at, channels), dzi = kDiff ? load_upto(dz + at, channels) : zi;
+      Vf y, d;
+      const Vf p = relu_branches<kCarried>(zi, dzi, y, d);
       if (mask) store_mask_upto(mask + x * mask_bytes + c / 8, ~(p <= fill(0.0f)), channels);
       if (!y_sum || x >= a.W / 2 * 2) continue;
       if (add || x % 2) {
@@ -105,26 +101,29 @@ void store_quarter(T* dst, const float* sum, int64_t n) {
   }
 }
 
-template <class T, bool kDiff>
+template <class T, Carried kCarried>
 void avg_rows(const ReluPoolFwd& a, int64_t n, int64_t i, float* y_sum, float* delta_sum) {
   const int64_t row = a.W / 2 * a.C;
-  if (i == a.H / 2) return avg_row<T, kDiff>(a, n, 2 * i, false, nullptr, nullptr);
-  avg_row<T, kDiff>(a, n, 2 * i, false, y_sum, delta_sum);
-  avg_row<T, kDiff>(a, n, 2 * i + 1, true, y_sum, delta_sum);
+  if (i == a.H / 2) return avg_row<T, kCarried>(a, n, 2 * i, false, nullptr, nullptr);
+  avg_row<T, kCarried>(a, n, 2 * i, false, y_sum, delta_sum);
+  avg_row<T, kCarried>(a, n, 2 * i + 1, true, y_sum, delta_sum);
   if (a.y) store_quarter((T*)a.y + n * a.y_image_stride + i * row, y_sum, row);
-  if (kDiff) store_quarter((T*)a.delta + n * a.delta_image_stride + i * row, delta_sum, row);
+  if (a.dz) store_quarter((T*)a.delta + n * a.delta_image_stride + i * row, delta_sum, row);
 }
 
-template <class T, bool kDiff>
+template <class T>
 void fwd(const ReluPoolFwd& a, int64_t rows, int64_t begin, int64_t end) {
   const int64_t sums = a.pool == Pool::kAvg ? a.W / 2 * a.C : 0;
-  Scratch y_sum(sums), delta_sum(kDiff ? sums : 0);
+  Scratch y_sum(sums), delta_sum(a.dz ? sums : 0);
   for (int64_t k = begin; k < end; ++k) {
-    if (a.pool == Pool::kMax) {
-      max_row<T, kDiff>(a, k / rows, k % rows);
-    } else {
-      avg_rows<T, kDiff>(a, k / rows, k % rows, y_sum.get(), delta_sum.get());
-    }
+    with_carried(a.dz, a.from_target, k / rows, [&](auto tag) {
+      constexpr Carried kCarried = decltype(tag)::value;
+      if (a.pool == Pool::kMax) {
+        max_row<T, kCarried>(a, k / rows, k % rows);
+      } else {
+        avg_rows<T, kCarried>(a, k / rows, k % rows, y_sum.get(), delta_sum.get());
+      }
+    });
   }
 }
 
@@ -170,10 +169,7 @@ void relu_pool_fwd(const ReluPoolFwd& a) {
   // With masks an odd last row counts as a row of windows without output.
   const int64_t rows = a.pool == Pool::kMax ? a.H / 2 : (a.H + 1) / 2;
   parallel(a.N * rows, 2 * a.W * a.C, [&](int64_t begin, int64_t end) {
-    with_dtype(a.dtype, [&](auto tag) {
-      using T = decltype(tag);
-      a.dz ? fwd<T, true>(a, rows, begin, end) : fwd<T, false>(a, rows, begin, end);
-    });
+    with_dtype(a.dtype, [&](auto tag) { fwd<decltype(tag)>(a, rows, begin, end); });
   });
 }
 

@@ -1,5 +1,5 @@
-// Logits -> the difference of the maps the net sees, NHWC: y, delta = y' - y, and from the same
-// pass what the softmax's backward and the cross-entropy need.
+// Logits -> the maps the net sees, NHWC: the prediction and its difference to the target, and from
+// the same pass what the softmax's backward and the cross-entropy need.
 #include "activation.h"
 
 namespace gpl_fast {
@@ -14,7 +14,8 @@ struct Pixels {
 
 // The target's map from its listed classes, [C][16].
 void topk_target(const SoftmaxPackFwd& a, const Pixels& px, float* t) {
-  const int64_t plane = a.H * a.W, first = px.image * (a.k - 1) * plane + px.at;
+  const int64_t plane = a.topk_stride;
+  const int64_t first = px.image * (a.topk_image_stride - a.H * a.W) + px.at;
   Vf rest = a.topk_rest ? load_upto(a.topk_rest + px.at, px.n) : fill(0.0f);
   for (int64_t c = 0; c < a.C; ++c) store(t + c * 16, rest);
   // Listed classes start from zero before any value arrives: a class listed twice adds up.
@@ -72,31 +73,55 @@ class PixelLoss {
   Vf x_label_, x_weighted_ = fill(0.0f);
 };
 
-// x * fx and t * ft are the two maps: leaves delta in x and the target in t.
-void difference(const SoftmaxPackFwd& a, const Pixels& px, float* x, Vf fx, float* t, Vf ft) {
-  const Vi keep = a.valid ? valid_lanes(a.valid + px.at, px.n) : fill_i(-1);
+// x * fx and t * ft are the two maps: leaves one of them in x and the difference in t.         (6)
+void dense_difference(const SoftmaxPackFwd& a, const Pixels& px, Vi keep, float* x, Vf fx, float* t,
+                      Vf ft) {
   const Vf zero = fill(0.0f);
+  const bool from_target = a.from_target[px.image];
   for (int64_t c = 0; c < a.C; ++c) {
-    // delta = y' - y                                                                       (6)
-    Vf d = load(x + c * 16) * fx;
-    if (t) {
-      Vf target = load(t + c * 16) * ft;
-      d = d - target;
-      store(t + c * 16, select(keep, target, zero));
-    }
-    store(x + c * 16, select(keep, d, zero));
+    const Vf y = load(x + c * 16) * fx, target = load(t + c * 16) * ft;
+    store(x + c * 16, select(keep, from_target ? target : y, zero));
+    store(t + c * 16, select(keep, y - target, zero));
   }
-  if (!a.labels) return;
+}
+
+void prediction(const SoftmaxPackFwd& a, Vi keep, float* x, Vf fx) {
+  for (int64_t c = 0; c < a.C; ++c) {
+    store(x + c * 16, select(keep, load(x + c * 16) * fx, fill(0.0f)));
+  }
+}
+
+// x less the target's one-hot map where that leaves less of it: where y'_label > 1/2.
+void take_labels(const SoftmaxPackFwd& a, const Pixels& px, float* x, uint8_t* taken) {
   for (int64_t p = 0; p < px.n; ++p) {
-    int64_t label = a.labels[px.at + p];
-    bool kept = !a.valid || a.valid[px.at + p];
-    if (kept && label >= 0 && label < a.C) x[label * 16 + p] -= 1.0f;
+    const int64_t label = a.labels[px.at + p];
+    const bool kept = !a.valid || a.valid[px.at + p];
+    taken[p] = kept && label >= 0 && label < a.C && x[label * 16 + p] > 0.5f;
+    if (taken[p]) x[label * 16 + p] -= 1.0f;
   }
+}
+
+// x less t where that leaves less of it: where |x - t|^2 < |x|^2.
+void take_topk(const SoftmaxPackFwd& a, const Pixels& px, Vi keep, float* x, const float* t,
+               uint8_t* taken) {
+  Vf gain = fill(0.0f);
+  for (int64_t c = 0; c < a.C; ++c) {
+    const Vf y = load(x + c * 16), target = load(t + c * 16);
+    gain = fma(target, (y - target) + y, gain);
+  }
+  const Vi take = select(keep, gain > fill(0.0f), fill_i(0));
+  for (int64_t c = 0; c < a.C; ++c) {
+    const Vf y = load(x + c * 16);
+    store(x + c * 16, select(take, y - load(t + c * 16), y));
+  }
+  int32_t lanes[16];
+  store_i(lanes, take);
+  for (int64_t p = 0; p < px.n; ++p) taken[p] = lanes[p] != 0;
 }
 
 // From the loaded logits of x and of a dense target, both [C][16], to the maps, in place.
 void maps(const SoftmaxPackFwd& a, const Pixels& px, float* x, float* t, Lines& x_lines,
-          Lines& t_lines, float weights, double* ce_sums) {
+          Lines& t_lines, uint8_t* taken, float weights, double* ce_sums) {
   const float inv_t = 1.0f / a.temperature;
   const bool has_ce = px.core && a.ce.labels;
   if (has_ce && a.ce.own_lse) {
@@ -110,14 +135,18 @@ void maps(const SoftmaxPackFwd& a, const Pixels& px, float* x, float* t, Lines& 
   const Activated yp = activate(a.activation, x, a.C, inv_t, x_lines);
   if (shared) loss.add(yp.lse, ce_sums);
   if (px.core && a.lse) store_upto(a.lse + px.at, yp.lse.value(), px.n);
-  if (!a.delta && !a.y) return;
-  Vf target_factor = fill(1.0f);
+  if (!a.y) return;
+  const Vi keep = a.valid ? valid_lanes(a.valid + px.at, px.n) : fill_i(-1);
   if (a.target) {
-    target_factor = activate(a.target_activation, t, a.C, inv_t, t_lines).factor;
-  } else if (a.topk_values) {
-    topk_target(a, px, t);
+    const Vf factor = activate(a.target_activation, t, a.C, inv_t, t_lines).factor;
+    return dense_difference(a, px, keep, x, yp.factor, t, factor);
   }
-  difference(a, px, x, yp.factor, a.target || a.topk_values ? t : nullptr, target_factor);
+  prediction(a, keep, x, yp.factor);
+  if (a.labels) take_labels(a, px, x, taken);
+  if (a.topk_values) {
+    topk_target(a, px, t);
+    take_topk(a, px, keep, x, t, taken);
+  }
 }
 
 // Where the tile goes in an output map, null where there is none.
@@ -149,7 +178,9 @@ void rows_fwd(const SoftmaxPackFwd& a, const Tiling& tiling, float weights, int6
     const Place at = walk.here();
     char* delta = map_address(a, a.delta, a.delta_image_stride, at);
     char* y = map_address(a, a.y, a.y_image_stride, at);
+    uint8_t* taken = a.taken ? a.taken + (at.n * a.strip.rows + at.r) * a.W + at.w : nullptr;
     if (!at.inside) {
+      if (taken) std::memset(taken, 0, (size_t)a.W);
       if (delta) std::memset(delta, 0, (size_t)(a.W * pixel_bytes));
       if (y) std::memset(y, 0, (size_t)(a.W * pixel_bytes));
       walk.skip_row();
@@ -164,11 +195,12 @@ void rows_fwd(const SoftmaxPackFwd& a, const Tiling& tiling, float weights, int6
       const Pixels px = {at.n, (at.n * a.H + at.h) * a.W + at.w + p, min_of(at.pixels - p, 16),
                          core};
       const int64_t group = p / 16 * tiling.group, out = p * pixel_bytes;
-      if (delta) x_lines.want(delta + out, px.n * pixel_bytes);
-      if (y) t_lines.want(y + out, px.n * pixel_bytes);
-      maps(a, px, x + group, t + group, x_lines, t_lines, weights, ce_sums);
-      if (delta) store_map(a, delta + out, x + group, px.n);
-      if (y) store_map(a, y + out, t + group, px.n);
+      if (y) x_lines.want(y + out, px.n * pixel_bytes);
+      if (delta) t_lines.want(delta + out, px.n * pixel_bytes);
+      maps(a, px, x + group, t + group, x_lines, t_lines, taken ? taken + p : nullptr, weights,
+           ce_sums);
+      if (y) store_map(a, y + out, x + group, px.n);
+      if (delta) store_map(a, delta + out, t + group, px.n);
     }
     if (core && a.ce.labels) {
       double* sums = a.ce_rows + (at.n * a.H + at.h) * 2;

@@ -2,8 +2,9 @@
 
 Both go through images in chunks and through each segment in strips of rows (`gpl_fast.plan`).
 Convolutions are ATen's; everything between them is one of the stage operators of `gpl_fast.ops`.
-Maps are NHWC, prediction and target carried as ``y`` and ``δ = y' − y`` (eq. 6 of
-docs/derivation.md). What the forward leaves for the backward is `Plan.saved`.
+Maps are NHWC, prediction and target carried as ``y'`` and ``δ = y' − y`` (eq. 6 of
+docs/derivation.md), or as ``y`` and δ (`branch`). What the forward leaves for the backward is
+`Plan.saved`.
 """
 
 from gpl_fast.chain.backward import Backward, empty_gradient

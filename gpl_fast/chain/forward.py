@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gpl_fast import ops, reference
+from gpl_fast.chain.branch import carry_target
 from gpl_fast.chain.convolution import conv, zero_outside
 from gpl_fast.plan import Plan, Step, padded_channels
 
@@ -66,7 +67,10 @@ class Forward:
         }
         for tap in plan.spec.style_weights:
             self.saved[f"gram.{tap}"][self.n0 : self.n1].zero_()
-        level: Tensor | None = None  # (2, n, halo + h + halo, w, C): y and δ; plain: y alone
+        if not self.plain:
+            chunk = slice(self.n0, self.n1)
+            self.from_target = carry_target(plan.spec, self.x, self.target, chunk, plan.dtype)
+        level: Tensor | None = None  # (2, n, halo + h + halo, w, C): y' and δ; plain: y' alone
         for i, segment in enumerate(plan.segments):
             first, last = plan.sizes[segment[0]], plan.sizes[segment[-1]]
             rows, halo = plan.rows[i], plan.halo(segment)
@@ -103,17 +107,23 @@ class Forward:
     # (1) prediction and target at the network's input: softmax, difference, look-up
 
     def _first_maps(self, lo: int, hi: int, r0: int, r1: int, ce_rows: Tensor | None) -> Tensor:
-        """(y, δ) stacked, y alone in the plain form, or δ alone where the target is looked up."""
+        """(y', δ) stacked, y' alone in the plain form, or u alone where the target is looked up.
+
+        u is y' less the target at the pixels where that leaves less (`taken`): the look-up adds
+        the target's rows to z' there and takes them from δz elsewhere.
+        """
         plan, spec = self.plan, self.plan.spec
         a, b = max(lo, 0), min(hi, plan.h)  # the strip's rows inside the image
         x = self.x[self.n0 : self.n1, :, a:b]
         shape = (self.n1 - self.n0, hi - lo, plan.w, padded_channels(spec.in_channels))
-        dense = spec.kind == "dense"
+        dense, listed = spec.kind == "dense", spec.kind in ("labels", "topk")
+        taken = x.new_empty(shape[:3], dtype=torch.uint8) if listed else None
         pair = x.new_empty((2 if dense else 1, *shape), dtype=plan.dtype)
         ops.softmax_pack_fwd(
             x,
             self._rows("valid", a, b),
             self._dense_rows(a, b) if dense else None,
+            self.from_target if dense else None,
             self._rows("labels", a, b),
             self._rows("topk_values", a, b),
             self._rows("topk_indices", a, b),
@@ -128,20 +138,15 @@ class Forward:
             hi - lo,
             r0 - a,
             r1 - r0,
-            pair[0] if dense else None,
-            pair[-1],
+            pair[0],
+            pair[1] if dense else None,
+            taken,
             self._saved_rows("lse", a, b),
             self._saved_rows("ce_lse", a, b),
             None if ce_rows is None else ce_rows[:, a:b],
         )
-        if not plan.front:
-            return pair  # without a target the operator's δ is the prediction, the plain form's y
-        maps = self._front(pair.flatten(0, 1), lo, hi, pair.shape[0])
-        if spec.kind in ("labels", "topk"):
-            y = x.new_empty(maps.shape[1:], dtype=plan.dtype)
-            self._look_up(y, lo)
-            return torch.stack([self._affine(y, lo, hi, True), maps[0]])
-        return maps
+        self.taken = taken, lo
+        return self._front(pair, lo, hi) if plan.front else pair
 
     def _dense_rows(self, a: int, b: int) -> Tensor:
         """Rows [a, b) of the dense target, resized bilinearly where it has another size."""
@@ -160,17 +165,18 @@ class Forward:
         rows = t[:, :, above].float() * (1 - part) + t[:, :, below].float() * part
         return reference.resize(rows, (b - a, self.plan.w))
 
-    def _front(self, maps: Tensor, lo: int, hi: int, count: int) -> Tensor:
-        """Input adapter, mean/std and zeroing of `count` stacked maps; the last is δ."""
+    def _front(self, maps: Tensor, lo: int, hi: int) -> Tensor:
+        """Input adapter, mean/std and zeroing of (y', δ), from what `_first_maps` describes."""
+        flat = maps.flatten(0, 1)
         if self.plan.spec.adapter:
-            maps = conv(maps, self.packs["w.adapter"], 1, (0, 0))
+            flat = conv(flat, self.packs["w.adapter"], 1, (0, 0))
         else:
-            maps = maps[..., : self.plan.spec.in_channels]
-        maps = maps.view(count, -1, *maps.shape[1:])
-        plain_map = [self.plain or (count == 2 and i == 0) for i in range(count)]
-        return torch.stack(
-            [self._affine(m, lo, hi, shift) for m, shift in zip(maps, plain_map, strict=True)]
-        )
+            flat = flat[..., : self.plan.spec.in_channels].contiguous()
+        maps = flat.view(*maps.shape[:4], flat.shape[-1])
+        if self.taken[0] is not None:
+            maps = torch.stack([torch.empty_like(maps[0]), maps[0]])
+            self._look_up(maps[0], maps[1], lo)
+        return torch.stack([self._affine(m, lo, hi, i == 0) for i, m in enumerate(maps)])
 
     def _affine(self, y: Tensor, lo: int, hi: int, shift: bool) -> Tensor:
         """``(y − mean) / std`` (differences are not shifted), 0 where not valid or outside."""
@@ -190,16 +196,21 @@ class Forward:
         zero_outside(z, lo, self.plan.h)
         return z
 
-    def _look_up(self, z: Tensor, row0: int) -> None:
-        valid, table = self._of("valid"), self.packs["table"]
+    def _look_up(self, z: Tensor, dz: Tensor, row0: int) -> None:
+        """z' and δz from the convolution of u, which `dz` holds on entry."""
+        valid, table, (taken, lo) = self._of("valid"), self.packs["table"], self.taken
         if self.plan.spec.kind == "labels":
-            labels = self._of("labels")
-            ops.label_conv_fwd(labels, valid, table, self.packs["interior"], row0, z)
+            labels, interior = self._of("labels"), self.packs["interior"]
+            ops.label_conv_fwd(
+                labels, valid, table, interior, self.from_target, taken, lo, row0, z, dz
+            )
         else:
             values, indices = self._of("topk_values"), self._of("topk_indices")
             rest = self._of("topk_rest")
-            rest_table = None if rest is None else self.packs["rest_table"]
-            ops.topk_conv_fwd(values, indices, rest, valid, table, rest_table, row0, z)
+            sums = None if rest is None else self.packs["rest_table"]
+            ops.topk_conv_fwd(
+                values, indices, rest, valid, table, sums, self.from_target, taken, lo, row0, z, dz
+            )
 
     # (2) convolution, ReLU, pool: eq. (6)
 
@@ -249,7 +260,7 @@ class Forward:
                     out[1][:, a:b] = dz[:, a - lo : b - lo]
 
     def _convolve(self, step: Step, maps: list[Tensor], lo: int, pad_h: int) -> list[Tensor]:
-        """z and δz of (y, δ), stacked as these are; z by look-up where `maps` is δ alone."""
+        """z' and δz of (y', δ), stacked as these are; with the look-up where `maps` is u alone."""
         w, bias = self.packs[f"w.{step.conv}"], self.packs.get(f"b.{step.conv}")
         out = []
         for m in maps:
@@ -257,7 +268,7 @@ class Forward:
             out.append(z.view(*m.shape[:2], *z.shape[1:]))
         if sum(m.shape[0] for m in maps) == 1 and not self.plain:
             out.insert(0, torch.empty_like(out[0]))
-            self._look_up(out[0][0], lo)
+            self._look_up(out[0][0], out[1][0], lo)
         if bias is not None:
             out[0][0] += bias
         return out
@@ -266,7 +277,7 @@ class Forward:
         if dz is None:
             ops.relu_fwd(z, z, mask)
         else:
-            ops.relu_diff_fwd(z, dz, z, dz, mask)
+            ops.relu_diff_fwd(z, dz, self.from_target, z, dz, mask)
 
     def _pool(
         self,
@@ -299,7 +310,7 @@ class Forward:
             ops.relu_pool_fwd(z, kind, y, code)
             self._tap(step.pool, y, None, 0, b - a, a, b)
             return
-        ops.relu_pool_diff_fwd(z, dz, kind, y, d, code)
+        ops.relu_pool_diff_fwd(z, dz, self.from_target, kind, y, d, code)
         if styled or (diff is not None and out is not None):
             self._tap(step.pool, y, d, 0, b - a, a, b)
 
@@ -321,18 +332,16 @@ class Forward:
                 diff[:, a:b] = d[:, i0:i1]
         if tap in plan.spec.style_weights:
             assert y is not None
-            target = y[:, i0:i1].float().flatten(1, 2)
-            phi, delta = target, None
+            phi = y[:, i0:i1].float().flatten(1, 2)
             if d is not None:
                 delta = d[:, i0:i1].float().flatten(1, 2)
-                phi = target + delta
+                phi = phi + delta * self.from_target.view(-1, 1, 1)
             gram = self.saved[f"gram.{tap}"][chunk]
             if f"gram.{tap}" in self.target:
                 gram += phi.transpose(1, 2) @ phi
             else:
                 # G' − G = δᵀφ' + φᵀδ: the difference form again, no cancellation.
-                assert delta is not None
-                gram += delta.transpose(1, 2) @ phi + target.transpose(1, 2) @ delta
+                gram += delta.transpose(1, 2) @ phi + (phi - delta).transpose(1, 2) @ delta
             if self.keep:
                 n, width, channels = phi.shape[0], plan.tap_shape(tap)[2], phi.shape[2]
                 kept = self.saved[f"phi.{tap}"]
@@ -366,7 +375,7 @@ class Forward:
     def _rows(self, name: str, a: int, b: int) -> Tensor | None:
         """Rows [a, b) of a target tensor (N, H, W) or (N, k, H, W)."""
         t = self._of(name)
-        return None if t is None else t[..., a:b, :].contiguous()
+        return None if t is None else t[..., a:b, :]
 
     def _saved_rows(self, name: str, a: int = 0, b: int | None = None) -> Tensor | None:
         t = self.saved.get(name)

@@ -10,6 +10,7 @@ rounding, and the bound on the gradient is that of rounding alone.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,16 @@ from saved import Walk, left_by, network_input, terms
 from strategies import Case, case
 from torch import Tensor, nn
 
-from gpl_fast import GenericPerceptualLoss, LossNet, PerceptualLoss, SegmentationLoss, TopK, plan
+from gpl_fast import (
+    GenericPerceptualLoss,
+    LossNet,
+    PerceptualLoss,
+    SegmentationLoss,
+    TopK,
+    plan,
+    reference,
+)
+from gpl_fast.chain.branch import carry_target
 from gpl_fast.ops import load
 
 if (reason := load()) is not None:
@@ -346,34 +356,68 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return float((a * b).sum() / (a.norm() * b.norm()))
 
 
-# C, how much the right class is raised, side of the regions of one class
-PEAKED = [(19, 8.0, 1), (19, 8.0, 8), (150, 10.0, 1), (150, 10.0, 8)]
+# C, how much the right class is raised, side of the regions of one class, bound on the value's
+# error
+PEAKED = [
+    *((19, raised, region, 0.05) for raised in (0.0, 4.0, 8.0) for region in (1, 8)),
+    *((150, raised, region, 0.05) for raised in (0.0, 6.0, 10.0, 12.0) for region in (1, 8)),
+    (847, 0.0, 8, 0.05),
+    *((1203, 14.0, region, 0.1) for region in (1, 8)),
+]
 
 
 @pytest.mark.parametrize(
     ("c", "raised", "region", "bound", "kind"),
     [
-        *((*drawn, 0.05, kind) for drawn in PEAKED for kind in ("labels", "teacher")),
-        (1203, 14.0, 8, 0.1, "labels"),
-        (1203, 14.0, 1, 0.1, "teacher"),
-        # Neighbours' z agree to less than bfloat16 holds, so its rounding moves the target's
-        # winners: 15 %, as with z alone rounded and everything else exact. Labels have exact ties.
-        (1203, 14.0, 8, 0.2, "teacher"),
+        (*drawn, kind)
+        for drawn in PEAKED
+        for kind in ("labels", "teacher", "one-hot", "top-k")
+        if drawn[0] <= 150 or kind in ("labels", "teacher")
     ],
 )
-def test_bfloat16_holds_on_peaked_maps(c, raised, region, bound, kind):
+def test_bfloat16_holds_from_flat_to_peaked_maps(c, raised, region, bound, kind):
     logits, labels = peaked(c, raised, region)
     logits = logits.bfloat16().float()
-    target = labels if kind == "labels" else (logits + 0.5 * torch.randn_like(logits)).bfloat16()
+    options: dict[str, str] = {}
+    target: Any = labels
+    if kind == "one-hot":
+        target, options = reference.one_hot(labels, c, FLOAT), {"target_activation": "none"}
+    elif kind == "top-k":
+        target = TopK(torch.ones(1, 1, 64, 64), labels.unsqueeze(1))
+    elif kind == "teacher":
+        target = (logits + 0.5 * torch.randn_like(logits)).bfloat16()
     net = LossNet.vgg(c)
-    exact = GenericPerceptualLoss(c, net, backend="reference")
+    exact = GenericPerceptualLoss(c, net, backend="reference", **options)
     truth, grad64 = value_and_grad(exact, logits.double(), doubled(target))
-    loss = GenericPerceptualLoss(c, net, backend="fast")
+    loss = GenericPerceptualLoss(c, net, backend="fast", **options)
     got = {dtype: value_and_grad(loss, logits.to(dtype), target) for dtype in (FLOAT, BF16)}
     assert error(got[FLOAT][0], truth) < 1e-3
     assert cosine(got[FLOAT][1], grad64) >= 0.99
     assert error(got[BF16][0], truth) < bound
     assert cosine(got[BF16][1], grad64) >= 0.95
+
+
+def test_the_target_is_carried_only_where_it_is_near_and_constant_in_regions():
+    spec = SimpleNamespace(activation="softmax", target_activation="softmax", temperature=1.0)
+
+    def carried(logits: Tensor, dtype: torch.dtype = BF16, **target: Tensor) -> list[bool]:
+        return carry_target(spec, logits, target, slice(0, 2), dtype).tolist()
+
+    (near, labels), (flat, other) = peaked(19, 8.0, 8), peaked(19, 0.0, 8)
+    both, all_labels = torch.cat([near, flat]), torch.cat([labels, other])
+    assert carried(both, labels=all_labels) == [True, False]
+    assert carried(both, FLOAT, labels=all_labels) == [False, False]
+    assert carried(both, dense=both) == [False, False]
+    one_hot = 30 * reference.one_hot(all_labels, 19, FLOAT)
+    assert carried(both, dense=one_hot) == [True, False]
+    assert carried(both, dense=one_hot[..., ::2, ::2]) == [True, False]
+    noise, scattered = peaked(19, 8.0, 1)
+    assert carried(noise, labels=scattered) == [False]
+    values, indices = torch.full((2, 2, 64, 64), 0.5), all_labels.unsqueeze(1).expand(-1, 2, -1, -1)
+    assert carried(both, topk_values=values, topk_indices=indices) == [True, False]
+    invalid = torch.ones(2, 64, 64, dtype=torch.bool)
+    invalid[1] = False
+    assert carried(both, labels=all_labels, valid=invalid)[0]
 
 
 # ------------------------------------------------------------------------------ SegmentationLoss

@@ -6,6 +6,7 @@ exact (strips, threads, zeros, routing) is compared bit for bit.
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -68,25 +69,39 @@ def activate(x, kind, temperature=1.0):
     return x.softmax(1) if kind == SOFTMAX else x.sigmoid() if kind == SIGMOID else x
 
 
+def odd_images(n):
+    """`from_target`: every other image carries the target's map."""
+    return torch.arange(n) % 2 == 1
+
+
+def carried(prediction, target):
+    return torch.where(odd_images(len(target)).view(-1, 1, 1, 1), target, prediction)
+
+
 def pack(x, *, target=None, labels=None, topk=(None, None, None), valid=None, activation=SOFTMAX,
          temperature=1.0, ce=(None, None, 0.0), strip=None, core=None, c_pad=None,
          dtype=torch.float32, target_activation=None):  # fmt: skip
-    """(y, delta, lse, ce_lse, ce_rows), the maps (N, rows, W, c_pad)."""
+    """(y, delta, lse, ce_lse, ce_rows), the maps (N, rows, W, c_pad).
+
+    A listed target leaves `taken` in delta's place, no target nothing.
+    """
     N, C, H, W = x.shape
     row0, rows = strip or (0, H)
     core0, core_rows = core or (row0, rows)
     own_lse = activation != SOFTMAX or temperature != 1.0
     shape = (N, rows, W, c_pad or C)
-    y = poisoned(*shape, dtype=dtype) if target is not None or topk[0] is not None else None
-    delta = poisoned(*shape, dtype=dtype)
+    listed = labels is not None or topk[0] is not None
+    y = poisoned(*shape, dtype=dtype)
+    delta = poisoned(*shape, dtype=dtype) if target is not None else None
+    taken = poisoned(N, rows, W, dtype=torch.uint8) if listed else None
     lse, ce_lse = poisoned(N, H, W), poisoned(N, H, W)
     ce_rows = poisoned(N, H, 2, dtype=torch.float64)
     ops.softmax_pack_fwd(
-        x, valid, target, labels, *topk, activation,
+        x, valid, target, odd_images(N), labels, *topk, activation,
         activation if target_activation is None else target_activation, temperature, *ce, row0,
-        rows, core0, core_rows, y, delta, lse, ce_lse if own_lse else None, ce_rows,
+        rows, core0, core_rows, y, delta, taken, lse, ce_lse if own_lse else None, ce_rows,
     )  # fmt: skip
-    return y, delta, lse, ce_lse, ce_rows
+    return y, taken if listed else delta, lse, ce_lse, ce_rows
 
 
 # -- softmax_pack_fwd --------------------------------------------------------------------------
@@ -113,7 +128,8 @@ def test_softmax_pack_dense(C, size, dtype):
         )
         y64, p64 = (activate(v.double(), activation, temperature) for v in (t, x))
         y32, p32 = (activate(v.float(), activation, temperature) for v in (t, x))
-        check(y[..., :C], nhwc(y32).to(dtype), nhwc(y64), dtype)
+        plain = carried(nhwc(p32), nhwc(y32)).to(dtype)
+        check(y[..., :C], plain, carried(nhwc(p64), nhwc(y64)), dtype)
         check(delta[..., :C], nhwc(p32 - y32).to(dtype), nhwc(p64 - y64), dtype)
         assert not y[..., C:].any()
         assert not delta[..., C:].any()
@@ -132,9 +148,10 @@ def test_softmax_pack_equal_inputs_give_zero(activation):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_softmax_pack_mixed_activations(dtype):
-    x, t = torch.randn(1, 3, 7, 9), torch.rand(1, 3, 7, 9)
+    x, t = torch.randn(2, 3, 7, 9), torch.rand(2, 3, 7, 9)
     y, delta, *_ = pack(x, target=t, target_activation=NONE, dtype=dtype)
-    assert torch.equal(y, nhwc(t).to(dtype))
+    assert torch.equal(y[1], nhwc(t)[1].to(dtype))
+    check(y[0], nhwc(x.softmax(1))[0].to(dtype), nhwc(x.double().softmax(1))[0], dtype)
     truth = nhwc(x.double().softmax(1) - t)
     check(delta, nhwc(x.softmax(1) - t).to(dtype), truth, dtype)
 
@@ -144,11 +161,15 @@ def test_softmax_pack_mixed_activations(dtype):
 def test_softmax_pack_labels(C, dtype):
     x, labels = 3 * torch.randn(2, C, 13, 27), torch.randint(-1, C, (2, 13, 27))
     labels[0, 0, 0] = C + 7  # out of range: like no class
-    _, delta, *_ = pack(x, labels=labels, dtype=dtype)
+    y, taken, *_ = pack(x, labels=labels, dtype=dtype)
     known = (labels >= 0) & (labels < C)
     onehot = F.one_hot(labels.where(known, 0), C) * known[..., None]
-    truth = nhwc(x.double().softmax(1)) - onehot
-    check(delta, (nhwc(x.softmax(1)) - onehot).to(dtype), truth, dtype)
+    truth, plain = nhwc(x.double().softmax(1)), nhwc(x.softmax(1))
+    assert torch.equal(taken.bool(), (truth * onehot).sum(-1) > 0.5)
+    assert taken.any()
+    assert known[taken == 0].any()
+    taken = taken[..., None] * onehot
+    check(y, (plain - taken).to(dtype), truth - taken, dtype)
 
 
 def topk_case(C, k, rest):
@@ -172,16 +193,21 @@ def test_softmax_pack_topk(C, k, rest):
     x = 3 * torch.randn(2, C, 13, 27)
     values, indices, per_class, dense = topk_case(C, k, rest)
     for dtype in DTYPES:
-        y, delta, *_ = pack(x, topk=(values, indices, per_class), dtype=dtype)
-        check(y, nhwc(dense).to(dtype), nhwc(dense), dtype)
-        plain = nhwc(x.softmax(1) - dense.float()).to(dtype)
-        check(delta, plain, nhwc(x.double().softmax(1) - dense), dtype)
+        y, taken, *_ = pack(x, topk=(values, indices, per_class), dtype=dtype)
+        truth = x.double().softmax(1)
+        nearer = (truth - dense).square().sum(1) - truth.square().sum(1)
+        sure = nearer.abs() > 1e-6
+        assert torch.equal(taken.bool()[sure], nearer[sure] < 0)
+        assert 0 < taken.sum() < taken.numel()
+        part = taken[:, None] * dense
+        plain = nhwc(x.softmax(1) - part.float()).to(dtype)
+        check(y, plain, nhwc(truth - part), dtype)
 
 
 def test_softmax_pack_without_target_is_the_activation():
     x = torch.randn(2, 19, 5, 17)
-    _, delta, *_ = pack(x)
-    check(delta, nhwc(x.softmax(1)), nhwc(x.double().softmax(1)), torch.float32)
+    y, *_ = pack(x)
+    check(y, nhwc(x.softmax(1)), nhwc(x.double().softmax(1)), torch.float32)
 
 
 def test_invalid_pixels_are_exactly_zero():
@@ -190,18 +216,16 @@ def test_invalid_pixels_are_exactly_zero():
     bad = ~valid[:, None].expand_as(x)
     x[bad], t[bad] = float("nan"), float("nan")
     for target in ({"target": t}, {"labels": torch.randint(0, 19, (2, 13, 27))}, {}):
-        y, delta, *_ = pack(x, valid=valid, **target)
-        assert not delta[~valid].any()
-        assert delta.isfinite().all()
-        assert y is None or (not y[~valid].any() and y.isfinite().all())
+        for out in pack(x, valid=valid, **target)[:2]:
+            assert out is None or (not out[~valid].any() and out.isfinite().all())
 
 
 def test_nan_in_a_valid_pixel_stays():
     x = torch.randn(1, 19, 3, 17)
     x[0, 4, 1, 9] = float("nan")
-    _, delta, lse, *_ = pack(x)
-    assert delta[0, 1, 9].isnan().all()
-    assert delta.isnan().sum() == 19
+    y, _, lse, *_ = pack(x)
+    assert y[0, 1, 9].isnan().all()
+    assert y.isnan().sum() == 19
     assert lse[0, 1, 9].isnan()
 
 
@@ -209,8 +233,8 @@ def test_nan_in_a_valid_pixel_stays():
 def test_softmax_pack_extreme_logits(scale):
     x = scale * torch.randn(1, 19, 3, 17)
     x[0, 3, 0, 0] = -float("inf")
-    _, delta, lse, *_ = pack(x)
-    torch.testing.assert_close(delta, nhwc(x.softmax(1)), atol=1e-6, rtol=1e-4)
+    y, _, lse, *_ = pack(x)
+    torch.testing.assert_close(y, nhwc(x.softmax(1)), atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(lse, x.logsumexp(1))
 
 
@@ -381,10 +405,11 @@ def every_result():
     z, dz = draw(2, 40, 64, 40), draw(2, 40, 64, 40)
     out = [y, delta, lse, rows, dx, ops.diff_reduce_fwd(dz), *pool_diff(z, dz, MAX)]
     out += pool_diff(z, dz, AVG)
-    conv = poisoned(2, 40, 64, 24)
     table = draw(9, 19, 24)
-    ops.label_conv_fwd(labels, None, table, table.sum(0), 0, conv)
-    return [*out, conv]
+    u, taken, *_ = pack(x, labels=labels)
+    z, dz = poisoned(2, 40, 64, 24), draw(2, 40, 64, 24)
+    ops.label_conv_fwd(labels, None, table, table.sum(0), odd_images(2), taken, 0, 0, z, dz)
+    return [*out, u, z, dz]
 
 
 def test_threads_do_not_change_a_bit():
@@ -416,8 +441,15 @@ def pool_diff(z, dz, pool):
     y, delta = (poisoned(N, H // 2, W // 2, C, dtype=z.dtype) for _ in range(2))
     shape = (N, H // 2, W // 2, (C + 1) // 2) if pool == MAX else (N, H, W, (C + 7) // 8)
     code = poisoned(*shape, dtype=torch.uint8)
-    ops.relu_pool_diff_fwd(z, dz, pool, y, delta, code)
+    ops.relu_pool_diff_fwd(z, dz, odd_images(N), pool, y, delta, code)
     return y, delta, code
+
+
+def branches(z, dz, dtype):
+    """(prediction, target) of which image n carries z."""
+    z, dz = z.to(dtype), dz.to(dtype)
+    odd = odd_images(len(z)).view(-1, 1, 1, 1)
+    return z + dz * odd, z - dz * ~odd
 
 
 def pooled(z, pool):
@@ -432,23 +464,22 @@ def test_relu_pool(C, size, dtype, pool):
     z = torch.randn(2, *size, C).to(dtype)
     dz = (0.1 * torch.randn(2, *size, C)).to(dtype)
     y, delta, code = pool_diff(z, dz, pool)
-    s64, s32 = z.double() + dz.double(), z.float() + dz.float()
-    y64 = pooled(z.double(), pool)
-    check(y, pooled(z.float(), pool).to(dtype), y64, dtype)
-    plain = (pooled(s32, pool) - pooled(z.float(), pool)).to(dtype)
-    check(delta, plain, pooled(s64, pool) - y64, dtype)
+    (s64, t64), (s32, t32) = branches(z, dz, torch.float64), branches(z, dz, torch.float32)
+    check(y, pooled(z.float(), pool).to(dtype), pooled(z.double(), pool), dtype)
+    plain = (pooled(s32, pool) - pooled(t32, pool)).to(dtype)
+    check(delta, plain, pooled(s64, pool) - pooled(t64, pool), dtype)
 
     dy = torch.randn_like(y)
     s = s64.clone().requires_grad_()
     pooled(s, pool).backward(dy.double())
-    dz = poisoned(2, *size, C, dtype=dtype)
-    ops.relu_pool_bwd(dy, code, pool, *size, 0, dz)
-    assert torch.equal(dz, s.grad.to(dtype))
+    back = poisoned(2, *size, C, dtype=dtype)
+    ops.relu_pool_bwd(dy, code, pool, *size, 0, back)
+    assert torch.equal(back, s.grad.to(dtype))
 
     row0, rows = -1, size[0] + 3
     strip = poisoned(2, rows, size[1], C, dtype=dtype)
     ops.relu_pool_bwd(dy, code, pool, *size, row0, strip)
-    assert torch.equal(strip[:, 1 : 1 + size[0]], dz)
+    assert torch.equal(strip[:, 1 : 1 + size[0]], back)
     assert not strip[:, 0].any()
     assert not strip[:, 1 + size[0] :].any()
 
@@ -478,15 +509,14 @@ def test_max_pool_codes():
 def test_avg_pool_mask_is_the_sign_everywhere():
     z, dz = torch.randn(2, 7, 5, 19), torch.randn(2, 7, 5, 19)
     _, _, mask = pool_diff(z, dz, AVG)
-    assert torch.equal(unpack_mask(mask, 19), z + dz > 0)
+    assert torch.equal(unpack_mask(mask, 19), branches(z, dz, torch.float32)[0] > 0)
     assert (mask[..., 2] >> 3 == 0).all()
 
 
 def test_equal_winners_keep_the_difference():
     """Far from zero the pooled difference is dz itself, not a difference of rounded sums."""
-    z = 1000 + torch.randn(1, 8, 8, 16)
-    dz = 1e-6 * torch.randn(1, 8, 8, 1).expand_as(z).contiguous()
-    dz = dz[:, :1, :1].expand_as(z).contiguous()
+    z = 1000 + torch.randn(2, 8, 8, 16)
+    dz = 1e-6 * torch.randn(2, 1, 1, 1).expand_as(z).contiguous()
     _, delta, _ = pool_diff(z, dz, MAX)
     assert torch.equal(delta, dz[:, :4, :4])
     *_, mask = pool_diff(z, dz, AVG)
@@ -494,12 +524,15 @@ def test_equal_winners_keep_the_difference():
 
 
 def test_nan_goes_through_the_pool():
-    z, dz = torch.randn(1, 4, 4, 16), torch.randn(1, 4, 4, 16)
-    dz[0, 1, 1, 5] = float("nan")
+    z, dz = torch.randn(2, 4, 4, 16), torch.randn(2, 4, 4, 16)
+    dz[:, 1, 1, 5] = float("nan")
+    z[:, 3, 0, 7] = float("nan")
     for pool in (MAX, AVG):
-        _, delta, _ = pool_diff(z, dz, pool)
-        assert delta[0, 0, 0, 5].isnan()
-        assert delta.isnan().sum() == 1
+        y, delta, _ = pool_diff(z, dz, pool)
+        assert delta[:, 0, 0, 5].isnan().all()
+        assert delta[:, 1, 0, 7].isnan().all()
+        assert delta.isnan().sum() == 4
+        assert y.isnan().sum() == 2
 
 
 # -- relu --------------------------------------------------------------------------------------
@@ -511,12 +544,11 @@ def test_relu(C, dtype):
     z, dz = torch.randn(2, 5, 7, C).to(dtype), (0.1 * torch.randn(2, 5, 7, C)).to(dtype)
     y, delta = (poisoned(2, 5, 7, C, dtype=dtype) for _ in range(2))
     mask = poisoned(2, 5, 7, (C + 7) // 8, dtype=torch.uint8)
-    ops.relu_diff_fwd(z, dz, y, delta, mask)
-    s64 = z.double() + dz.double()
+    ops.relu_diff_fwd(z, dz, odd_images(2), y, delta, mask)
+    (s64, t64), (s32, t32) = branches(z, dz, torch.float64), branches(z, dz, torch.float32)
     assert torch.equal(y, z.relu())
-    plain = ((z.float() + dz.float()).relu() - z.float().relu()).to(dtype)
-    check(delta, plain, s64.relu() - z.double().relu(), dtype)
-    assert torch.equal(unpack_mask(mask, C), z.float() + dz.float() > 0)
+    check(delta, (s32.relu() - t32.relu()).to(dtype), s64.relu() - t64.relu(), dtype)
+    assert torch.equal(unpack_mask(mask, C), s32 > 0)
 
     dy = torch.randn_like(z)
     out = torch.full_like(dy, float("nan"))
@@ -524,7 +556,7 @@ def test_relu(C, dtype):
     assert torch.equal(out, dy.where(s64 > 0, torch.zeros_like(dy)))
 
     z_in, dz_in, dy_in = z.clone(), dz.clone(), dy.clone()
-    ops.relu_diff_fwd(z_in, dz_in, z_in, dz_in, None)
+    ops.relu_diff_fwd(z_in, dz_in, odd_images(2), z_in, dz_in, None)
     ops.relu_bwd(dy_in, mask, dy_in)
     assert torch.equal(z_in, y)
     assert torch.equal(dz_in, delta)
@@ -549,6 +581,25 @@ def conv(dense, weight, dtype):
     return nhwc(F.conv2d(dense.to(dtype), weight.to(dtype), padding=weight.shape[-1] // 2))
 
 
+def check_look_up(look_up, dense, weight, dtype):
+    """`look_up(from_target, taken, taken_row0, row0, z, dz)` of the target `dense` (N, C, H, W)."""
+    N, _, H, W = dense.shape
+    taken = torch.rand(N, H, W) > 0.4
+    taken[:, 2:11, 3:12] = True  # interiors of both kinds
+    taken[:, 2:11, 12:20] = False
+    q = torch.randn(N, H, W, weight.shape[0]).to(dtype)
+    z, dz = torch.full_like(q, float("nan")), q.clone()
+    look_up(odd_images(N), taken.byte(), 0, 0, z, dz)
+
+    def truth(work):
+        mine, all_of_it = (conv(m, weight, work) for m in (dense * taken[:, None], dense))
+        return carried(q.to(work) + mine, all_of_it), q.to(work) - (all_of_it - mine)
+
+    for got, plain, exact in zip((z, dz), truth(torch.float32), truth(torch.float64), strict=True):
+        check(got, plain.to(dtype), exact, dtype)
+    return q, taken, z, dz
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("C", "K", "c_out"), [(1, 3, 64), (19, 1, 64), (19, 3, 24), (150, 5, 70)])
 def test_label_conv(C, K, c_out, dtype):
@@ -561,17 +612,16 @@ def test_label_conv(C, K, c_out, dtype):
     known = (labels >= 0) & (labels < C) & valid
     dense = torch.zeros(2, 13, 27, C).scatter(3, labels.clamp(0, C - 1)[..., None], 1.0)
     dense = nchw(dense * known[..., None])
-    z = poisoned(2, 13, 27, c_out, dtype=dtype)
-    ops.label_conv_fwd(labels, valid, table, interior, 0, z)
-    check(
-        z, conv(dense, weight, torch.float32).to(dtype), conv(dense, weight, torch.float64), dtype
-    )
+    look_up = functools.partial(ops.label_conv_fwd, labels, valid, table, interior)
+    q, taken, z, dz = check_look_up(look_up, dense, weight, dtype)
 
-    strip = poisoned(2, 17, 27, c_out, dtype=dtype)
-    ops.label_conv_fwd(labels, valid, table, interior, -2, strip)
-    assert torch.equal(strip[:, 2:15], z)
-    assert not strip[:, :2].any()
-    assert not strip[:, 15:].any()
+    around = F.pad(q, (0, 0, 0, 0, 2, 2), value=float("nan"))
+    strip = torch.full_like(around, float("nan"))
+    look_up(odd_images(2), taken.byte(), 0, -2, strip, around)
+    for part, whole in ((strip, z), (around, dz)):
+        assert torch.equal(part[:, 2:15], whole)
+        assert not part[:, :2].any()
+        assert not part[:, 15:].any()
 
 
 @pytest.mark.parametrize("rest", [False, True])
@@ -584,15 +634,15 @@ def test_topk_conv(C, k, dtype, rest):
     dense = dense * valid[:, None]
     values = values.where(valid[:, None], torch.tensor(float("nan")))  # harmless there
     rest_table = table.double().sum(1).float() if rest else None
-    z = poisoned(2, 13, 27, 40, dtype=dtype)
-    ops.topk_conv_fwd(values, indices, per_class, valid, table, rest_table, 0, z)
-    check(
-        z, conv(dense, weight, torch.float32).to(dtype), conv(dense, weight, torch.float64), dtype
-    )
-    strip = poisoned(2, 5, 27, 40, dtype=dtype)
-    ops.topk_conv_fwd(values, indices, per_class, valid, table, rest_table, 10, strip)
-    assert torch.equal(strip[:, :3], z[:, 10:])
-    assert not strip[:, 3:].any()
+    listed = (values, indices, per_class, valid, table, rest_table)
+    look_up = functools.partial(ops.topk_conv_fwd, *listed)
+    q, taken, z, dz = check_look_up(look_up, dense, weight, dtype)
+    around = F.pad(q[:, 10:], (0, 0, 0, 0, 0, 2), value=float("nan"))
+    strip = torch.full_like(around, float("nan"))
+    look_up(odd_images(2), taken[:, 9:].byte().contiguous(), 9, 10, strip, around)
+    for part, whole in ((strip, z), (around, dz)):
+        assert torch.equal(part[:, :3], whole[:, 10:])
+        assert not part[:, 3:].any()
 
 
 # -- diff_reduce -------------------------------------------------------------------------------
@@ -618,7 +668,9 @@ def test_no_images():
     z = torch.empty(0, 5, 7, 8)
     ops.relu_fwd(z, z.clone(), None)
     table = torch.randn(9, 3, 8)
-    ops.label_conv_fwd(torch.empty(0, 5, 7).long(), None, table, table.sum(0), 0, z)
+    nothing = torch.empty(0, 5, 7)
+    listed = (nothing.long(), None, table, table.sum(0), odd_images(0), nothing.byte())
+    ops.label_conv_fwd(*listed, 0, 0, z, z.clone())
     assert ops.diff_reduce_fwd(z).shape == (0,)
 
 
@@ -628,8 +680,17 @@ def test_row_slices_of_one_image_are_written_in_place():
     parts = [torch.full_like(y, float("nan")), torch.full_like(delta, float("nan")), code * 0 + 255]
     for rows in (slice(0, 1), slice(1, 4)):
         source = slice(2 * rows.start, 2 * rows.stop)
-        ops.relu_pool_diff_fwd(z[:, source], dz[:, source], MAX, *(p[:, rows] for p in parts))
+        maps = (z[:, source], dz[:, source], odd_images(3))
+        ops.relu_pool_diff_fwd(*maps, MAX, *(p[:, rows] for p in parts))
     assert all(torch.equal(a, b) for a, b in zip(parts, (y, delta, code), strict=True))
+
+
+def look_up_rows(z, taken_rows):
+    """Rows 2.. of z look at rows 1.. of `taken`, which has fewer."""
+    labels, table = torch.zeros(1, 4 + z.shape[1], 4).long(), torch.randn(9, 3, 8)
+    taken = torch.zeros(1, taken_rows, 4).byte()
+    listed = (labels, None, table, table.sum(0), odd_images(1), taken)
+    ops.label_conv_fwd(*listed, 1, 2, z, z.clone())
 
 
 @pytest.mark.parametrize(
@@ -645,6 +706,8 @@ def test_row_slices_of_one_image_are_written_in_place():
         (lambda z: pack(z, labels=torch.zeros(1, 4, 8)), "labels must be Long"),
         (lambda z: pack(z, target=z[:, :1]), "target must have the shape"),
         (lambda z: pack(z, activation=7), "activation must be 0"),
+        (lambda z: look_up_rows(z, taken_rows=3), "taken must hold the rows of the image from 1"),
+        (lambda z: ops.relu_diff_fwd(z, z, odd_images(2), None, z, None), "from_target must have"),
     ],
 )  # fmt: skip
 def test_errors_say_what_is_expected(call, message):
@@ -660,17 +723,19 @@ def opcheck_cases():
     table, one = torch.randn(9, 3, 8), torch.ones(1)
     rows = torch.zeros(1, 4, 2, dtype=torch.float64)
     values, indices = torch.rand(1, 2, 4, 6), torch.randint(0, 3, (1, 2, 4, 6))
+    branch, taken = odd_images(1), (labels == 1).byte()
+    look_up = (branch, taken, 0, 0, z.clone(), dz.clone())
     return {
         "softmax_pack_fwd": (
-            x, None, t, None, None, None, None, 1, 1, 2.0, labels, None, 0.1, 0, 4, 0, 4,
-            dy.clone(), dy.clone(), lse, lse.clone(), rows,
+            x, None, t, branch, None, None, None, None, 1, 1, 2.0, labels, None, 0.1, 0, 4, 0, 4,
+            dy.clone(), dy.clone(), None, lse, lse.clone(), rows,
         ),
-        "label_conv_fwd": (labels, None, table, table.sum(0), 0, z.clone()),
-        "topk_conv_fwd": (values, indices, lse.abs(), None, table, table.sum(1), 0, z.clone()),
+        "label_conv_fwd": (labels, None, table, table.sum(0), *look_up),
+        "topk_conv_fwd": (values, indices, lse.abs(), None, table, table.sum(1), *look_up),
         "relu_fwd": (z, z.clone(), mask),
-        "relu_diff_fwd": (z, dz, z.clone(), z.clone(), mask),
+        "relu_diff_fwd": (z, dz, branch, z.clone(), z.clone(), mask),
         "relu_pool_fwd": (z, 0, half.clone(), code),
-        "relu_pool_diff_fwd": (z, dz, 1, half.clone(), half.clone(), mask),
+        "relu_pool_diff_fwd": (z, dz, branch, 1, half.clone(), half.clone(), mask),
         "diff_reduce_fwd": (half,),
         "relu_pool_bwd": (half, code, 0, 4, 6, 0, z.clone()),
         "relu_bwd": (dz, mask, z.clone()),

@@ -1,0 +1,82 @@
+"""Error of half precision against float64, plain form and difference form: a Markdown table.
+
+One map of 64 x 64, unit Gaussian logits whose right class is raised by a margin, in square regions
+of one class; the teacher is the same logits with noise of half a unit. The table of
+docs/derivation.md, section 4.
+
+    python benchmarks/precision.py
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch import Tensor
+
+from gpl_fast import GenericPerceptualLoss, LossNet
+
+SIZE = 64
+# classes, side of a region, margins
+CASES = [(19, 8, (0, 4, 8)), (150, 8, (0, 6, 12)), (847, 8, (0, 8, 14)), (1203, 8, (0, 14))]
+
+
+def peaked(channels: int, region: int, margin: float) -> tuple[Tensor, Tensor]:
+    """Logits (1, C, 64, 64) and labels (1, 64, 64)."""
+    coarse = torch.randint(channels, (1, SIZE // region, SIZE // region))
+    labels = coarse.repeat_interleave(region, dim=1).repeat_interleave(region, dim=2)
+    raised = torch.full((1, 1, SIZE, SIZE), float(margin))
+    return torch.randn(1, channels, SIZE, SIZE).scatter_add(1, labels.unsqueeze(1), raised), labels
+
+
+def value_and_gradient(
+    loss: GenericPerceptualLoss, logits: Tensor, target: Tensor
+) -> tuple[float, Tensor]:
+    logits = logits.detach().requires_grad_()
+    value = loss(logits, target)
+    value.backward()
+    assert logits.grad is not None
+    return value.item(), logits.grad.double()
+
+
+def row(channels: int, region: int, margin: float, kind: str, dtype: torch.dtype) -> list[str]:
+    logits, labels = peaked(channels, region, margin)
+    # float32, as float16 cannot hold the gradient of this loss; values that every dtype here holds.
+    logits = logits.to(dtype).float()
+    teacher = (logits + 0.5 * torch.randn_like(logits)).to(dtype).float()
+    target = labels if kind == "labels" else teacher
+    net = LossNet.vgg(channels)
+    exact = GenericPerceptualLoss(channels, net, backend="reference")
+    truth, gradient = value_and_gradient(
+        exact, logits.double(), labels if kind == "labels" else teacher.double()
+    )
+    cells = [f"{channels}", f"{margin}", kind, str(dtype).removeprefix("torch.")]
+    values, cosines = [], []
+    for backend in ("reference", "fast"):
+        loss = GenericPerceptualLoss(channels, net, backend=backend, compute_dtype=dtype)
+        value, g = value_and_gradient(loss, logits, target)
+        values.append(f"{abs(value - truth) / truth:.2%}")
+        cosines.append(f"{float((g * gradient).sum() / (g.norm() * gradient.norm())):.3f}")
+    return [*cells, *values, *cosines]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=0)
+    torch.manual_seed(parser.parse_args().seed)
+    head = ["C", "margin", "target", "dtype", "value, plain", "value, difference"]
+    head += ["cosine, plain", "cosine, difference"]
+    print("| " + " | ".join(head) + " |")
+    print("|" + "---|" * len(head))
+    for channels, region, margins in CASES:
+        for margin in margins:
+            for kind in ("labels", "teacher"):
+                cells = row(channels, region, margin, kind, torch.bfloat16)
+                print("| " + " | ".join(cells) + " |", flush=True)
+    for channels, margin in ((19, 8), (150, 12)):
+        cells = row(channels, 8, margin, "labels", torch.float16)
+        print("| " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
