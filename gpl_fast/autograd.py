@@ -100,13 +100,14 @@ def perceptual_terms(
         temperature=temperature,
         label_smoothing=cross_entropy.label_smoothing if cross_entropy else 0.0,
         cross_entropy=cross_entropy is not None,
+        device=pred.device.type,
         dtype=dtype,
         workspace_mb=workspace_mb,
     )
     names = tuple(tensors)
     looked_up = target.kind in ("labels", "topk")
     packs = net.cached_packs(pred.device, dtype, looked_up)
-    text = ",".join(names) + ";" + ",".join(chain.pack_names(net, looked_up))
+    text = ",".join(names) + ";" + ",".join(chain.pack_names(net, pred.device, looked_up))
     if torch.is_grad_enabled() and pred.requires_grad:
         terms: Tensor = _PerceptualTerms.apply(  # type: ignore[no-untyped-call]
             pred, spec, text, len(names), *tensors.values(), *packs
@@ -193,8 +194,9 @@ def _perceptual_bwd_fake(
     return chain.empty_gradient(x)
 
 
-_LIBRARY.impl("perceptual_fwd", _perceptual_fwd, "CPU")
-_LIBRARY.impl("perceptual_bwd", _perceptual_bwd, "CPU")
+for _key in ("CPU", "CUDA"):
+    _LIBRARY.impl("perceptual_fwd", _perceptual_fwd, _key)
+    _LIBRARY.impl("perceptual_bwd", _perceptual_bwd, _key)
 torch.library.register_fake("gpl_fast::perceptual_fwd", _perceptual_fwd_fake, lib=_LIBRARY)
 torch.library.register_fake("gpl_fast::perceptual_bwd", _perceptual_bwd_fake, lib=_LIBRARY)
 

@@ -57,6 +57,7 @@ class Spec:
     temperature: float
     label_smoothing: float
     cross_entropy: bool
+    device: str
     dtype: str
     workspace_bytes: int
 
@@ -107,7 +108,7 @@ def obstacle(net: LossNet) -> str | None:
 
 def padded_channels(channels: int) -> int:
     """Channels of the maps in memory: oneDNN's and the GPU's kernels want round numbers."""
-    return -(-channels // 32) * 32 if channels > 4 else -(-channels // 4) * 4
+    return -(-channels // 32) * 32 if channels > 8 else 8
 
 
 @dataclass(frozen=True)
@@ -255,10 +256,11 @@ class Plan:
     def _chunks(self) -> tuple[int, tuple[int, ...]]:
         """Images a chunk, and rows a strip for each segment (its whole height = no strips)."""
         budget = self.spec.workspace_bytes - self._fixed_bytes()
+        preferred = PREFERRED_STRIP_BYTES if self.spec.device == "cpu" else budget
         heights = tuple(self.sizes[s[0]].h for s in self.segments)
         whole = self._bytes(1, heights)
-        if whole <= min(budget, PREFERRED_STRIP_BYTES):
-            return max(1, min(self.n, min(budget, PREFERRED_STRIP_BYTES) // max(whole, 1))), heights
+        if whole <= min(budget, preferred):
+            return max(1, min(self.n, min(budget, preferred) // max(whole, 1))), heights
         rows = tuple(self._strip_rows(i) for i in range(len(self.segments)))
         least = tuple(h if self._whole_only(i) else min(2, h) for i, h in enumerate(heights))
         for wanted in (rows, least):
@@ -290,6 +292,8 @@ class Plan:
         height = self.sizes[self.segments[i][0]].h
         if self._whole_only(i):
             return height
+        if self.spec.device != "cpu":
+            return -(-height // 2) * 2
         a_row = (self._segment_bytes(i, 1, 66) - self._segment_bytes(i, 1, 2)) // 64
         rows = max(PREFERRED_STRIP_BYTES // max(a_row, 1), PREFERRED_ROWS)
         return height if rows >= height else rows // 2 * 2
@@ -347,6 +351,7 @@ def make_spec(
     temperature: float,
     label_smoothing: float = 0.0,
     cross_entropy: bool = False,
+    device: str = "cpu",
     dtype: torch.dtype,
     workspace_mb: float,
 ) -> str:
@@ -362,6 +367,7 @@ def make_spec(
         temperature=temperature,
         label_smoothing=label_smoothing,
         cross_entropy=cross_entropy,
+        device=device,
         dtype=dtype,
         workspace_mb=workspace_mb,
     )
