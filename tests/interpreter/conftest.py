@@ -1,4 +1,4 @@
-"""Kernels run by Triton's interpreter on CPU tensors: one process cannot both interpret and compile."""
+"""Kernels run by Triton's interpreter on CPU tensors; such a process can no longer compile."""
 
 from __future__ import annotations
 

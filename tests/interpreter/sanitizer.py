@@ -1,4 +1,4 @@
-"""What a GPU would not report: addresses outside a tensor, programs in each other's way, float atomics.
+"""What a GPU would not report: wrong addresses, programs in each other's way, float atomics.
 
 Every pointer carries, above its 48 address bits, the number of the argument it came from, so an
 address is held against the tensor that it was made for. Shadow arrays remember for each element
@@ -104,7 +104,7 @@ class Sanitizer:
         finally:
             self.exclusive = True
 
-    # --------------------------------------------------------------------------- for the interpreter
+    # -------------------------------------------------------------------------- for the interpreter
 
     def begin_launch(self) -> None:
         self.serial += self.programs + 1

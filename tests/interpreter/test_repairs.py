@@ -73,7 +73,8 @@ def test_operators(operator, dtype):
 @triton.jit
 def _cast_kernel(x_ptr, z_ptr, N: tl.constexpr, ROUNDING: tl.constexpr):
     i = tl.arange(0, N)
-    tl.store(z_ptr + i, tl.load(x_ptr + i).to(z_ptr.dtype.element_ty, fp_downcast_rounding=ROUNDING))
+    x = tl.load(x_ptr + i)
+    tl.store(z_ptr + i, x.to(z_ptr.dtype.element_ty, fp_downcast_rounding=ROUNDING))
 
 
 @pytest.mark.parametrize(
