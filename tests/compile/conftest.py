@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
+import triton
 
-if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+if triton.knobs.runtime.interpret:
     raise pytest.UsageError(
         "tests/compile needs a process of its own, but TRITON_INTERPRET is set to interpret; "
         "run `pytest tests/compile` alone and without it"
     )
-
-pytest.importorskip("triton", reason="Triton is not installed")

@@ -89,7 +89,7 @@ def test_unpipelined_loads_are_reported():
 
 
 def test_a_product_off_the_tensor_cores_is_reported():
-    compiled = matmul(90, dtype=torch.float32, precision="ieee", num_warps=8)
+    compiled = matmul(90, dtype=torch.float32, precision="ieee", block=(32, 32, 32))
     check(compiled, tensor_core=None, pipelined=False)
     with pytest.raises(AssertionError, match="expected wgmma"):
         check(compiled, pipelined=False)

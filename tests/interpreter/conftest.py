@@ -14,13 +14,10 @@ if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
     )
 os.environ["TRITON_INTERPRET"] = "1"
 
-import torch
-
-pytest.importorskip("triton", reason="Triton is not installed")
-
 import program_order
 import repairs
 import sanitizer as checks
+import torch
 
 repairs.install()
 program_order.install()
