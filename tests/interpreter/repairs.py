@@ -25,7 +25,6 @@ def install() -> None:
     _nan_in_maximum()
     _run_time_range()
     _patch_language_once()
-    _no_copy_onto_itself()
 
 
 # ------------------------------------------------------------------------------------- bit formats
@@ -69,7 +68,7 @@ def _bf16_or_bool(values: np.ndarray) -> Handle:
 
 def _bf16_operators() -> None:
     shipped_unary, shipped_binary = Builder.unary_op, Builder.binary_op
-    shipped_ternary, shipped_fma = Builder.ternary_op, Builder.create_fma
+    shipped_fma = Builder.create_fma
 
     def unary_op(self, arg, op):
         if _is_bf16(arg):
@@ -81,18 +80,13 @@ def _bf16_operators() -> None:
             return _bf16_or_bool(op(_numbers(lhs), _numbers(rhs)))
         return shipped_binary(self, lhs, rhs, op)
 
-    def ternary_op(self, lhs, rhs, other, op):
-        if _is_bf16(other) and op is not np.where:  # a selection moves bits
-            return _bf16_or_bool(op(_numbers(lhs), _numbers(rhs), _numbers(other)))
-        return shipped_ternary(self, lhs, rhs, other, op)
-
     def create_fma(self, x, y, z):
         if _is_bf16(z):
             return _bf16_or_bool(_numbers(x) * _numbers(y) + _numbers(z))
         return shipped_fma(self, x, y, z)
 
     Builder.unary_op, Builder.binary_op = unary_op, binary_op
-    Builder.ternary_op, Builder.create_fma = ternary_op, create_fma
+    Builder.create_fma = create_fma
 
 
 def _bf16_casts() -> None:
@@ -128,12 +122,7 @@ def _retyped(tensor: tl.tensor, data: np.ndarray, dtype: tl.dtype) -> tl.tensor:
 
 def _bf16_reductions() -> None:
     """Reduced in float32, rounded once."""
-    for kind in (interpreter.ReduceOps, interpreter.ScanOps):
-        _reduce_in_float32(kind)
-
-
-def _reduce_in_float32(kind: type) -> None:
-    shipped = kind.apply_impl
+    shipped = interpreter.ReduceOps.apply_impl
 
     def apply_impl(self, inputs):
         narrow = [tensor.dtype == tl.bfloat16 for tensor in inputs]
@@ -150,7 +139,7 @@ def _reduce_in_float32(kind: type) -> None:
                 results[i] = _retyped(tensor, to_bf16(tensor.handle.data), tl.bfloat16)
         return tuple(results)
 
-    kind.apply_impl = apply_impl
+    interpreter.ReduceOps.apply_impl = apply_impl
 
 
 # --------------------------------------------------------------------------------- other arithmetic
@@ -225,21 +214,3 @@ def _patch_language_once() -> None:
 
     interpreter._patch_lang = _patch_lang
     interpreter.GridExecutor.__call__ = __call__
-
-
-def _no_copy_onto_itself() -> None:
-    """On CPU tensors the kernel wrote the arguments' own memory; a copy would touch all of it."""
-    shipped = interpreter.GridExecutor._restore_args_dev
-
-    def same(device, host) -> bool:
-        if isinstance(device, tuple):
-            return all(map(same, device, host))
-        if isinstance(device, interpreter.TensorDescriptor):
-            return same(device.base, host.base)
-        return not hasattr(device, "data_ptr") or device.data_ptr() == host.data_ptr()
-
-    def _restore_args_dev(self, args_dev, args_hst, kwargs, kwargs_hst):
-        if not all(map(same, (*args_dev, *kwargs.values()), (*args_hst, *kwargs_hst.values()))):
-            shipped(self, args_dev, args_hst, kwargs, kwargs_hst)
-
-    interpreter.GridExecutor._restore_args_dev = _restore_args_dev

@@ -175,7 +175,7 @@ class Sanitizer:
             argument = self.arguments[tag - 1]
             offset = (tagged[here] & ADDRESS_MASK).astype(np.int64) - argument.base
             elements = offset // argument.itemsize
-            inside = argument.holds(elements) & (offset % min(size, argument.itemsize) == 0)
+            inside = argument.holds(elements)
             if size > argument.itemsize:  # a wider view of the argument: its last element, too
                 last = (offset + size - 1) // argument.itemsize
                 inside &= argument.holds(last)
@@ -241,11 +241,6 @@ def _tag_arguments() -> None:
     interpreter._implicit_cvt = _implicit_cvt
 
 
-def _array(mask) -> np.ndarray:
-    """Descriptors pass a plain array before 3.9."""
-    return mask.data if isinstance(mask, Handle) else mask
-
-
 def _address(pointers: Handle) -> Handle:
     return Handle(pointers.data & ADDRESS_MASK, pointers.dtype)
 
@@ -255,17 +250,17 @@ def _check_memory_operations() -> None:
     shipped_rmw, shipped_cas = Builder.create_atomic_rmw, Builder.create_atomic_cas
 
     def create_masked_load(self, ptrs, mask, *args, **kwargs):
-        current.load(ptrs, _array(mask))
+        current.load(ptrs, mask.data)
         return shipped_load(self, _address(ptrs), mask, *args, **kwargs)
 
     def create_masked_store(self, ptrs, value, mask, *args, **kwargs):
-        current.store(ptrs, value.data, _array(mask))
+        current.store(ptrs, value.data, mask.data)
         return shipped_store(self, _address(ptrs), value, mask, *args, **kwargs)
 
     def create_atomic_rmw(self, op, ptr, val, mask, *args):
         if op == interpreter._ir.ATOMIC_OP.FADD:
             raise KernelFault("atomic addition of floats: the result depends on the order")
-        current.atomic(ptr, _array(mask))
+        current.atomic(ptr, mask.data)
         return shipped_rmw(self, op, _address(ptr), val, mask, *args)
 
     def create_atomic_cas(self, ptr, *args):

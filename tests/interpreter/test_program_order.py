@@ -55,3 +55,15 @@ def test_an_empty_grid_runs_nothing():
     turn, z = torch.zeros(1, dtype=torch.int32), torch.empty(1, dtype=torch.int32)
     _turn_kernel[(0, 4)](turn, z, 4)
     assert turn.item() == 0
+
+
+@triton.jit
+def _infinity_kernel(z_ptr):
+    tl.store(z_ptr, tl.exp(tl.load(z_ptr)))
+
+
+@pytest.mark.filterwarnings("error")
+def test_infinities_are_silent():
+    z = torch.full((1,), 1e3)
+    _infinity_kernel[(1,)](z)
+    assert z.isinf()

@@ -92,6 +92,31 @@ def test_descriptors(dtype, sanitizer):
 
 
 @triton.jit
+def _wide_kernel(x_ptr, z_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(z_ptr + i, tl.load(x_ptr.to(tl.pointer_type(tl.int32)) + i))
+
+
+def test_a_wider_view_of_an_argument():
+    x, z = torch.ones(7, dtype=torch.uint8), torch.empty(2, dtype=torch.int32)
+    _wide_kernel[(1,)](x, z, 1)
+    assert z[0] == 0x01010101
+    with reported("load out of bounds"):
+        _wide_kernel[(1,)](x, z, 2)
+
+
+@triton.jit
+def _address_kernel(address, z_ptr):
+    tl.store(z_ptr, tl.load(tl.cast(address, tl.pointer_type(tl.float32))))
+
+
+def test_an_address_of_no_argument():
+    x, z = torch.ones(1), torch.empty(1)
+    with reported("load out of bounds .* 1 addresses of no argument"):
+        _address_kernel[(1,)](x.data_ptr(), z)
+
+
+@triton.jit
 def _race_kernel(z_ptr, step, BLOCK: tl.constexpr):
     pid = tl.program_id(0)
     i = tl.arange(0, BLOCK)
@@ -106,6 +131,8 @@ def test_two_programs_write_one_address(sanitizer):
         _race_kernel[(2,)](z, 0, 8)
     with sanitizer.equal_writes_allowed(), reported("race"):
         _race_kernel[(2,)](z, 1, 8)
+    with reported("race"):
+        _race_kernel[(2,)](z, 0, 8)
 
 
 def test_two_launches_may_write_one_address():
@@ -147,10 +174,19 @@ def _atomic_kernel(x_ptr, z_ptr):
     tl.atomic_add(z_ptr, tl.load(x_ptr + tl.program_id(0)))
 
 
-def test_atomics():
+@triton.jit
+def _swap_kernel(z_ptr):
+    tl.atomic_cas(z_ptr, 6, 7)
+
+
+def test_atomics(sanitizer):
     z = torch.zeros(1, dtype=torch.int32)
     _atomic_kernel[(4,)](torch.arange(4, dtype=torch.int32), z)
-    assert z.item() == 6
+    _swap_kernel[(1,)](z)
+    assert z.item() == 7
+    assert not sanitizer.unwritten(z)
+    with reported("atomic out of bounds"):
+        _swap_kernel[(1,)](z[:0])
     with reported("atomic out of bounds"):
         _atomic_kernel[(1,)](torch.arange(4, dtype=torch.int32), z[:0])
     with reported("atomic addition of floats"):
