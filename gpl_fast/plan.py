@@ -50,7 +50,7 @@ class Spec:
     std: tuple[float, ...] | None
     feature_weights: Mapping[str, float]
     style_weights: Mapping[str, float]
-    kind: str  # of the target: "dense", "labels", "topk" or "features"
+    kind: str  # of the target: "dense", "labels", "topk", "features", or "encode": there is none
     resized: bool  # a dense target of another size
     activation: str
     target_activation: str
@@ -193,6 +193,8 @@ class Plan:
         """
         spec, n, u8 = self.spec, self.n, torch.uint8
         out: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        if spec.kind == "encode":  # no backward: the features themselves
+            return {f"diff.{tap}": (self.tap_shape(tap), self.dtype) for tap in self.taps}
         if spec.activation == "softmax":
             out["lse"] = ((n, self.h, self.w), torch.float32)
         if self.own_ce_lse:
@@ -273,7 +275,7 @@ class Plan:
                 return 1, wanted
         needed = self._fixed_bytes() + self._bytes(1, least)
         raise ValueError(
-            f"workspace_mb: got {self.spec.workspace_bytes / MIB:g}, expected at least "
+            f"workspace_mb: got {self.spec.workspace_bytes / MIB:.3g}, expected at least "
             f"{-(-needed // MIB)} for an input of {self.h} x {self.w} with "
             f"{self.spec.in_channels} channels: not one strip of rows fits"
         )
@@ -303,7 +305,7 @@ class Plan:
         segment, e = self.segments[i], self.dtype.itemsize
         size = self.sizes[segment[0]]
         tall = min(rows, size.h) + (2 * self.halo(segment) if rows < size.h else 0)
-        first = self.spec.kind in ("dense", "features") or self.front
+        first = self.spec.kind in ("dense", "features", "encode") or self.front
         grids = 0
         if i == 0:
             channels = padded_channels(self.spec.in_channels)

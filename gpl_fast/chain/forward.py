@@ -38,7 +38,7 @@ class Forward:
         keep: bool,
     ) -> None:
         self.plan, self.x, self.target, self.packs, self.keep = plan, x, target, packs, keep
-        self.plain = plan.spec.kind == "features"
+        self.plain = plan.spec.kind in ("features", "encode")
         self.stages = stages_on(x.device)
         # True float32 is ATen's convolutions; TF32 is the kernels' too.
         self.blocks = has_blocks(x.device) and (
@@ -422,7 +422,8 @@ class Forward:
         if diff is not None:
             if d is None:
                 assert y is not None
-                diff[:, a:b] = y[:, i0:i1] - self.target[f"feature.{tap}"][chunk, a:b]
+                target = self.target.get(f"feature.{tap}")
+                diff[:, a:b] = y[:, i0:i1] if target is None else y[:, i0:i1] - target[chunk, a:b]
             elif diff[:, a:b].data_ptr() != d[:, i0:i1].data_ptr():
                 diff[:, a:b] = d[:, i0:i1]
         if tap in plan.spec.style_weights:
