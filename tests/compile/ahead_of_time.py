@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import subprocess
 import tempfile
@@ -14,9 +13,9 @@ from pathlib import Path
 import torch
 import triton
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 
@@ -70,7 +69,7 @@ class Compiled:
 
 
 def compile_for(kernel, capability: int | str, *args, **kwargs) -> Compiled:
-    """`kernel[grid](*args, **kwargs)` compiled only; tensors may be meta, fake or real."""
+    """`kernel[grid](*args, **kwargs)` compiled only; tensors are meta, fake or real."""
     with compiling_for(capability) as compiled:
         kernel[(1,)](*args, **kwargs)
     return compiled[-1]
@@ -101,6 +100,11 @@ def compiling_for(capability: int | str) -> Iterator[list[Compiled]]:
         triton.runtime.driver._active = active
 
 
+def meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    """A tensor of a shape and no memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
 def check(compiled: Compiled, *, tensor_core: str | None = "", pipelined: bool = True) -> None:
     """No spills, no float atomics, shared memory within the limit, and the instructions wanted.
 
@@ -125,7 +129,7 @@ def check(compiled: Compiled, *, tensor_core: str | None = "", pipelined: bool =
     assert not faults, f"{'; '.join(faults)}; got {compiled}"
 
 
-# ---------------------------------------------------------------------------------- what stands in
+# -------------------------------------------------------------------------------------- the driver
 
 
 class _Driver:
@@ -149,10 +153,10 @@ class _Driver:
 
 
 class _Pointer:
-    """A tensor without memory: a launch is specialised on its type and alignment."""
+    """A tensor without memory, whose type and alignment are what a launch is specialised on."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.dtype, self.shape, self._tensor = tensor.dtype, tensor.shape, tensor
+        self.dtype, self._tensor = tensor.dtype, tensor
 
     def data_ptr(self) -> int:
         """Allocations are aligned; views may not be."""
@@ -164,12 +168,8 @@ class _Pointer:
 
 
 def _stand_in(arg):
-    if isinstance(arg, Tensor):
-        return _Pointer(arg)
-    if isinstance(arg, TensorDescriptor):
-        arg = copy.copy(arg)
-        arg.base = _stand_in(arg.base)
-    return arg
+    """PyTorch warns, and will fail, where a fake tensor is asked for its address."""
+    return _Pointer(arg) if isinstance(arg, FakeTensor) else arg
 
 
 # --------------------------------------------------------------------------------- what came out
@@ -220,8 +220,3 @@ def _ptxas(ptx: str, capability: int) -> tuple[int, int]:
         ).stderr
     spills = sum(_first(rf"(\d+) bytes spill {kind}", report) for kind in ("stores", "loads"))
     return _first(r"Used (\d+) registers", report), spills
-
-
-def meta(*shape: int, dtype: torch.dtype) -> Tensor:
-    """A tensor of a shape and no memory."""
-    return torch.empty(shape, dtype=dtype, device="meta")

@@ -35,11 +35,11 @@ def from_bf16(bits: np.ndarray) -> np.ndarray:
     return (np.asarray(bits).astype(np.uint32) << 16).view(np.float32)
 
 
-def to_bf16(values: np.ndarray, *, truncate: bool = False) -> np.ndarray:
-    """Numbers -> uint16 bits, any shape: to nearest even like the hardware, or towards zero."""
+def to_bf16(values: np.ndarray) -> np.ndarray:
+    """Numbers -> uint16 bits, any shape: to nearest, ties to even, like the hardware."""
     values = np.asarray(values).astype(np.float32)
     bits = values.view(np.uint32)
-    nearest = bits if truncate else bits + (0x7FFF + ((bits >> 16) & 1))
+    nearest = bits + (0x7FFF + ((bits >> 16) & 1))
     return np.where(np.isnan(values), 0x7FC0, nearest >> 16).astype(np.uint16)
 
 
@@ -90,8 +90,7 @@ def _bf16_operators() -> None:
 
 
 def _bf16_casts() -> None:
-    shipped_cast, shipped_fp_to_fp = Builder.cast_impl, Builder.create_fp_to_fp
-    towards_zero = interpreter._ir.ROUNDING_MODE.RTZ
+    shipped = Builder.cast_impl
 
     def cast_impl(self, src, dst_type):
         to = dst_type.scalar
@@ -99,20 +98,12 @@ def _bf16_casts() -> None:
             return Handle(src.data if _is_bf16(src) else to_bf16(src.data), to)
         if _is_bf16(src):
             return Handle(_numbers(src).astype(interpreter._get_np_dtype(to)), to)
-        return shipped_cast(self, src, dst_type)
-
-    def create_fp_to_fp(self, src, dst_type, rounding_mode):
-        wide = src.dtype.scalar in (tl.float16, tl.float32, tl.float64)
-        if dst_type.scalar == tl.bfloat16 and wide:
-            bits = to_bf16(src.data, truncate=rounding_mode == towards_zero)
-            return Handle(bits, tl.bfloat16)
-        return shipped_fp_to_fp(self, src, dst_type, rounding_mode)
+        return shipped(self, src, dst_type)
 
     def get_bf16(self, value):
         return Handle(to_bf16([value]), tl.bfloat16)
 
-    Builder.cast_impl, Builder.create_fp_to_fp = cast_impl, create_fp_to_fp
-    Builder.get_bf16 = get_bf16
+    Builder.cast_impl, Builder.get_bf16 = cast_impl, get_bf16
 
 
 def _retyped(tensor: tl.tensor, data: np.ndarray, dtype: tl.dtype) -> tl.tensor:

@@ -106,6 +106,20 @@ def test_a_wider_view_of_an_argument():
 
 
 @triton.jit
+def _choose_kernel(x_ptr, y_ptr, z_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(z_ptr + i, tl.load(tl.where(i % 2 == 0, x_ptr + i, y_ptr + i)))
+
+
+def test_pointers_into_two_arguments():
+    x, y, z = torch.zeros(8), torch.ones(8), torch.empty(8)
+    _choose_kernel[(1,)](x, y, z, 8)
+    assert z.tolist() == [0, 1] * 4
+    with reported("1 of 4 addresses are not tensor argument 1 "):
+        _choose_kernel[(1,)](x, y[:7], z, 8)
+
+
+@triton.jit
 def _address_kernel(address, z_ptr):
     tl.store(z_ptr, tl.load(tl.cast(address, tl.pointer_type(tl.float32))))
 
