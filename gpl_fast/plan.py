@@ -265,14 +265,15 @@ class Plan:
             return max(1, min(self.n, min(budget, preferred) // max(whole, 1))), heights
         rows = tuple(self._strip_rows(i) for i in range(len(self.segments)))
         least = tuple(h if self._whole_only(i) else min(2, h) for i, h in enumerate(heights))
-        for wanted in (rows, least):
-            while self._bytes(1, wanted) > budget and wanted != least:
-                wanted = tuple(
-                    h if self._whole_only(i) else max(min(2, h), r // 2 // 2 * 2)
-                    for i, (r, h) in enumerate(zip(wanted, heights, strict=True))
-                )
-            if self._bytes(1, wanted) <= budget:
-                return 1, wanted
+        while self._bytes(1, rows) > budget and rows != least:
+            # Only the segment that needs most is cut: more launches, smaller ones.
+            widest = max(
+                range(len(rows)), key=lambda i: (rows[i] > least[i], self._peak(i, 1, rows))
+            )
+            cut = max(least[widest], rows[widest] // 2 // 2 * 2)
+            rows = (*rows[:widest], cut, *rows[widest + 1 :])
+        if self._bytes(1, rows) <= budget:
+            return 1, rows
         needed = self._fixed_bytes() + self._bytes(1, least)
         raise ValueError(
             f"workspace_mb: got {self.spec.workspace_bytes / MIB:.3g}, expected at least "
@@ -324,17 +325,16 @@ class Plan:
 
     def _bytes(self, images: int, rows: tuple[int, ...]) -> int:
         """Transient bytes of a chunk: levels between segments, and the largest strip."""
-        e, peak = self.dtype.itemsize, 0
-        for i, segment in enumerate(self.segments):
-            first, last = self.sizes[segment[0]], self.sizes[segment[-1]]
-            c_in, c_out = self.steps[segment[0]].in_channels, self.steps[segment[-1]].out_channels
-            pad = 2 * self.halo(segment)
-            level_in = 2 * (first.h + pad) * first.w * c_in * e if i else 0
-            level_out = 2 * (last.out_h + pad) * last.out_w * c_out * e
-            peak = max(
-                peak, images * (level_in + level_out) + self._segment_bytes(i, images, rows[i])
-            )
-        return peak
+        return max(self._peak(i, images, rows) for i in range(len(self.segments)))
+
+    def _peak(self, i: int, images: int, rows: tuple[int, ...]) -> int:
+        e, segment = self.dtype.itemsize, self.segments[i]
+        first, last = self.sizes[segment[0]], self.sizes[segment[-1]]
+        c_in, c_out = self.steps[segment[0]].in_channels, self.steps[segment[-1]].out_channels
+        pad = 2 * self.halo(segment)
+        level_in = 2 * (first.h + pad) * first.w * c_in * e if i else 0
+        level_out = 2 * (last.out_h + pad) * last.out_w * c_out * e
+        return images * (level_in + level_out) + self._segment_bytes(i, images, rows[i])
 
 
 def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -1,7 +1,8 @@
 """Which tile a convolution runs with: data, not search.
 
-``tiles.json`` holds rows by architecture, dtype and form; a row that carries a measurement says
-where it was made. ``GPL_FAST_TILES`` names a file of rows that go before them, as `tune` writes it.
+``tiles.json`` holds rows by architecture, dtype, form and maybe channels; a row that carries a
+measurement says where it was made. ``GPL_FAST_TILES`` names a file of rows that go before them, as
+``benchmarks/tune.py`` writes it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ class Tile:
 
 
 class Row(TypedDict):
-    """A line of the data: ``tile`` is block_h, block_w, block_k, block_n."""
+    """A line of the data; ``tile`` is block_h, block_w, block_k, block_n."""
 
     arch: int
     dtype: str
@@ -42,6 +43,9 @@ class Row(TypedDict):
     warps: int
     stages: int
     descriptors: bool
+    c_in: NotRequired[int]
+    c_out: NotRequired[int]
+    measured: NotRequired[str]
 
 
 @functools.cache
@@ -74,7 +78,11 @@ def choose(arch: int, dtype: str, form: str, c_in: int, c_out: int, stride: int)
     fitting = [
         row
         for row in rows()
-        if row["dtype"] == dtype and row["form"] in (form, "any") and row["arch"] <= arch
+        if row["dtype"] == dtype
+        and row["form"] in (form, "any")
+        and row["arch"] <= arch
+        and row.get("c_in", c_in) == c_in
+        and row.get("c_out", c_out) == c_out
     ]
     newest = max(row["arch"] for row in fitting)
     row = next(row for row in fitting if row["arch"] == newest)
