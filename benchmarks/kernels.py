@@ -79,10 +79,13 @@ class Recorder(TorchDispatchMode):
         # A missing tensor is stood in for by the first one.
         tensors = {id(t): t for t in args if isinstance(t, Tensor)}.values()
         # Of whole images' planes a strip's launch reads its rows.
-        strip = given.get("dy_ptr", given.get("a_ptr", args[0])).shape[1]
-        share = min(1.0, strip / given["H"]) if given.get("H") else 1.0
+        strip = given.get("dy_ptr", given.get("a_ptr"))
+        share = 1.0
+        if strip is not None and given.get("H"):
+            share = min(1.0, strip.shape[1] / given["H"])
+        plane = (given.get("H"), given.get("W"))
         moved = sum(
-            t.numel() * t.element_size() * (share if t.shape[-2:-1] == (given.get("H"),) else 1.0)
+            t.numel() * t.element_size() * (share if t.shape[-2:] == plane else 1.0)
             for t in tensors
         )
         flops = 0.0

@@ -27,7 +27,7 @@ def conv_transpose(
 def _fixed_order() -> AbstractContextManager[None]:
     """Some of cuDNN's data gradients add in no fixed order."""
     cudnn = torch.backends.cudnn
-    return cudnn.flags(  # type: ignore[no-any-return]
+    return cudnn.flags(
         enabled=cudnn.enabled,
         benchmark=cudnn.benchmark,
         deterministic=True,
