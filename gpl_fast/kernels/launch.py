@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 NONE, SOFTMAX, SIGMOID = 0, 1, 2
@@ -14,11 +15,18 @@ MAX, AVG = 0, 1
 
 def launch(kernel: Any, grid: Sequence[int], x: Tensor, *args: Any, **meta: Any) -> None:
     """``kernel[grid](x, ...)`` on the device of `x`."""
-    if x.is_cuda:
-        with torch.cuda.device(x.device):
-            kernel[tuple(grid)](x, *args, **meta)
-    else:  # the interpreter
+    if not x.is_cuda:  # the interpreter
         kernel[tuple(grid)](x, *args, **meta)
+        return
+    with torch.cuda.device(x.device):
+        if meta.get("DESCRIPTORS"):
+            triton.set_allocator(_allocate)
+        kernel[tuple(grid)](x, *args, **meta)
+
+
+def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Memory for tensor descriptors: PyTorch's, so that a CUDA graph owns what it captures."""
+    return torch.empty(size, device="cuda", dtype=torch.int8)
 
 
 def image_strides(*maps: Tensor | None) -> tuple[int, ...]:
