@@ -6,7 +6,9 @@ Every property holds on each backend that runs on this machine (`cases.BACKENDS`
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -510,6 +512,10 @@ def test_compile_keeps_errors(backend, dynamo):
         whole(logits[:, :3], labels)
 
 
+@pytest.mark.skipif(
+    not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))),
+    reason="Inductor needs a C++ compiler",
+)
 @pytest.mark.slow
 def test_compile_with_inductor(backend, dynamo):
     loss = make_loss(backend, net="1", channels=3)
