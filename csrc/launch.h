@@ -172,4 +172,10 @@ GPL_FAST_STAGES(GPL_FAST_DECLARE)
 const char* capability();
 }  // namespace cpu
 
+namespace cuda {  // stream: a cudaStream_t
+void relu_pool_bwd(const ReluPoolBwd& args, void* stream);
+void relu_bwd(const ReluBwd& args, void* stream);
+void softmax_bwd(const SoftmaxBwd& args, void* stream);
+}  // namespace cuda
+
 }  // namespace gpl_fast
