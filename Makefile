@@ -70,7 +70,7 @@ bench: $(LIBRARY)
 
 # No environment is made: a machine with a GPU has its own torch, and may have no network.
 gpu-report:
-	$(PYTHON) benchmarks/gpu_report.py $(REPORT)
+	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(PYTHON) benchmarks/gpu_report.py $(REPORT)
 
 toy: $(LIBRARY)
 	$(PY) examples/toy_structure.py --out toy_out

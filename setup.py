@@ -229,7 +229,9 @@ class Build(build_ext):
         library = Path(self.get_ext_fullpath(ext.name)).resolve()
         library.parent.mkdir(parents=True, exist_ok=True)
         (build_dir / "build.ninja").write_text(build_ninja(library))
-        command = [sys.executable, "-m", "ninja", "-C", str(build_dir)]
+        module = importlib.util.find_spec("ninja")
+        ninja = [sys.executable, "-m", "ninja"] if module else ["ninja"]
+        command = [*ninja, "-C", str(build_dir)]
         if jobs := os.environ.get("MAX_JOBS"):
             command += ["-j", jobs]
         subprocess.run(command, check=True)

@@ -8,7 +8,7 @@ from typing import Any
 from report import Row
 
 PROTOCOL = (
-    "Medians of interleaved rounds, timed with CUDA events; peak: what one step adds to the "
+    "Medians of interleaved rounds, timed with {clock}; peak: what one step adds to the "
     "allocator's mark, the gradient included; saved: kept for the backward; errors against float64 "
     "on a crop; FLOPs as the loss is defined: both branches and the data gradient."
 )
@@ -70,5 +70,6 @@ def markdown(found: dict[str, Any]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     if left_out := found["benchmark"]["left_out"]:
         lines += ["", f"Left out for want of time: {', '.join(left_out)}."]
-    lines += ["", PROTOCOL]
+    clock = "the CPU's clock" if found["dry"] else "CUDA events"
+    lines += ["", PROTOCOL.format(clock=clock)]
     return "\n".join(lines) + "\n"

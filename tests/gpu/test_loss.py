@@ -73,7 +73,7 @@ def test_loss_equals_the_reference(device, shape, kind, dtype):
         {"activation": "none", "temperature": 2.0},
         {"reduction": "none"},
         {"widths": NARROW},
-        {"workspace_mb": 8},
+        {"workspace_mb": 12},
     ],
     ids=str,
 )
