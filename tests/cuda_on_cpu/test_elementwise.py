@@ -5,15 +5,12 @@ Routing is compared bit for bit; the softmax with float64, to the CPU operators'
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import re
-import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
+import emulate
 import pytest
 import torch
 
@@ -21,16 +18,8 @@ from gpl_fast import ops
 
 if (reason := ops.load()) is not None:
     pytest.skip(reason, allow_module_level=True)
-if (nvcc := shutil.which("nvcc")) is None:
-    pytest.skip("the headers of CUDA are not there (no nvcc)", allow_module_level=True)
-
-HERE = Path(__file__).resolve().parent
-CSRC = HERE.parents[1] / "csrc"
-# nvcc may be a script that calls another one: it says itself where it lives.
-_DRY = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", "none"], capture_output=True, text=True)
-HEADERS = re.search(r"^#\$ TOP=(.*)$", _DRY.stderr, re.M)[1] + "/include"
-SOURCES = [CSRC / "cuda" / f"{name}.cu" for name in ("relu", "relu_pool", "softmax_bwd")]
-SANITIZE = "-fsanitize=address,undefined"
+KERNELS = ("relu.cu", "relu_pool.cu", "softmax_bwd.cu")
+SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NUMBER = {dtype: i for i, dtype in enumerate(DTYPES)}
 NONE, SOFTMAX, SIGMOID = 0, 1, 2
@@ -41,30 +30,19 @@ ORDERS = [0, 1, 2, 3, 4]
 
 def build(folder, *flags):
     """The kernels and their binding as a Python module, as the host compiler builds them."""
-    import pybind11
-
+    sources = [emulate.CSRC / "cuda" / name for name in KERNELS]
+    sources.append(emulate.HERE / "elementwise.cpp")
+    objects = [emulate.compile_one(s, folder / f"{s.stem}.o", ("-O2", *flags)) for s in sources]
     target = folder / "elementwise.so"
-    command = [
-        os.environ.get("CXX", "c++"), "-std=c++20", "-O2", "-shared", "-fPIC", "-pthread", "-w",
-        "-DCUDA_ON_CPU", f"-I{HERE}", f"-I{CSRC}", f"-isystem{HEADERS}",
-        f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}", *flags,
-        "-x", "c++", *map(str, SOURCES), str(HERE / "elementwise.cpp"), "-o", str(target),
-    ]  # fmt: skip
-    subprocess.run(command, check=True)
+    compiler = [os.environ.get("CXX", "c++"), "-shared", "-pthread", *flags]
+    subprocess.run([*compiler, *map(str, objects), "-o", str(target)], check=True)
     return target
-
-
-def module_at(path):
-    spec = importlib.util.spec_from_file_location("elementwise", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory):
     given = os.environ.get("GPL_FAST_TEST_KERNELS")
-    return module_at(given or build(tmp_path_factory.mktemp("elementwise")))
+    return emulate.load(Path(given) if given else build(tmp_path_factory.mktemp("elementwise")))
 
 
 @pytest.fixture(params=ORDERS)
@@ -320,7 +298,7 @@ def test_under_sanitizers(tmp_path):
         [os.environ.get("CXX", "c++"), "-print-file-name=libasan.so"],
         capture_output=True, text=True, check=True,
     ).stdout.strip()  # fmt: skip
-    library = build(tmp_path, *SANITIZE.split(), "-fno-sanitize-recover=all", "-g1")
+    library = build(tmp_path, *SANITIZE)
     environment = {
         **os.environ, "GPL_FAST_TEST_KERNELS": str(library), "LD_PRELOAD": asan,
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
