@@ -302,11 +302,13 @@ void relu_bwd(const Tensor& dy, const Tensor& mask, const Tensor& dz) {
   GPL_FAST_RUN(relu_bwd, dz, a);
 }
 
-void softmax_bwd(const Tensor& x, const MaybeTensor& lse, const MaybeTensor& dy,
-                 const MaybeTensor& scale, const MaybeTensor& valid, int64_t activation,
-                 double temperature, const MaybeTensor& ce_labels, const MaybeTensor& ce_lse,
-                 const MaybeTensor& ce_scale, const MaybeTensor& class_weight,
-                 double label_smoothing, int64_t row0, int64_t rows, const Tensor& dx) {
+// fused: what dy would hold is computed in the same kernel.
+SoftmaxBwd softmax_bwd_args(const Tensor& x, const MaybeTensor& lse, const MaybeTensor& dy,
+                            bool fused, const MaybeTensor& scale, const MaybeTensor& valid,
+                            int64_t activation, double temperature, const MaybeTensor& ce_labels,
+                            const MaybeTensor& ce_lse, const MaybeTensor& ce_scale,
+                            const MaybeTensor& class_weight, double label_smoothing, int64_t row0,
+                            int64_t rows, const Tensor& dx) {
   STD_TORCH_CHECK(x.dim() == 4, "gpl_fast: x must be [N, C, H, W], got ", text(x.sizes()));
   check_device(dx, "dx",
                {{"x", x},
@@ -324,7 +326,7 @@ void softmax_bwd(const Tensor& x, const MaybeTensor& lse, const MaybeTensor& dy,
   a.activation = activation_of(activation, "activation");
   check_temperature(temperature);
   STD_TORCH_CHECK(rows >= 0, "gpl_fast: rows must not be negative, got ", rows);
-  STD_TORCH_CHECK(dy || ce_labels, "gpl_fast: softmax_bwd needs dy or ce_labels");
+  STD_TORCH_CHECK(fused || dy || ce_labels, "gpl_fast: softmax_bwd needs dy or ce_labels");
   a.temperature = (float)temperature;
   a.x_dtype = float_dtype(x, "x");
   a.x = x.data_ptr();
@@ -340,12 +342,14 @@ void softmax_bwd(const Tensor& x, const MaybeTensor& lse, const MaybeTensor& dy,
     STD_TORCH_CHECK(dy->dim() == 4 && dy->size(3) >= a.C,
                     "gpl_fast: dy must be [N, rows, W, c_pad] with c_pad >= C = ", a.C, ", got ",
                     text(dy->sizes()));
-    STD_TORCH_CHECK(scale, "gpl_fast: dy needs scale");
-    STD_TORCH_CHECK(a.activation != Activation::kSoftmax || lse, "gpl_fast: softmax needs lse");
     a.c_pad = dy->size(3);
     a.dtype = float_dtype(*dy, "dy");
     a.dy_image_stride = image_stride(dy, "dy", dy->scalar_type(), {a.N, rows, a.W, a.c_pad});
     a.dy = dy->data_ptr();
+  }
+  if (dy || fused) {
+    STD_TORCH_CHECK(scale, "gpl_fast: dy needs scale");
+    STD_TORCH_CHECK(a.activation != Activation::kSoftmax || lse, "gpl_fast: softmax needs lse");
     a.scale = contiguous<float>(scale, "scale", ScalarType::Float, {a.N});
   }
   const bool shared = a.activation == Activation::kSoftmax && a.temperature == 1.0f;
@@ -358,9 +362,90 @@ void softmax_bwd(const Tensor& x, const MaybeTensor& lse, const MaybeTensor& dy,
     STD_TORCH_CHECK(a.ce_lse, "gpl_fast: ce_labels needs ce_lse",
                     " (lse where softmax has temperature 1)");
   }
+  return a;
+}
+
+void softmax_bwd(const Tensor& x, const MaybeTensor& lse, const MaybeTensor& dy,
+                 const MaybeTensor& scale, const MaybeTensor& valid, int64_t activation,
+                 double temperature, const MaybeTensor& ce_labels, const MaybeTensor& ce_lse,
+                 const MaybeTensor& ce_scale, const MaybeTensor& class_weight,
+                 double label_smoothing, int64_t row0, int64_t rows, const Tensor& dx) {
+  const SoftmaxBwd a =
+      softmax_bwd_args(x, lse, dy, false, scale, valid, activation, temperature, ce_labels, ce_lse,
+                       ce_scale, class_weight, label_smoothing, row0, rows, dx);
   if (a.N * a.C * a.W * rows == 0) return;
   GPL_FAST_RUN(softmax_bwd, dx, a);
 }
+
+#ifdef GPL_FAST_CUDA
+// H, W, C_in: of dx, which the caller's dx or logits hold.
+ConvBlockBwd conv_block_args(const Tensor& dy, const MaybeTensor& code, const Tensor& w,
+                             int64_t pool, int64_t stride, int64_t dy_row0, bool allow_tf32,
+                             int64_t H, int64_t W, int64_t C_in, Strip strip) {
+  STD_TORCH_CHECK(dy.dim() == 4, "gpl_fast: dy must be [N, rows, w, C_out], got ",
+                  text(dy.sizes()));
+  STD_TORCH_CHECK(w.dim() == 3, "gpl_fast: w must be [K * K, C_out padded, C_in padded], got ",
+                  text(w.sizes()));
+  STD_TORCH_CHECK(pool >= 0 && pool <= 2,
+                  "gpl_fast: pool must be 0 (max), 1 (avg) or 2 (none), got ", pool);
+  STD_TORCH_CHECK(stride == 1 || stride == 2, "gpl_fast: stride must be 1 or 2, got ", stride);
+  STD_TORCH_CHECK(stride == 1 || (strip.row0 == 0 && strip.rows == H),
+                  "gpl_fast: a stride of 2 takes all rows at once");
+  ConvBlockBwd a = {};
+  a.N = dy.size(0), a.H = H, a.W = W, a.C_in = C_in, a.C_out = dy.size(3);
+  while (a.K * a.K < w.size(0)) ++a.K;
+  STD_TORCH_CHECK(a.K * a.K == w.size(0) && a.K % 2 == 1,
+                  "gpl_fast: w must hold K * K taps, K odd, got ", w.size(0));
+  a.stride = stride, a.strip = strip, a.dy_strip = {dy_row0, dy.size(1)};
+  a.pool = (Pool)pool, a.dtype = float_dtype(dy, "dy"), a.allow_tf32 = allow_tf32;
+  const ScalarType dtype = dy.scalar_type();
+  const int64_t conv_h = ceil_div(H, stride), conv_w = ceil_div(W, stride);
+  const int64_t dy_w = a.pool == Pool::kNone ? conv_w : conv_w / 2;
+  a.dy_image_stride = image_stride(dy, "dy", dtype, {a.N, dy.size(1), dy_w, a.C_out});
+  STD_TORCH_CHECK(code || a.pool == Pool::kNone, "gpl_fast: a pool needs its code");
+  a.code_image_stride = a.pool == Pool::kMax
+                            ? image_stride(code, "code", ScalarType::Byte,
+                                           {a.N, conv_h / 2, conv_w / 2, ceil_div(a.C_out, 2)})
+                            : image_stride(code, "code (a mask)", ScalarType::Byte,
+                                           {a.N, conv_h, conv_w, ceil_div(a.C_out, 8)});
+  a.dy = dy.data_ptr(), a.code = (const uint8_t*)data(code);
+  a.w = contiguous(w, "w", dtype, {w.size(0), padded_to(a.C_out, 64), padded_to(C_in, 8)});
+  return a;
+}
+
+void conv_block_bwd(const Tensor& dy, const MaybeTensor& code, const Tensor& w, int64_t pool,
+                    int64_t stride, int64_t dy_row0, bool allow_tf32, int64_t H, int64_t row0,
+                    const Tensor& dx) {
+  STD_TORCH_CHECK(dx.dim() == 4, "gpl_fast: dx must be [N, rows, W, C_in], got ", text(dx.sizes()));
+  check_device(dx, "dx", {{"dy", dy}, {"code", code}, {"w", w}});
+  ConvBlockBwd a = conv_block_args(dy, code, w, pool, stride, dy_row0, allow_tf32, H, dx.size(2),
+                                   dx.size(3), {row0, dx.size(1)});
+  a.dx_image_stride = image_stride(dx, "dx", dy.scalar_type(), {a.N, dx.size(1), a.W, a.C_in});
+  a.dx = dx.data_ptr();
+  if (dx.numel() == 0) return;
+  on_current_stream(dx, a, cuda::conv_block_bwd);
+}
+
+void conv_block_logits_bwd(const Tensor& dy, const MaybeTensor& code, const Tensor& w, int64_t pool,
+                           int64_t stride, int64_t dy_row0, bool allow_tf32, const Tensor& x,
+                           const MaybeTensor& lse, const Tensor& scale, const MaybeTensor& valid,
+                           int64_t activation, double temperature, const MaybeTensor& ce_labels,
+                           const MaybeTensor& ce_lse, const MaybeTensor& ce_scale,
+                           const MaybeTensor& class_weight, double label_smoothing, int64_t row0,
+                           int64_t rows, const Tensor& dx) {
+  const SoftmaxBwd logits =
+      softmax_bwd_args(x, lse, {}, true, scale, valid, activation, temperature, ce_labels, ce_lse,
+                       ce_scale, class_weight, label_smoothing, row0, rows, dx);
+  check_device(dx, "dx", {{"dy", dy}, {"code", code}, {"w", w}});
+  ConvBlockBwd a = conv_block_args(dy, code, w, pool, stride, dy_row0, allow_tf32, logits.H,
+                                   logits.W, logits.C, {row0, rows});
+  STD_TORCH_CHECK(a.N == logits.N, "gpl_fast: dy must have the images of x, ", logits.N, ", got ",
+                  a.N);
+  a.logits = &logits;
+  if (logits.N * logits.C * logits.W * rows == 0) return;
+  on_current_stream(dx, a, cuda::conv_block_bwd);
+}
+#endif
 
 std::string cpu_capability() { return cpu::capability(); }
 
@@ -409,6 +494,14 @@ STABLE_TORCH_LIBRARY(gpl_fast, m) {
       "softmax_bwd(Tensor x, Tensor? lse, Tensor? dy, Tensor? scale, Tensor? valid, "
       "int activation, float temperature, Tensor? ce_labels, Tensor? ce_lse, Tensor? ce_scale, "
       "Tensor? class_weight, float label_smoothing, int row0, int rows, Tensor(a!) dx) -> ()");
+  m.def(
+      "conv_block_bwd(Tensor dy, Tensor? code, Tensor w, int pool, int stride, int dy_row0, "
+      "bool allow_tf32, int H, int row0, Tensor(a!) dx) -> ()");
+  m.def(
+      "conv_block_logits_bwd(Tensor dy, Tensor? code, Tensor w, int pool, int stride, "
+      "int dy_row0, bool allow_tf32, Tensor x, Tensor? lse, Tensor scale, Tensor? valid, "
+      "int activation, float temperature, Tensor? ce_labels, Tensor? ce_lse, Tensor? ce_scale, "
+      "Tensor? class_weight, float label_smoothing, int row0, int rows, Tensor(a!) dx) -> ()");
   m.def("cpu_capability() -> str");
   m.def("cuda_build() -> str");
 }
@@ -432,6 +525,8 @@ STABLE_TORCH_LIBRARY_IMPL(gpl_fast, CUDA, m) {
   m.impl("relu_pool_bwd", TORCH_BOX(&gpl_fast::relu_pool_bwd));
   m.impl("relu_bwd", TORCH_BOX(&gpl_fast::relu_bwd));
   m.impl("softmax_bwd", TORCH_BOX(&gpl_fast::softmax_bwd));
+  m.impl("conv_block_bwd", TORCH_BOX(&gpl_fast::conv_block_bwd));
+  m.impl("conv_block_logits_bwd", TORCH_BOX(&gpl_fast::conv_block_logits_bwd));
 }
 #endif
 

@@ -30,6 +30,8 @@ _MUTATING = (
     "relu_pool_bwd",
     "relu_bwd",
     "softmax_bwd",
+    "conv_block_bwd",
+    "conv_block_logits_bwd",
 )
 
 
