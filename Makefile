@@ -55,8 +55,11 @@ $(LIBRARY): $(CSRC) setup.py | $(READY)
 demo: $(LIBRARY)
 	$(PY) -m gpl_fast demo --out demo_out
 
+# Three processes: Triton either interprets or compiles in one.
 test: $(LIBRARY)
 	$(PY) -m pytest
+	$(PY) -m pytest tests/interpreter
+	$(PY) -m pytest tests/compile
 
 lint: | $(READY)
 	$(PY) -m ruff check .

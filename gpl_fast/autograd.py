@@ -19,7 +19,7 @@ from the shapes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,13 +100,14 @@ def perceptual_terms(
         temperature=temperature,
         label_smoothing=cross_entropy.label_smoothing if cross_entropy else 0.0,
         cross_entropy=cross_entropy is not None,
+        device=pred.device.type,
         dtype=dtype,
         workspace_mb=workspace_mb,
     )
     names = tuple(tensors)
     looked_up = target.kind in ("labels", "topk")
     packs = net.cached_packs(pred.device, dtype, looked_up)
-    text = ",".join(names) + ";" + ",".join(chain.pack_names(net, looked_up))
+    text = ",".join(names) + ";" + ",".join(chain.pack_names(net, pred.device, looked_up))
     if torch.is_grad_enabled() and pred.requires_grad:
         terms: Tensor = _PerceptualTerms.apply(  # type: ignore[no-untyped-call]
             pred, spec, text, len(names), *tensors.values(), *packs
@@ -115,6 +116,44 @@ def perceptual_terms(
     fwd = torch.ops.gpl_fast.perceptual_fwd
     out: Tensor = fwd(pred, list(tensors.values()), list(packs), spec, text, False)[0]
     return out
+
+
+def encode(
+    target: Tensor,
+    valid: Tensor | None,
+    net: LossNet,
+    layers: Sequence[str],
+    *,
+    activation: str,
+    temperature: float,
+    dtype: torch.dtype,
+    workspace_mb: float,
+) -> dict[str, Tensor]:
+    """φ(target) of a dense target by layer, (N, C_b, H_b, W_b): the walk in its plain form.
+
+    Args:
+        target: (N, C, H, W) float32, bfloat16 or float16, any strides.
+        Others: as `perceptual_terms`.
+    """
+    spec = plan.make_spec(
+        net,
+        feature_weights=dict.fromkeys(layers, 1.0),
+        style_weights={},
+        kind="encode",
+        activation=activation,
+        target_activation=activation,
+        temperature=temperature,
+        device=target.device.type,
+        dtype=dtype,
+        workspace_mb=workspace_mb,
+    )
+    packs = net.cached_packs(target.device, dtype, False)
+    tensors = [] if valid is None else [valid.contiguous()]
+    text = ",".join(["valid"] * len(tensors)) + ";"
+    text += ",".join(chain.pack_names(net, target.device, False))
+    fwd = torch.ops.gpl_fast.perceptual_fwd
+    features = fwd(target.detach(), tensors, list(packs), spec, text, True)[1]
+    return {k: e.permute(0, 3, 1, 2) for k, e in zip(dict.fromkeys(layers), features, strict=True)}
 
 
 class _PerceptualTerms(torch.autograd.Function):
@@ -193,8 +232,9 @@ def _perceptual_bwd_fake(
     return chain.empty_gradient(x)
 
 
-_LIBRARY.impl("perceptual_fwd", _perceptual_fwd, "CPU")
-_LIBRARY.impl("perceptual_bwd", _perceptual_bwd, "CPU")
+for _key in ("CPU", "CUDA"):
+    _LIBRARY.impl("perceptual_fwd", _perceptual_fwd, _key)
+    _LIBRARY.impl("perceptual_bwd", _perceptual_bwd, _key)
 torch.library.register_fake("gpl_fast::perceptual_fwd", _perceptual_fwd_fake, lib=_LIBRARY)
 torch.library.register_fake("gpl_fast::perceptual_bwd", _perceptual_bwd_fake, lib=_LIBRARY)
 

@@ -1,11 +1,12 @@
 """Which backend runs, and why not the other: every "no" is a sentence.
 
-`reference` is plain PyTorch; `fast` needs the compiled operators. The choice is made as a unit, at
-forward time, from the device, the dtype and the network.
+`reference` is plain PyTorch; `fast` needs the compiled operators on the CPU and Triton on a GPU.
+The choice is made as a unit, at forward time, from the device, the dtype and the network.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import warnings
 from dataclasses import dataclass
@@ -51,14 +52,28 @@ def fast_obstacle(device: torch.device, dtype: torch.dtype, net: LossNet | None)
         return "float64 is the reference's: pass float32, bfloat16 or float16"
     if net is not None and (why := net.chain_obstacle()) is not None:
         return why
-    if device.type != "cpu":
-        return f"there are no fast kernels for device type {device.type!r} yet"
-    return _library_obstacle()
+    if device.type == "cpu":
+        return _library_obstacle()
+    if device.type == "cuda":
+        return _triton_obstacle(device)
+    return f"there are no fast kernels for device type {device.type!r}"
 
 
 @constant_in_graphs
 def _library_obstacle() -> str | None:
     return ops.load()
+
+
+@constant_in_graphs
+def _triton_obstacle(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the GPU's kernels need Triton: pip install triton"
+    if torch.version.hip is not None:
+        return "the kernels have been proven for NVIDIA GPUs only"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"the kernels need compute capability 8.0, {device} has {major}.{minor}"
+    return None
 
 
 def choose(

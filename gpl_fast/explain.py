@@ -120,6 +120,7 @@ def _explain_fast(
         activation=o.activation,
         target_activation=o.target,
         temperature=o.temperature,
+        device=pred.device.type,
         dtype=dtype,
         workspace_mb=o.workspace_mb,
     )

@@ -331,6 +331,20 @@ def _target_features(
         check_features(target.features, net, o, layers)
         return {k: target.features.features[k].detach().to(dtype) for k in layers}
     acc = torch.float64 if torch.float64 in (dtype, _target_dtype(target)) else torch.float32
+    dense = target.dense
+    if dense is not None and acc == torch.float32:
+        choice = backends.choose(o.backend, dense.device, dtype, net)
+        if choice.name == "fast" and tuple(dense.shape[2:]) == target.size:
+            return autograd.encode(
+                dense,
+                target.valid,
+                net,
+                layers,
+                activation=o.target,
+                temperature=o.temperature,
+                dtype=dtype,
+                workspace_mb=o.workspace_mb,
+            )
     with torch.no_grad():
         y = target.map(o.target, o.temperature, acc)
         with _no_autocast(y):

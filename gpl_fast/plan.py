@@ -50,13 +50,14 @@ class Spec:
     std: tuple[float, ...] | None
     feature_weights: Mapping[str, float]
     style_weights: Mapping[str, float]
-    kind: str  # of the target: "dense", "labels", "topk" or "features"
+    kind: str  # of the target: "dense", "labels", "topk", "features", or "encode": there is none
     resized: bool  # a dense target of another size
     activation: str
     target_activation: str
     temperature: float
     label_smoothing: float
     cross_entropy: bool
+    device: str
     dtype: str
     workspace_bytes: int
 
@@ -107,7 +108,7 @@ def obstacle(net: LossNet) -> str | None:
 
 def padded_channels(channels: int) -> int:
     """Channels of the maps in memory: oneDNN's and the GPU's kernels want round numbers."""
-    return -(-channels // 32) * 32 if channels > 4 else -(-channels // 4) * 4
+    return -(-channels // 32) * 32 if channels > 8 else 8
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,8 @@ class Plan:
         """
         spec, n, u8 = self.spec, self.n, torch.uint8
         out: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        if spec.kind == "encode":  # no backward: the features themselves
+            return {f"diff.{tap}": (self.tap_shape(tap), self.dtype) for tap in self.taps}
         if spec.activation == "softmax":
             out["lse"] = ((n, self.h, self.w), torch.float32)
         if self.own_ce_lse:
@@ -255,23 +258,25 @@ class Plan:
     def _chunks(self) -> tuple[int, tuple[int, ...]]:
         """Images a chunk, and rows a strip for each segment (its whole height = no strips)."""
         budget = self.spec.workspace_bytes - self._fixed_bytes()
+        preferred = PREFERRED_STRIP_BYTES if self.spec.device == "cpu" else budget
         heights = tuple(self.sizes[s[0]].h for s in self.segments)
         whole = self._bytes(1, heights)
-        if whole <= min(budget, PREFERRED_STRIP_BYTES):
-            return max(1, min(self.n, min(budget, PREFERRED_STRIP_BYTES) // max(whole, 1))), heights
+        if whole <= min(budget, preferred):
+            return max(1, min(self.n, min(budget, preferred) // max(whole, 1))), heights
         rows = tuple(self._strip_rows(i) for i in range(len(self.segments)))
         least = tuple(h if self._whole_only(i) else min(2, h) for i, h in enumerate(heights))
-        for wanted in (rows, least):
-            while self._bytes(1, wanted) > budget and wanted != least:
-                wanted = tuple(
-                    h if self._whole_only(i) else max(min(2, h), r // 2 // 2 * 2)
-                    for i, (r, h) in enumerate(zip(wanted, heights, strict=True))
-                )
-            if self._bytes(1, wanted) <= budget:
-                return 1, wanted
+        while self._bytes(1, rows) > budget and rows != least:
+            # Only the segment that needs most is cut: more launches, smaller ones.
+            widest = max(
+                range(len(rows)), key=lambda i: (rows[i] > least[i], self._peak(i, 1, rows))
+            )
+            cut = max(least[widest], rows[widest] // 2 // 2 * 2)
+            rows = (*rows[:widest], cut, *rows[widest + 1 :])
+        if self._bytes(1, rows) <= budget:
+            return 1, rows
         needed = self._fixed_bytes() + self._bytes(1, least)
         raise ValueError(
-            f"workspace_mb: got {self.spec.workspace_bytes / MIB:g}, expected at least "
+            f"workspace_mb: got {self.spec.workspace_bytes / MIB:.3g}, expected at least "
             f"{-(-needed // MIB)} for an input of {self.h} x {self.w} with "
             f"{self.spec.in_channels} channels: not one strip of rows fits"
         )
@@ -290,6 +295,8 @@ class Plan:
         height = self.sizes[self.segments[i][0]].h
         if self._whole_only(i):
             return height
+        if self.spec.device != "cpu":
+            return -(-height // 2) * 2
         a_row = (self._segment_bytes(i, 1, 66) - self._segment_bytes(i, 1, 2)) // 64
         rows = max(PREFERRED_STRIP_BYTES // max(a_row, 1), PREFERRED_ROWS)
         return height if rows >= height else rows // 2 * 2
@@ -299,7 +306,7 @@ class Plan:
         segment, e = self.segments[i], self.dtype.itemsize
         size = self.sizes[segment[0]]
         tall = min(rows, size.h) + (2 * self.halo(segment) if rows < size.h else 0)
-        first = self.spec.kind in ("dense", "features") or self.front
+        first = self.spec.kind in ("dense", "features", "encode") or self.front
         grids = 0
         if i == 0:
             channels = padded_channels(self.spec.in_channels)
@@ -318,17 +325,16 @@ class Plan:
 
     def _bytes(self, images: int, rows: tuple[int, ...]) -> int:
         """Transient bytes of a chunk: levels between segments, and the largest strip."""
-        e, peak = self.dtype.itemsize, 0
-        for i, segment in enumerate(self.segments):
-            first, last = self.sizes[segment[0]], self.sizes[segment[-1]]
-            c_in, c_out = self.steps[segment[0]].in_channels, self.steps[segment[-1]].out_channels
-            pad = 2 * self.halo(segment)
-            level_in = 2 * (first.h + pad) * first.w * c_in * e if i else 0
-            level_out = 2 * (last.out_h + pad) * last.out_w * c_out * e
-            peak = max(
-                peak, images * (level_in + level_out) + self._segment_bytes(i, images, rows[i])
-            )
-        return peak
+        return max(self._peak(i, images, rows) for i in range(len(self.segments)))
+
+    def _peak(self, i: int, images: int, rows: tuple[int, ...]) -> int:
+        e, segment = self.dtype.itemsize, self.segments[i]
+        first, last = self.sizes[segment[0]], self.sizes[segment[-1]]
+        c_in, c_out = self.steps[segment[0]].in_channels, self.steps[segment[-1]].out_channels
+        pad = 2 * self.halo(segment)
+        level_in = 2 * (first.h + pad) * first.w * c_in * e if i else 0
+        level_out = 2 * (last.out_h + pad) * last.out_w * c_out * e
+        return images * (level_in + level_out) + self._segment_bytes(i, images, rows[i])
 
 
 def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
@@ -347,6 +353,7 @@ def make_spec(
     temperature: float,
     label_smoothing: float = 0.0,
     cross_entropy: bool = False,
+    device: str = "cpu",
     dtype: torch.dtype,
     workspace_mb: float,
 ) -> str:
@@ -362,6 +369,7 @@ def make_spec(
         temperature=temperature,
         label_smoothing=label_smoothing,
         cross_entropy=cross_entropy,
+        device=device,
         dtype=dtype,
         workspace_mb=workspace_mb,
     )

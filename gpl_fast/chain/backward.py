@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gpl_fast import ops
 from gpl_fast.chain.convolution import conv_transpose
+from gpl_fast.chain.stages import stages_on
 from gpl_fast.plan import Plan, Step
 
 
@@ -31,6 +32,7 @@ class Backward:
         g: Tensor,
     ) -> None:
         self.plan, self.x, self.target, self.packs, self.saved = plan, x, target, packs, saved
+        self.stages = stages_on(x.device)
         self.n0 = self.n1 = 0
         # The chain carries seeds of at most one δ; what it was divided by is applied at its end.
         c = plan.coefficients()
@@ -118,7 +120,7 @@ class Backward:
         name = f"code.{step.pool}" if step.pool_kind == "max" else f"mask.{step.relu}"
         code = self.saved[name][self.n0 : self.n1]
         kind = ops.POOLS[step.pool_kind]
-        ops.relu_pool_bwd(d_out, code, kind, size.conv_h, size.conv_w, lo, dz)
+        self.stages.relu_pool_bwd(d_out, code, kind, size.conv_h, size.conv_w, lo, dz)
         if step.relu in plan.taps:
             seed = self._add_tap(step.relu, torch.zeros_like(dz), lo, hi, size.conv_h)
             dz += self._masked(step, seed, lo, hi, size.conv_h)
@@ -137,11 +139,11 @@ class Backward:
         a, b = max(lo, 0), min(hi, height)
         if (a, b) == (lo, hi):
             dz = torch.empty_like(dy, memory_format=torch.contiguous_format)
-            ops.relu_bwd(dy.contiguous(), mask[:, a:b].contiguous(), dz)
+            self.stages.relu_bwd(dy.contiguous(), mask[:, a:b].contiguous(), dz)
             return dz
         dz = torch.zeros_like(dy, memory_format=torch.contiguous_format)
         inner = dy[:, a - lo : b - lo].contiguous()
-        ops.relu_bwd(inner, mask[:, a:b].contiguous(), inner)
+        self.stages.relu_bwd(inner, mask[:, a:b].contiguous(), inner)
         dz[:, a - lo : b - lo] = inner
         return dz
 
@@ -182,7 +184,7 @@ class Backward:
             dy = self._front(dy)
         lse = self.saved.get("lse")
         ce_lse = self.saved.get("ce_lse")
-        ops.softmax_bwd(
+        self.stages.softmax_bwd(
             self.x[chunk],
             None if lse is None else lse[chunk],
             dy,
@@ -203,7 +205,7 @@ class Backward:
     def _front(self, dy: Tensor) -> Tensor:
         spec = self.plan.spec
         if spec.std is not None:
-            dy = (dy.float() / dy.new_tensor(spec.std, dtype=torch.float32)).to(dy.dtype)
+            dy = (dy.float() / self.packs["std"]).to(dy.dtype)
         if spec.adapter:
             return conv_transpose(dy, self.packs["w.adapter"], 1, (0, 0), (0, 0))
         return dy.contiguous()

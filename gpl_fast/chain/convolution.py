@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -18,8 +19,20 @@ def conv_transpose(
     dz: Tensor, w: Tensor, stride: int, pad: tuple[int, int], extra: Sequence[int]
 ) -> Tensor:
     """Eq. (4), NHWC -> NHWC."""
-    dy = torch.conv_transpose2d(dz.permute(0, 3, 1, 2), w, None, stride, pad, extra)
+    with _fixed_order() if dz.is_cuda else nullcontext():
+        dy = torch.conv_transpose2d(dz.permute(0, 3, 1, 2), w, None, stride, pad, extra)
     return dy.permute(0, 2, 3, 1).contiguous()
+
+
+def _fixed_order() -> AbstractContextManager[None]:
+    """Some of cuDNN's data gradients add in no fixed order."""
+    cudnn = torch.backends.cudnn
+    return cudnn.flags(
+        enabled=cudnn.enabled,
+        benchmark=cudnn.benchmark,
+        deterministic=True,
+        allow_tf32=cudnn.allow_tf32,
+    )
 
 
 def zero_outside(z: Tensor, lo: int, height: int) -> None:

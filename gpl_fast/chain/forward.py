@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from gpl_fast import ops, reference
 from gpl_fast.chain.branch import carry_target
 from gpl_fast.chain.convolution import conv, zero_outside
+from gpl_fast.chain.stages import has_blocks, stages_on
 from gpl_fast.plan import Plan, Step, padded_channels
 
 
@@ -36,7 +38,12 @@ class Forward:
         keep: bool,
     ) -> None:
         self.plan, self.x, self.target, self.packs, self.keep = plan, x, target, packs, keep
-        self.plain = plan.spec.kind == "features"
+        self.plain = plan.spec.kind in ("features", "encode")
+        self.stages = stages_on(x.device)
+        # True float32 is ATen's convolutions; TF32 is the kernels' too.
+        self.blocks = has_blocks(x.device) and (
+            plan.dtype != torch.float32 or torch.backends.cudnn.allow_tf32
+        )
         self.n0 = self.n1 = 0
         self.saved: dict[str, Tensor] = {
             name: x.new_empty(shape, dtype=dtype)
@@ -65,6 +72,7 @@ class Forward:
             for kind, weights in (("diff", plan.spec.feature_weights), ("phi", {}))
             for tap in weights
         }
+        self.squares: dict[str, Tensor] = {}  # Σ δ² of each image where a block has reduced it
         for tap in plan.spec.style_weights:
             self.saved[f"gram.{tap}"][self.n0 : self.n1].zero_()
         if not self.plain:
@@ -119,7 +127,7 @@ class Forward:
         dense, listed = spec.kind == "dense", spec.kind in ("labels", "topk")
         taken = x.new_empty(shape[:3], dtype=torch.uint8) if listed else None
         pair = x.new_empty((2 if dense else 1, *shape), dtype=plan.dtype)
-        ops.softmax_pack_fwd(
+        self.stages.softmax_pack_fwd(
             x,
             self._rows("valid", a, b),
             self._dense_rows(a, b) if dense else None,
@@ -185,8 +193,8 @@ class Forward:
             return y
         z = y.float()
         if shift:
-            z = z - z.new_tensor(spec.mean)
-        z = (z / z.new_tensor(spec.std)).to(y.dtype)
+            z = z - self.packs["mean"]
+        z = (z / self.packs["std"]).to(y.dtype)
         valid = self._of("valid")
         if valid is not None:
             rows = torch.zeros((*z.shape[:3], 1), dtype=torch.bool, device=z.device)
@@ -201,14 +209,14 @@ class Forward:
         valid, table, (taken, lo) = self._of("valid"), self.packs["table"], self.taken
         if self.plan.spec.kind == "labels":
             labels, interior = self._of("labels"), self.packs["interior"]
-            ops.label_conv_fwd(
+            self.stages.label_conv_fwd(
                 labels, valid, table, interior, self.from_target, taken, lo, row0, z, dz
             )
         else:
             values, indices = self._of("topk_values"), self._of("topk_indices")
             rest = self._of("topk_rest")
             sums = None if rest is None else self.packs["rest_table"]
-            ops.topk_conv_fwd(
+            self.stages.topk_conv_fwd(
                 values, indices, rest, valid, table, sums, self.from_target, taken, lo, row0, z, dz
             )
 
@@ -232,12 +240,16 @@ class Forward:
                 lo, hi = lo + p, hi - p
             else:
                 lo, hi = 0, size.conv_h
+            a, b = (core[0], core[1]) if strips else (0, size.conv_h)
+            if self._is_block(step):
+                pad_h, end = 0 if strips else p, i == segment[-1]
+                maps = self._block(i, maps, (lo, hi), (a, b), pad_h, out if end else None)
+                continue
             maps = self._convolve(step, maps, lo, 0 if strips else p)
             z, dz = maps[0][0], None if self.plain else maps[-1][-1]
             if strips and i != segment[-1]:
                 for t in maps:
                     zero_outside(t.flatten(0, 1), lo, size.conv_h)
-            a, b = (core[0], core[1]) if strips else (0, size.conv_h)
             inner = slice(max(lo, 0) - lo, min(hi, size.conv_h) - lo)
             image_rows = slice(max(lo, 0), min(hi, size.conv_h))
             if step.conv != step.relu:  # a stride-2 layer's output is its ReLU's
@@ -273,11 +285,94 @@ class Forward:
             out[0][0] += bias
         return out
 
+    def _is_block(self, step: Step) -> bool:
+        """Whether one kernel does the step: nothing but its output is looked at."""
+        if not self.blocks or not step.relu:
+            return False
+        inner = {step.conv} - {step.relu} | ({step.relu} if step.pool else set())
+        return not inner & set(self.plan.taps)
+
+    def _block(
+        self,
+        i: int,
+        maps: list[Tensor],
+        rows: tuple[int, int],
+        core: tuple[int, int],
+        pad_h: int,
+        out: Tensor | None,
+    ) -> list[Tensor]:
+        """The step's output from its input maps; rows of the convolution, and those of `out`."""
+        plan, (lo, hi), (a, b), n = self.plan, rows, core, maps[0].shape[1]
+        step, size = plan.steps[i], plan.sizes[i]
+        width, channels, tap = size.conv_w, step.out_channels, step.pool or step.relu
+        mask = self._saved_rows(f"mask.{step.relu}")
+        code_row0 = 0
+        if step.pool:
+            a, b, width = a // 2, min(-(-b // 2), size.out_h), size.out_w
+            code = self._saved_rows(f"code.{step.pool}", a, b)
+            if step.pool_kind != "max":
+                code = None if mask is None else mask[:, lo:hi]
+            count = b - a
+        else:
+            code = None if mask is None else mask[:, max(lo, 0) : min(hi, size.conv_h)]
+            code_row0, count = max(lo, 0) - lo, hi - lo
+        listed = not self.plain and sum(m.shape[0] for m in maps) == 1
+        diff = self.taps.get(f"diff.{tap}")
+        y: Tensor | None
+        if out is not None:
+            y, d = out[0][:, a:b], out[-1][:, a:b]
+        elif i + 1 == len(plan.steps) and diff is not None and not self.plain:
+            # The last block leaves its difference alone.
+            shape = (n, count, width, channels)
+            y = maps[0].new_empty(shape) if tap in plan.spec.style_weights else None
+            d = diff[:, a:b]
+        else:
+            made = maps[0].new_empty((1 if self.plain else 2, n, count, width, channels))
+            y, d = made[0], made[-1]
+        partial = self.stages.conv_block_fwd(
+            maps[0][0],
+            None if self.plain or listed else maps[-1][-1],
+            self.packs[f"block.{step.conv}"],
+            self.packs.get(f"b.{step.conv}"),
+            None if self.plain else self.from_target,
+            self._listed() if listed else None,
+            kernel_size=step.kernel_size,
+            stride=step.stride,
+            relu=True,
+            pool=ops.POOLS[step.pool_kind] if step.pool else 2,
+            pad_h=pad_h,
+            row0=lo,
+            image_rows=size.conv_h,
+            y=y,
+            delta=None if self.plain else d,
+            code=code,
+            code_row0=code_row0,
+            reduce=diff is not None and not self.plain and bool(step.pool),
+        )
+        if partial is not None:
+            sums = partial.sum(dim=1, dtype=torch.float64)
+            self.squares[tap] = self.squares.get(tap, 0) + sums
+        i0 = 0 if step.pool or out is not None else a - lo
+        self._tap(tap, y, None if self.plain else d, i0, i0 + b - a, a, b)
+        return [m.unsqueeze(0) for m in ((y,) if self.plain else (y, d)) if m is not None]
+
+    def _listed(self) -> Any:
+        taken, taken_row0 = self.taken
+        values = self._of("topk_values")
+        found = {"table": self.packs["table"], "taken": taken, "valid": self._of("valid")}
+        if values is None:
+            found |= {"labels": self._of("labels"), "interior": self.packs["interior"]}
+        else:
+            rest = self._of("topk_rest")
+            found |= {"values": values, "indices": self._of("topk_indices"), "rest": rest}
+            found |= {"rest_table": None if rest is None else self.packs["rest_table"]}
+        return self.stages.Listed(taken_row0=taken_row0, **found)
+
     def _relu(self, z: Tensor, dz: Tensor | None, mask: Tensor | None) -> None:
         if dz is None:
-            ops.relu_fwd(z, z, mask)
+            self.stages.relu_fwd(z, z, mask)
         else:
-            ops.relu_diff_fwd(z, dz, self.from_target, z, dz, mask)
+            self.stages.relu_diff_fwd(z, dz, self.from_target, z, dz, mask)
 
     def _pool(
         self,
@@ -307,10 +402,10 @@ class Forward:
                 y = z.new_empty(shape)
             d = z.new_empty(shape) if diff is None else diff[:, a:b]
         if dz is None:
-            ops.relu_pool_fwd(z, kind, y, code)
+            self.stages.relu_pool_fwd(z, kind, y, code)
             self._tap(step.pool, y, None, 0, b - a, a, b)
             return
-        ops.relu_pool_diff_fwd(z, dz, self.from_target, kind, y, d, code)
+        self.stages.relu_pool_diff_fwd(z, dz, self.from_target, kind, y, d, code)
         if styled or (diff is not None and out is not None):
             self._tap(step.pool, y, d, 0, b - a, a, b)
 
@@ -327,7 +422,8 @@ class Forward:
         if diff is not None:
             if d is None:
                 assert y is not None
-                diff[:, a:b] = y[:, i0:i1] - self.target[f"feature.{tap}"][chunk, a:b]
+                target = self.target.get(f"feature.{tap}")
+                diff[:, a:b] = y[:, i0:i1] if target is None else y[:, i0:i1] - target[chunk, a:b]
             elif diff[:, a:b].data_ptr() != d[:, i0:i1].data_ptr():
                 diff[:, a:b] = d[:, i0:i1]
         if tap in plan.spec.style_weights:
@@ -351,7 +447,9 @@ class Forward:
         plan, chunk = self.plan, slice(self.n0, self.n1)
         for tap, weight in plan.spec.feature_weights.items():
             _, h, w, c = plan.tap_shape(tap)
-            sums = ops.diff_reduce_fwd(self.taps[f"diff.{tap}"])
+            sums = self.squares.get(tap)
+            if sums is None:
+                sums = self.stages.diff_reduce_fwd(self.taps[f"diff.{tap}"])
             self.terms[0, chunk] += sums * (weight / (c * h * w))
         for tap, weight in plan.spec.style_weights.items():
             _, h, w, c = plan.tap_shape(tap)

@@ -5,16 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gpl_fast.chain.stages import has_blocks
 from gpl_fast.lossnet import LossNet
 from gpl_fast.plan import padded_channels
 
 
-def pack_names(net: LossNet, looked_up: bool) -> tuple[str, ...]:
+def pack_names(net: LossNet, device: torch.device, looked_up: bool) -> tuple[str, ...]:
     """Names of what `pack_weights` returns, in order."""
-    names = [
-        f"b.{name.removesuffix('.bias')}" if name.endswith(".bias") else f"w.{name}"
-        for name in net.weight_names
-    ]
+    names = []
+    for name in net.weight_names:
+        if name.endswith(".bias"):
+            names.append(f"b.{name.removesuffix('.bias')}")
+            continue
+        names.append(f"w.{name}")
+        if has_blocks(device):
+            names.append(f"block.{name}")
+    names += ["mean", "std"] if net.mean is not None else []
     return (*names, "table", "interior", "rest_table") if looked_up else tuple(names)
 
 
@@ -23,9 +29,10 @@ def pack_weights(
 ) -> list[Tensor]:
     """Weights as the walks read them, by `pack_names`.
 
-    ``w.*`` (C_out, C_in, K, K) channels_last, the first one's C_in padded; ``b.*``; the look-up
-    tables of label and top-k targets: ``table`` (K², C, C_out), ``interior`` (C, C_out) its sum
-    over taps, ``rest_table`` (K², C_out) its sum over classes.
+    ``w.*`` (C_out, C_in, K, K) channels_last, the first one's C_in padded, and where one kernel
+    does a whole step ``block.*`` (K² C_in, C_out) of the same; ``b.*``, ``mean``, ``std`` in
+    float32; the look-up tables of label and top-k targets: ``table`` (K², C, C_out), ``interior``
+    (C, C_out) its sum over taps, ``rest_table`` (K², C_out) its sum over classes.
     """
     weights = net.weights_on(device, dtype)
     exact = net.weights_on(device, torch.float32)
@@ -34,12 +41,15 @@ def pack_weights(
     packs: list[Tensor] = []
     for name, w in weights.items():
         if name.endswith(".bias"):
-            packs.append(w)
+            packs.append(exact[name])
             continue
         if name == "adapter" or (name == first and not front):
             extra = padded_channels(w.shape[1]) - w.shape[1]
             w = torch.nn.functional.pad(w, (0, 0, 0, 0, 0, extra))
         packs.append(w.contiguous(memory_format=torch.channels_last))
+        if has_blocks(device):
+            packs.append(w.permute(2, 3, 1, 0).flatten(0, 2).contiguous())
+    packs += [torch.tensor(v, device=device) for v in (net.mean, net.std) if v is not None]
     if looked_up:
         if front:
             rows = exact["adapter"][:, :, 0, 0] if "adapter" in exact else None

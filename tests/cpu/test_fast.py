@@ -28,6 +28,7 @@ from gpl_fast import (
     LossNet,
     PerceptualLoss,
     SegmentationLoss,
+    TargetFeatures,
     TopK,
     plan,
     reference,
@@ -338,6 +339,32 @@ def test_a_prediction_equal_to_its_target_gives_zero(pool, activation, dtype, ro
         value, grad = value_and_grad(loss, pred, target)
         assert value == 0
         assert not grad.any()
+
+
+# ------------------------------------------------------------------------------- stored features
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, BF16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_encode_is_the_reference_in_chunks(masked, dtype):
+    net = LossNet.vgg(5, (2, 1), widths=(64, 40))
+    target, mask = torch.randn(3, 5, 33, 26), torch.rand(3, 33, 26) > 0.2
+    options = {"level_weights": (1.0, 1.0), "compute_dtype": dtype}
+
+    def features(backend: str, target: Tensor, mask: Tensor | None, **more: Any) -> TargetFeatures:
+        loss = GenericPerceptualLoss(5, net, backend=backend, **{**options, **more})
+        return loss.encode(target, mask if masked else None)
+
+    fast = features("fast", sliced(target), mask, workspace_mb=0.8)
+    plain = features("reference", target, mask)
+    truth = features("reference", target.double(), mask, compute_dtype=torch.float64)
+    assert fast.settings == plain.settings
+    for name, e in truth.features.items():
+        got, same = fast.features[name], plain.features[name]
+        assert (got.shape, got.dtype) == (same.shape, same.dtype)
+        assert error(got, e) <= 2 * error(same, e) + ATOL[dtype]
+    with pytest.raises(ValueError, match=r"workspace_mb: got 0\.1, expected at least 1"):
+        features("fast", target, mask, workspace_mb=0.1)
 
 
 # ----------------------------------------------------------------------------- near convergence

@@ -1,0 +1,210 @@
+"""What a target that is a list of classes adds to the first convolution (eq. 7): table rows.
+
+Twin of ``csrc/cpu/label_conv.cpp``. `listed` does it on registers, for `conv_block` too.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gpl_fast.kernels.launch import cdiv, image_strides, launch
+
+
+@triton.jit
+def _neighbour(n, h, w, tap, inside, valid_ptr, taken_ptr, H, W, taken_row0, taken_rows,
+               K: tl.constexpr, HAS_VALID: tl.constexpr):  # fmt: skip
+    """(place in an (N, H, W) tensor, whether it is a valid pixel, whether its target is taken)."""
+    y, x = h + tap // K - K // 2, w + tap % K - K // 2
+    ok = inside & (y >= 0) & (y < H) & (x >= 0) & (x < W)
+    at = (n * H + y) * W + x
+    if HAS_VALID:
+        ok = ok & (tl.load(valid_ptr + at, mask=ok, other=0) != 0)
+    taken = tl.load(taken_ptr + (n * taken_rows + y - taken_row0) * W + x, mask=ok, other=0)
+    return at, y, x, ok, taken != 0
+
+
+@triton.jit
+def _label_at(n, h, w, tap, inside, labels_ptr, valid_ptr, taken_ptr, H, W, C, taken_row0,
+              taken_rows, K: tl.constexpr, HAS_VALID: tl.constexpr):  # fmt: skip
+    """2 * label + taken of a neighbour, −1 where there is none."""
+    at, _, _, ok, taken = _neighbour(n, h, w, tap, inside, valid_ptr, taken_ptr, H, W, taken_row0,
+                                     taken_rows, K, HAS_VALID)  # fmt: skip
+    label = tl.load(labels_ptr + at, mask=ok, other=-1)
+    known = ok & (label >= 0) & (label < C)
+    return tl.where(known, 2 * label.to(tl.int32) + taken.to(tl.int32), -1)
+
+
+@triton.jit
+def _add(z, dz, rows, taken, from_target):
+    """z += rows where they are taken, or z is the target's; dz −= rows elsewhere."""
+    z += tl.where(taken | from_target, rows, 0.0)
+    dz -= tl.where(taken, 0.0, rows)
+    return z, dz
+
+
+@triton.jit
+def listed(
+    q,  # (P, BLOCK_C) float32, the convolution of SoftmaxPackFwd's y
+    n, h, w, inside,  # image and pixels (P,)
+    c,  # channels (BLOCK_C,)
+    from_target,
+    labels_ptr, values_ptr, indices_ptr, rest_ptr, valid_ptr, taken_ptr,
+    table_ptr, interior_ptr, rest_table_ptr,  # (K², C, C_OUT), (C, C_OUT), (K², C_OUT)
+    H, W, C, C_OUT, k, topk_n, topk_k, taken_row0, taken_rows,
+    LABELS: tl.constexpr, HAS_VALID: tl.constexpr, HAS_REST: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """(z of the carried branch, dz)."""
+    z = tl.where(from_target, 0.0, q)
+    dz = q
+    channel = c < C_OUT
+    if LABELS:
+        lowest, highest = tl.full((), 2**30, tl.int32), tl.full((), -2, tl.int32)
+        for tap in range(0, K * K):
+            e = _label_at(n, h, w, tap, inside, labels_ptr, valid_ptr, taken_ptr, H, W, C,
+                          taken_row0, taken_rows, K, HAS_VALID)  # fmt: skip
+            lowest = tl.minimum(lowest, tl.min(tl.where(inside, e, 2**30)))
+            highest = tl.maximum(highest, tl.max(tl.where(inside, e, -2)))
+        if lowest == highest:  # one label in the whole neighbourhood, or none: one row
+            row = interior_ptr + tl.maximum(lowest // 2, 0).to(tl.int64) * C_OUT + c
+            rows = tl.load(row, mask=channel & (lowest >= 0), other=0.0)[None, :]
+            z, dz = _add(z, dz, rows + tl.zeros_like(q), lowest % 2 == 1, from_target)
+        else:
+            for tap in range(0, K * K):
+                e = _label_at(n, h, w, tap, inside, labels_ptr, valid_ptr, taken_ptr, H, W, C,
+                              taken_row0, taken_rows, K, HAS_VALID)  # fmt: skip
+                row = (tap * C + tl.maximum(e // 2, 0)).to(tl.int64) * C_OUT
+                rows = tl.load(table_ptr + row[:, None] + c[None, :],
+                               mask=(e >= 0)[:, None] & channel[None, :], other=0.0)  # fmt: skip
+                z, dz = _add(z, dz, rows.to(tl.float32), (e % 2 == 1)[:, None], from_target)
+    else:
+        for tap in range(0, K * K):
+            at, y, x, ok, taken = _neighbour(n, h, w, tap, inside, valid_ptr, taken_ptr, H, W,
+                                             taken_row0, taken_rows, K, HAS_VALID)  # fmt: skip
+            pixel = n * topk_n + y.to(tl.int64) * W + x
+            rest = tl.zeros(h.shape, tl.float32)
+            if HAS_REST:
+                rest = tl.load(rest_ptr + at, mask=ok, other=0.0)
+                whole = tl.load(rest_table_ptr + tap * C_OUT + c, mask=channel, other=0.0)
+                z, dz = _add(z, dz, rest[:, None] * whole[None, :], taken[:, None], from_target)
+            for j in range(0, k):
+                index = tl.load(indices_ptr + pixel + j * topk_k, mask=ok, other=-1)
+                known = ok & (index >= 0) & (index < C)
+                value = tl.load(values_ptr + pixel + j * topk_k, mask=ok, other=0.0)
+                if HAS_REST:  # a listed class has no share of the rest; it may be listed twice
+                    first = known
+                    for i in range(0, j):
+                        earlier = tl.load(indices_ptr + pixel + i * topk_k, mask=ok, other=-1)
+                        first = first & (earlier != index)
+                    value -= tl.where(first, rest, 0.0)
+                row = (tap * C + tl.minimum(tl.maximum(index, 0), C - 1)).to(tl.int64) * C_OUT
+                rows = tl.load(table_ptr + row[:, None] + c[None, :],
+                               mask=known[:, None] & channel[None, :], other=0.0)  # fmt: skip
+                z, dz = _add(z, dz, value[:, None] * rows.to(tl.float32), taken[:, None],
+                             from_target)  # fmt: skip
+    return z, dz
+
+
+@triton.jit(do_not_specialize=["row0", "taken_row0", "k"])
+def _label_conv_fwd_kernel(
+    z_ptr, dz_ptr,  # (N, rows, W, C_OUT)
+    labels_ptr, values_ptr, indices_ptr, rest_ptr, valid_ptr, taken_ptr, from_target_ptr,
+    table_ptr, interior_ptr, rest_table_ptr,
+    H, W, C, C_OUT, k, topk_n, topk_k, row0, taken_row0, taken_rows, z_n, dz_n,
+    LABELS: tl.constexpr, HAS_VALID: tl.constexpr, HAS_REST: tl.constexpr, K: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_W pixels of one row of a strip; zeros in a row outside the image."""
+    tiles = tl.cdiv(W, BLOCK_W)
+    r = tl.program_id(0) // tiles
+    w = (tl.program_id(0) % tiles) * BLOCK_W + tl.arange(0, BLOCK_W)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    n = tl.program_id(2).to(tl.int64)
+    h = row0 + r + tl.zeros_like(w)
+    in_image = (h >= 0) & (h < H)
+    in_map = (w < W)[:, None] & (c < C_OUT)[None, :]
+    at = (r * W + w[:, None]).to(tl.int64) * C_OUT + c[None, :]
+    live = in_map & in_image[:, None]
+    q = tl.load(dz_ptr + n * dz_n + at, mask=live, other=0.0).to(tl.float32)
+    from_target = tl.load(from_target_ptr + n) != 0
+    z, dz = listed(
+        q, n, h, w, (w < W) & in_image, c, from_target, labels_ptr, values_ptr, indices_ptr,
+        rest_ptr, valid_ptr, taken_ptr, table_ptr, interior_ptr, rest_table_ptr, H, W, C, C_OUT, k,
+        topk_n, topk_k, taken_row0, taken_rows, LABELS, HAS_VALID, HAS_REST, K,
+    )  # fmt: skip
+    z, dz = tl.where(live, z, 0.0), tl.where(live, dz, 0.0)
+    tl.store(z_ptr + n * z_n + at, z.to(z_ptr.dtype.element_ty), mask=in_map)
+    tl.store(dz_ptr + n * dz_n + at, dz.to(dz_ptr.dtype.element_ty), mask=in_map)
+
+
+def label_conv_fwd(
+    labels: Tensor,
+    valid: Tensor | None,
+    table: Tensor,
+    interior: Tensor,
+    from_target: Tensor,
+    taken: Tensor,
+    taken_row0: int,
+    row0: int,
+    z: Tensor,
+    dz: Tensor,
+) -> None:
+    """As the operator of this name in ``csrc/ops.cpp``, like all launchers here."""
+    _launch(
+        labels, (labels, None, None, None), (0, 0, 0), valid, (table, interior, None), from_target,
+        taken, taken_row0, row0, z, dz,
+    )  # fmt: skip
+
+
+def topk_conv_fwd(
+    topk_values: Tensor,
+    topk_indices: Tensor,
+    topk_rest: Tensor | None,
+    valid: Tensor | None,
+    table: Tensor,
+    rest_table: Tensor | None,
+    from_target: Tensor,
+    taken: Tensor,
+    taken_row0: int,
+    row0: int,
+    z: Tensor,
+    dz: Tensor,
+) -> None:
+    strides = (topk_values.shape[1], *topk_values.stride()[:2])
+    _launch(
+        topk_values, (None, topk_values, topk_indices, topk_rest), strides, valid,
+        (table, None, rest_table), from_target, taken, taken_row0, row0, z, dz,
+    )  # fmt: skip
+
+
+def _launch(
+    target: Tensor,
+    lists: tuple[Tensor | None, ...],
+    topk: tuple[int, ...],
+    valid: Tensor | None,
+    tables: tuple[Tensor | None, ...],
+    from_target: Tensor,
+    taken: Tensor,
+    taken_row0: int,
+    row0: int,
+    z: Tensor,
+    dz: Tensor,
+) -> None:
+    n, rows, w, c_out = z.shape
+    if z.numel() == 0:
+        return
+    taps, channels, _ = tables[0].shape if tables[0] is not None else (1, 0, 0)
+    block_c = min(triton.next_power_of_2(c_out), 64)
+    block_w = min(triton.next_power_of_2(w), 32)
+    launch(
+        _label_conv_fwd_kernel,
+        (rows * cdiv(w, block_w), cdiv(c_out, block_c), n),
+        z, dz,
+        *(z if t is None else t for t in (*lists, valid)), taken, from_target,
+        *(z if t is None else t for t in tables),
+        target.shape[-2], w, channels, c_out, *topk, row0, taken_row0, taken.shape[1],
+        *image_strides(z, dz),
+        LABELS=lists[0] is not None, HAS_VALID=valid is not None, HAS_REST=lists[3] is not None,
+        K=round(taps**0.5), BLOCK_W=block_w, BLOCK_C=block_c, num_warps=4,
+    )  # fmt: skip

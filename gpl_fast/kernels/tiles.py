@@ -1,0 +1,93 @@
+"""Which tile a convolution runs with: data, not search.
+
+``tiles.json`` holds rows by architecture, dtype, form and maybe channels; a row that carries a
+measurement says where it was made. ``GPL_FAST_TILES`` names a file of rows that go before them, as
+``benchmarks/tune.py`` writes it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NotRequired, TypedDict
+
+import torch
+from torch import Tensor
+
+FORMS = ("plain", "diff", "listed", "listed")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Pixels (rows x columns) by input channels by output channels of a program."""
+
+    block_h: int
+    block_w: int
+    block_k: int
+    block_n: int
+    warps: int
+    stages: int
+    descriptors: bool
+
+
+class Row(TypedDict):
+    """A line of the data; ``tile`` is block_h, block_w, block_k, block_n."""
+
+    arch: int
+    dtype: str
+    form: str
+    tile: list[int]
+    warps: int
+    stages: int
+    descriptors: bool
+    c_in: NotRequired[int]
+    c_out: NotRequired[int]
+    measured: NotRequired[str]
+
+
+@functools.cache
+def rows() -> list[Row]:
+    """All rows, those that go first first."""
+    found: list[Row] = []
+    if path := os.environ.get("GPL_FAST_TILES"):
+        found += json.loads(Path(path).read_text())
+    found += json.loads(Path(__file__).with_name("tiles.json").read_text())
+    return found
+
+
+def tile_for(a: Tensor, c_in: int, c_out: int, stride: int, form: int) -> Tile:
+    """The tile for a map `a` (N, H, W, C_in) on its device."""
+    name = str(a.dtype).removeprefix("torch.")
+    return choose(architecture(a.device), name, FORMS[form], c_in, c_out, stride)
+
+
+def architecture(device: torch.device) -> int:
+    """90 for sm_90; the interpreter goes by the oldest."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@functools.cache
+def choose(arch: int, dtype: str, form: str, c_in: int, c_out: int, stride: int) -> Tile:
+    """The first row that fits, of the newest architecture up to `arch`, cut to these channels."""
+    fitting = [
+        row
+        for row in rows()
+        if row["dtype"] == dtype
+        and row["form"] in (form, "any")
+        and row["arch"] <= arch
+        and row.get("c_in", c_in) == c_in
+        and row.get("c_out", c_out) == c_out
+    ]
+    newest = max(row["arch"] for row in fitting)
+    row = next(row for row in fitting if row["arch"] == newest)
+    h, w, k, n = row["tile"]
+    k = min(k, max(16, 1 << (c_in - 1).bit_length()))
+    n = min(n, max(16, 1 << (c_out - 1).bit_length()))
+    aligned = c_in % 8 == 0 and c_out % 8 == 0 and stride == 1
+    return Tile(h, w, k, n, row["warps"], row["stages"], row["descriptors"] and aligned)
