@@ -21,7 +21,7 @@ READY   := $(VENV)/.ready
 LIBRARY := gpl_fast/libgpl_fast.so
 CSRC    := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: help venv build demo test lint bench toy wheel clean
+.PHONY: help venv build demo test lint bench gpu-report toy wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -29,6 +29,7 @@ help:
 	@echo "make test   the test suite"
 	@echo "make lint   ruff, mypy, clang-format"
 	@echo "make bench  time and memory on this machine"
+	@echo "make gpu-report  tests, sanitizer and benchmark of a GPU, with PYTHON and its torch"
 	@echo "make toy    the toy experiment of the paper's supplement, into toy_out/"
 	@echo "make wheel  a wheel in dist/"
 	@echo "make venv   the virtual environment only; make clean removes what was built"
@@ -69,6 +70,10 @@ lint: | $(READY)
 bench: $(LIBRARY)
 	$(PY) benchmarks/run.py --ceiling --markdown benchmarks/results/table.md --plot docs/images/benchmark.png
 	$(PY) -m pytest benchmarks/test_operators.py
+
+# No environment is made: a machine with a GPU has its own torch, and may have no network.
+gpu-report:
+	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(PYTHON) benchmarks/gpu_report.py $(REPORT)
 
 toy: $(LIBRARY)
 	$(PY) examples/toy_structure.py --out toy_out

@@ -1,9 +1,14 @@
 """Builds gpl_fast/libgpl_fast.so; everything else about the package is in pyproject.toml.
 
 The library holds operators behind LibTorch's stable ABI and no CPython symbol, so one
-`py3-none-<platform>` wheel serves every Python and every torch >= 2.11. ninja drives the compiler;
+`py3-none-<platform>` wheel serves every Python and every torch >= 2.11. ninja drives the compilers;
 CXX, CXXFLAGS, LDFLAGS and MAX_JOBS mean what they usually do, for instance
 CXXFLAGS="-fsanitize=address,undefined -g" LDFLAGS="-fsanitize=address,undefined".
+
+Where nvcc is found (CUDACXX, CUDA_HOME or PATH) the CUDA operators are built in too, whatever build
+of torch is there, for TORCH_CUDA_ARCH_LIST or `ARCHITECTURES`; nvcc itself reads NVCC_APPEND_FLAGS.
+Without nvcc the library holds the CPU operators only: then GPL_FAST_FORCE_CUDA=1 and
+TORCH_CUDA_ARCH_LIST are errors.
 """
 
 from __future__ import annotations
@@ -11,8 +16,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -28,15 +36,26 @@ X86_BUILDS = {
     "avx2": "-march=x86-64-v3",
     "avx512": "-march=x86-64-v4",
 }
+# What TORCH_CUDA_ARCH_LIST is by default, as far as nvcc knows it; PTX of the first one serves
+# every other GPU.
+ARCHITECTURES = ("8.0+PTX", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 NINJA = """\
 ninja_required_version = 1.5
 cxx = {cxx}
 cxxflags = {cxxflags}
 ldflags = {ldflags}
+nvcc = {nvcc}
+nvccflags = {nvccflags}
 
 rule compile
   command = $cxx -MMD -MF $out.d $cxxflags $flags -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = compile $out
+
+rule compile_cuda
+  command = $nvcc -MMD -MF $out.d $nvccflags -c $in -o $out
   depfile = $out.d
   deps = gcc
   description = compile $out
@@ -50,11 +69,111 @@ default {library}
 """
 
 
+@dataclass(frozen=True)
+class Cuda:
+    """nvcc, the toolkit that it belongs to, its version, and what it is to compile for."""
+
+    nvcc: str
+    toolkit: Path
+    version: str
+    architectures: tuple[str, ...]  # "80", "90a", …; "80+PTX" for PTX beside it
+
+    @property
+    def description(self) -> str:
+        """What the library says about itself: "13.0 80+PTX 86 …"."""
+        return " ".join([self.version, *self.architectures])
+
+
+def find_nvcc() -> str | None:
+    """CUDACXX, or nvcc of CUDA_HOME, or of PATH."""
+    if named := os.environ.get("CUDACXX"):
+        if found := shutil.which(named):
+            return found
+        sys.exit(f"CUDACXX: got {named!r}, expected an nvcc that can be run; or unset it")
+    home = os.environ.get("CUDA_HOME")
+    return (shutil.which(str(Path(home, "bin", "nvcc"))) if home else None) or shutil.which("nvcc")
+
+
+def find_cuda() -> Cuda | None:
+    """The CUDA build, or None where it is left out."""
+    nvcc, listed = find_nvcc(), os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if nvcc is None:
+        forced = os.environ.get("GPL_FAST_FORCE_CUDA", "0") != "0"
+        if forced or listed:
+            cause = "GPL_FAST_FORCE_CUDA" if forced else "TORCH_CUDA_ARCH_LIST"
+            sys.exit(
+                f"{cause} asks for the CUDA operators, but there is no nvcc: set CUDA_HOME to a "
+                "CUDA toolkit, put its nvcc on PATH, or unset the variable to install the CPU "
+                "operators only"
+            )
+        print("no nvcc: building the CPU operators only")
+        return None
+    version = re.search(r"release (\d+\.\d+)", _output(nvcc, "--version"))
+    # nvcc may be a script that calls another one: it says itself where it lives.
+    toolkit = re.search(
+        r"^#\$ TOP=(.*)$", _output(nvcc, "--dryrun", "-E", "-x", "cu", "none"), re.M
+    )
+    known = set(re.findall(r"compute_(\d+)", _output(nvcc, "--list-gpu-arch")))
+    if not (version and toolkit and known):
+        sys.exit(f"{nvcc} does not answer like nvcc: set CUDACXX or CUDA_HOME to a CUDA toolkit")
+    return Cuda(nvcc, Path(toolkit[1]).resolve(), version[1], architectures(listed, known))
+
+
+def architectures(listed: str | None, known: set[str]) -> tuple[str, ...]:
+    """`listed` as torch reads it ("8.0;9.0+PTX"), or `ARCHITECTURES`; `known` is nvcc's "80", …"""
+    out: dict[str, str] = {}
+    for entry in re.split("[ ;,]+", listed.strip()) if listed else ARCHITECTURES:
+        found = re.fullmatch(r"(\d+)\.(\d)a?(\+PTX)?", entry)
+        if not found:
+            sys.exit(
+                f"TORCH_CUDA_ARCH_LIST: got {entry!r}, expected entries like 8.0, 9.0a, 12.0+PTX"
+            )
+        number = found[1] + found[2]
+        if int(number) < 80:
+            print(f"TORCH_CUDA_ARCH_LIST: {entry} is left out: the kernels need 8.0 or newer")
+        elif number in known:
+            # Hopper's own instructions need "a"; no other GPU has its number.
+            out[number] = ("90a" if number == "90" else number) + (found[3] or "")
+        elif listed:
+            sys.exit(f"TORCH_CUDA_ARCH_LIST: this nvcc does not know {entry}, only {sorted(known)}")
+    if not out:
+        sys.exit("TORCH_CUDA_ARCH_LIST: got nothing from 8.0 on; unset it for the default")
+    return tuple(out.values())
+
+
+def nvcc_flags(cuda: Cuda) -> list[str]:
+    """Machine code for every architecture, PTX where asked for."""
+    flags = ["-std=c++17", "-O3", "--threads", "2", "-Xfatbin", "-compress-all"]
+    flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
+    for entry in cuda.architectures:
+        number = entry.removesuffix("+PTX")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if entry.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def cuda_link_flags(cuda: Cuda) -> list[str]:
+    """The runtime, static and not visible from outside: torch may bring one of its own."""
+    folders = ["lib64", "lib", f"targets/{platform.machine()}-linux/lib"]
+    runtimes = [cuda.toolkit / folder / "libcudart_static.a" for folder in folders]
+    runtime = next((path for path in runtimes if path.exists()), None)
+    if runtime is None:
+        sys.exit(f"{cuda.toolkit} has no libcudart_static.a: install it, or take nvcc off PATH")
+    return [str(runtime), f"-Wl,--exclude-libs,{runtime.name}", "-ldl", "-lrt", "-lpthread"]
+
+
+def _output(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr
+
+
 def escape(path: Path | str) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
 def build_ninja(library: Path) -> str:
+    cuda = find_cuda()
     torch_dir = Path(next(iter(importlib.util.find_spec("torch").submodule_search_locations)))
     csrc = ROOT / "csrc"
     x86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -72,6 +191,12 @@ def build_ninja(library: Path) -> str:
         edges.append(f"build {name}: compile {escape(source)}\n  flags = {flags}\n")
         objects.append(name)
 
+    if cuda:
+        print(f"CUDA {cuda.version} at {cuda.toolkit}: {' '.join(cuda.architectures)}")
+        torch_flags += f""" '-DGPL_FAST_CUDA="{cuda.description}"'"""
+    for source in sorted((csrc / "cuda").glob("*.cu")) if cuda else []:
+        objects.append(f"{source.stem}.cuda.o")
+        edges.append(f"build {objects[-1]}: compile_cuda {escape(source)}\n")
     compile_edge(csrc / "ops.cpp", "ops.o", torch_flags)
     compile_edge(csrc / "cpu" / "dispatch.cpp", "dispatch.o", "")
     for build, march in builds.items():
@@ -80,10 +205,13 @@ def build_ninja(library: Path) -> str:
             compile_edge(csrc / "cpu" / f"{name}.cpp", f"{name}.{build}.o", flags)
     edges.append(f"build {escape(library)}: link {' '.join(objects)}\n")
     linked = [f"-L{torch_dir / 'lib'}", "-Wl,--no-as-needed", "-ltorch"]
+    linked += cuda_link_flags(cuda) if cuda else []
     return NINJA.format(
         cxx=os.environ.get("CXX", "c++"),
         cxxflags=" ".join([*common, os.environ.get("CXXFLAGS", "")]).strip(),
         ldflags=" ".join([*linked, os.environ.get("LDFLAGS", "")]).strip(),
+        nvcc=cuda.nvcc if cuda else "",
+        nvccflags=" ".join(nvcc_flags(cuda)) if cuda else "",
         edges="\n".join(edges),
         library=escape(library),
     )
@@ -101,7 +229,9 @@ class Build(build_ext):
         library = Path(self.get_ext_fullpath(ext.name)).resolve()
         library.parent.mkdir(parents=True, exist_ok=True)
         (build_dir / "build.ninja").write_text(build_ninja(library))
-        command = [sys.executable, "-m", "ninja", "-C", str(build_dir)]
+        module = importlib.util.find_spec("ninja")
+        ninja = [sys.executable, "-m", "ninja"] if module else ["ninja"]
+        command = [*ninja, "-C", str(build_dir)]
         if jobs := os.environ.get("MAX_JOBS"):
             command += ["-j", jobs]
         subprocess.run(command, check=True)

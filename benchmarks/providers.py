@@ -1,8 +1,8 @@
 """The one setup that speed, memory and correctness share: inputs, and what is compared on them.
 
-A provider is made by ``PROVIDERS[name](classes, target_kind)`` and called with logits
-(N, C, H, W) float32 and a target; it gives the value. All have the same frozen network, the
-structure "1,1,1,1,1" with `gpl_fast.LossNet.vgg`'s weights, so all give the same value.
+A provider is made by ``PROVIDERS[name](classes, target_kind, device)`` and called with logits
+(N, C, H, W) float32 and a target, all on that device; it gives the value. All have the same frozen
+network, the structure "1,1,1,1,1" with `gpl_fast.LossNet.vgg`'s weights: all give the same value.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,9 @@ BLOB = 16  # pixels between the noise's grid points: labels come in regions of a
 # ----------------------------------------------------------------------------------------- inputs
 
 
-def make_inputs(shape: Sequence[int], kind: str, peaked: bool = False) -> tuple[Tensor, Any]:
+def make_inputs(
+    shape: Sequence[int], kind: str, peaked: bool = False, device: str = "cpu"
+) -> tuple[Tensor, Any]:
     """Logits (N, C, H, W) float32 and a target of `kind`, from own generators.
 
     Labels are natural blobs: the largest class of smoothed low-resolution noise. ``peaked`` raises
@@ -39,25 +42,26 @@ def make_inputs(shape: Sequence[int], kind: str, peaked: bool = False) -> tuple[
     n, c, h, w = shape
     if kind == "topk" and c == 1:
         raise ValueError("topk: got 1 class, expected 2 or more")
-    generator = torch.Generator().manual_seed(0)
-    labels, scores, indices = _blobs(n, c, h, w, min(TOP, c))
-    logits = torch.randn(n, c, h, w, generator=generator)
+    generator = torch.Generator(device).manual_seed(0)
+    labels, scores, indices = _blobs(n, c, h, w, min(TOP, c), device)
+    logits = torch.randn(n, c, h, w, generator=generator, device=device)
     if peaked:
         _raise_right_class(logits, labels)
     if kind == "labels":
         return logits, labels
     if kind == "topk":
         return logits, gpl_fast.TopK(torch.softmax((8 if peaked else 2) * scores, dim=1), indices)
-    teacher = torch.randn(n, c, h, w, generator=generator)
+    teacher = torch.randn(n, c, h, w, generator=generator, device=device)
     if peaked:
         _raise_right_class(teacher, labels)
     return logits, teacher
 
 
-def _blobs(n: int, c: int, h: int, w: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def _blobs(n: int, c: int, h: int, w: int, k: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
     """Labels (N, H, W), and scores, indices (N, k, H, W) of each pixel's k largest classes."""
-    generator = torch.Generator().manual_seed(1)
-    coarse = torch.randn(n, c, -(-h // BLOB) + 1, -(-w // BLOB) + 1, generator=generator)
+    generator = torch.Generator(device).manual_seed(1)
+    grid = (n, c, -(-h // BLOB) + 1, -(-w // BLOB) + 1)
+    coarse = torch.randn(grid, generator=generator, device=device)
     if c == 1:
         fine = F.interpolate(coarse, (h, w), mode="bilinear")
         return (fine[:, 0] > 0).long(), fine, torch.zeros_like(fine, dtype=torch.long)
@@ -75,7 +79,7 @@ def _raise_right_class(logits: Tensor, labels: Tensor) -> None:
         logits += margin * (2 * labels.unsqueeze(1) - 1)
     else:
         index = labels.unsqueeze(1)
-        logits.scatter_add_(1, index, torch.full(index.shape, margin))
+        logits.scatter_add_(1, index, torch.full_like(index, margin, dtype=logits.dtype))
 
 
 def crop(logits: Tensor, target: Any, size: int) -> tuple[Tensor, Any]:
@@ -108,9 +112,9 @@ class Provider:
         return self.value(logits, *target_tensors(target))
 
 
-def eager_fp32(classes: int, kind: str) -> Provider:
+def eager_fp32(classes: int, kind: str, device: str = "cpu") -> Provider:
     """Plain PyTorch in NCHW, as one writes it: the baseline."""
-    net = _network(classes)
+    net = _network(classes).to(device)
 
     def value(logits: Tensor, *target: Tensor) -> Tensor:
         features = net(_activate(logits))
@@ -119,9 +123,9 @@ def eager_fp32(classes: int, kind: str) -> Provider:
     return Provider(value, lambda: list(net.parameters()))
 
 
-def eager_bf16_channels_last(classes: int, kind: str) -> Provider:
+def eager_bf16_channels_last(classes: int, kind: str, device: str = "cpu") -> Provider:
     """The usual advice: bfloat16, channels_last, the target under no_grad; softmax in float32."""
-    net = _network(classes).to(torch.bfloat16, memory_format=torch.channels_last)
+    net = _network(classes).to(device, torch.bfloat16, memory_format=torch.channels_last)
 
     def features(y: Tensor) -> Tensor:
         return net(y.to(torch.bfloat16, memory_format=torch.channels_last)).float()
@@ -134,14 +138,16 @@ def eager_bf16_channels_last(classes: int, kind: str) -> Provider:
     return Provider(value, lambda: list(net.parameters()))
 
 
-def compiled(make: Callable[[int, str], Provider], classes: int, kind: str) -> Provider:
+def compiled(
+    make: Callable[[int, str, str], Provider], classes: int, kind: str, device: str = "cpu"
+) -> Provider:
     """`make`'s through torch.compile, one graph for each shape."""
-    plain = make(classes, kind)
+    plain = make(classes, kind, device)
     return Provider(torch.compile(plain.value, dynamic=False), plain.weights)
 
 
-def fast(classes: int, kind: str, dtype: torch.dtype) -> Provider:
-    """gpl_fast's fast path with `dtype` inside the network."""
+def fast(dtype: torch.dtype, classes: int, kind: str, device: str = "cpu") -> Provider:
+    """gpl_fast's fast path with `dtype` inside the network; it goes where its inputs are."""
     loss = gpl_fast.GenericPerceptualLoss(
         classes,
         activation="sigmoid" if classes == 1 else "softmax",
@@ -155,13 +161,13 @@ def fast(classes: int, kind: str, dtype: torch.dtype) -> Provider:
     return Provider(value, loss.net.cached_tensors)
 
 
-PROVIDERS: dict[str, Callable[[int, str], Provider]] = {
+PROVIDERS: dict[str, Callable[..., Provider]] = {
     "eager-fp32": eager_fp32,
     "eager-bf16-cl": eager_bf16_channels_last,
-    "compile": lambda c, kind: compiled(eager_fp32, c, kind),
-    "compile-bf16": lambda c, kind: compiled(eager_bf16_channels_last, c, kind),
-    "gpl_fast-fp32": lambda c, kind: fast(c, kind, torch.float32),
-    "gpl_fast-bf16": lambda c, kind: fast(c, kind, torch.bfloat16),
+    "compile": partial(compiled, eager_fp32),
+    "compile-bf16": partial(compiled, eager_bf16_channels_last),
+    "gpl_fast-fp32": partial(fast, torch.float32),
+    "gpl_fast-bf16": partial(fast, torch.bfloat16),
 }
 BASELINE = "eager-fp32"
 

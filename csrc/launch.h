@@ -7,7 +7,7 @@ namespace gpl_fast {
 
 enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
 enum class Activation : int32_t { kNone, kSoftmax, kSigmoid };
-enum class Pool : int32_t { kMax, kAvg };
+enum class Pool : int32_t { kMax, kAvg, kNone };
 
 // Strides in elements of an [N, C, H, W] tensor of the caller's.
 struct Strides {
@@ -123,6 +123,28 @@ struct ReluBwd {
   void* dz;             // [pixels, C]
 };
 
+// The gradient of a block's last convolution and of what follows it: dx = conv_transpose(dZ, w)
+// with dZ made from dy by (3) while it is read.
+struct ConvBlockBwd {
+  int64_t N, H, W, C_in, C_out, K, stride;  // H, W: of dx
+  Strip strip;                              // rows of dx; all of them at stride 2
+  Strip dy_strip;                           // the rows of its grid that dy holds; others count as 0
+  Pool pool;
+  DType dtype;
+  bool allow_tf32;      // for float32
+  const void* dy;       // [N, dy_strip.rows, w, C_out], w: of the pool's or the convolution's output
+  const uint8_t* code;  // as in ReluPoolFwd; kNone [N, h, w, ceil(C_out / 8)], null = no ReLU
+  // [K * K, padded_to(C_out, 64), padded_to(C_in, 8)]: tap (i, j) holds w[:, :, K - 1 - i, K - 1 - j]
+  const void* w;
+  void* dx;  // [N, strip.rows, W, C_in], null with logits
+  int64_t dy_image_stride, code_image_stride, dx_image_stride;
+  const SoftmaxBwd* logits;  // null, or what dx goes on to; its dy, c_pad and dtype are not read
+};
+
+inline int64_t padded_to(int64_t channels, int64_t multiple) {
+  return (channels + multiple - 1) / multiple * multiple;
+}
+
 struct LabelConvFwd {
   int64_t N, C, H, W, K, c_out;
   Strip strip;
@@ -171,5 +193,12 @@ GPL_FAST_STAGES(GPL_FAST_DECLARE)
 #undef GPL_FAST_DECLARE
 const char* capability();
 }  // namespace cpu
+
+namespace cuda {  // stream: a cudaStream_t
+void conv_block_bwd(const ConvBlockBwd& args, void* stream);
+void relu_pool_bwd(const ReluPoolBwd& args, void* stream);
+void relu_bwd(const ReluBwd& args, void* stream);
+void softmax_bwd(const SoftmaxBwd& args, void* stream);
+}  // namespace cuda
 
 }  // namespace gpl_fast

@@ -1,15 +1,17 @@
 // The operators: schemas, checks and dispatch through LibTorch's stable ABI (torch >= 2.11).
+//
+// GPL_FAST_CUDA is defined where csrc/cuda is built in, as the text that cuda_build() gives.
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
-#include <initializer_list>
-#include <optional>
-#include <string>
+#include "checks.h"
 
-#include "launch.h"
+#ifdef GPL_FAST_CUDA
+// Weak: a CPU build of torch has no such function, and the library has to load beside it too.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device,
+                                                                                   void** stream);
+#endif
 
 namespace gpl_fast {
 
@@ -19,119 +21,21 @@ void parallel_for(int64_t n, int64_t grain, ParallelBody body, void* ctx) {
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-using Shape = std::initializer_list<int64_t>;
-
-template <class Sizes>
-std::string text(const Sizes& sizes) {
-  std::string s = "[";
-  for (int64_t size : sizes) s += (s.size() > 1 ? ", " : "") + std::to_string(size);
-  return s + "]";
+// GPL_FAST_RUN: a stage where its tensors are; on a GPU, on that device's current stream.
+#ifdef GPL_FAST_CUDA
+template <class Args>
+void on_current_stream(const Tensor& t, const Args& a, void (*stage)(const Args&, void*)) {
+  const auto device = t.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  stage(a, stream);
 }
-
-DType float_dtype(const Tensor& t, const char* name) {
-  ScalarType s = t.scalar_type();
-  STD_TORCH_CHECK(s == ScalarType::Float || s == ScalarType::BFloat16 || s == ScalarType::Half,
-                  "gpl_fast: ", name, " must be float32, bfloat16 or float16, got ",
-                  torch::headeronly::toString(s));
-  return s == ScalarType::Float      ? DType::kFloat32
-         : s == ScalarType::BFloat16 ? DType::kBFloat16
-                                     : DType::kFloat16;
-}
-
-void check_shape(const Tensor& t, const char* name, Shape shape) {
-  bool same = t.dim() == (int64_t)shape.size();
-  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == shape.begin()[i];
-  STD_TORCH_CHECK(same, "gpl_fast: ", name, " must have the shape ", text(shape), ", got ",
-                  text(t.sizes()));
-}
-
-void check_dtype(const Tensor& t, const char* name, ScalarType dtype) {
-  STD_TORCH_CHECK(t.scalar_type() == dtype, "gpl_fast: ", name, " must be ",
-                  torch::headeronly::toString(dtype), ", got ",
-                  torch::headeronly::toString(t.scalar_type()));
-}
-
-void* contiguous(const Tensor& t, const char* name, ScalarType dtype, Shape shape) {
-  check_shape(t, name, shape);
-  check_dtype(t, name, dtype);
-  STD_TORCH_CHECK(t.is_contiguous(), "gpl_fast: ", name, " must be contiguous");
-  return t.data_ptr();
-}
-
-template <class T>
-T* contiguous(const MaybeTensor& t, const char* name, ScalarType dtype, Shape shape) {
-  return t ? (T*)contiguous(*t, name, dtype, shape) : nullptr;
-}
-
-// Images contiguous in themselves, at any stride: a slice of rows of one image passes.
-int64_t image_stride(const Tensor& t, const char* name, ScalarType dtype, Shape shape) {
-  check_shape(t, name, shape);
-  check_dtype(t, name, dtype);
-  int64_t dense = 1;
-  bool ok = true;
-  for (int64_t i = t.dim() - 1; i > 0; --i) {
-    ok = ok && (t.size(i) == 1 || t.stride(i) == dense);
-    dense *= t.size(i);
-  }
-  STD_TORCH_CHECK(ok || t.numel() == 0, "gpl_fast: ", name,
-                  " must be contiguous within an image, strides ", text(t.strides()));
-  return t.stride(0);
-}
-
-int64_t image_stride(const MaybeTensor& t, const char* name, ScalarType dtype, Shape shape) {
-  return t ? image_stride(*t, name, dtype, shape) : 0;
-}
-
-// [N, k, H, W] with each [H, W] contiguous: a slice of rows passes.
-void* planes(const Tensor& t, const char* name, ScalarType dtype, Shape shape) {
-  check_shape(t, name, shape);
-  check_dtype(t, name, dtype);
-  STD_TORCH_CHECK(
-      t.numel() == 0 ||
-          ((t.size(3) == 1 || t.stride(3) == 1) && (t.size(2) == 1 || t.stride(2) == t.size(3))),
-      "gpl_fast: ", name, " must be contiguous within a plane, strides ", text(t.strides()));
-  return t.data_ptr();
-}
-
-void* data(const MaybeTensor& t) { return t ? t->data_ptr() : nullptr; }
-
-Strides strides(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
-
-Activation activation_of(int64_t value, const char* name) {
-  STD_TORCH_CHECK(value >= 0 && value <= 2, "gpl_fast: ", name,
-                  " must be 0 (none), 1 (softmax) or 2 (sigmoid), got ", value);
-  return (Activation)value;
-}
-
-Pool pool_of(int64_t value) {
-  STD_TORCH_CHECK(value == 0 || value == 1, "gpl_fast: pool must be 0 (max) or 1 (avg), got ",
-                  value);
-  return (Pool)value;
-}
-
-void check_temperature(double temperature) {
-  STD_TORCH_CHECK(temperature > 0, "gpl_fast: temperature must be positive, got ", temperature);
-}
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-const uint8_t* from_target_of(const MaybeTensor& t, int64_t N) {
-  return contiguous<uint8_t>(t, "from_target", ScalarType::Bool, {N});
-}
-
-CrossEntropy cross_entropy(const MaybeTensor& labels, const MaybeTensor& class_weight,
-                           double label_smoothing, bool own_lse, int64_t N, int64_t C, int64_t H,
-                           int64_t W) {
-  CrossEntropy ce = {};
-  ce.labels = contiguous<int64_t>(labels, "ce_labels", ScalarType::Long, {N, H, W});
-  ce.class_weight = contiguous<float>(class_weight, "class_weight", ScalarType::Float, {C});
-  ce.label_smoothing = (float)label_smoothing;
-  ce.own_lse = own_lse;
-  return ce;
-}
+#define GPL_FAST_RUN(stage, t, a) \
+  (t).is_cuda() ? on_current_stream(t, a, cuda::stage) : cpu::stage(a)
+#else
+#define GPL_FAST_RUN(stage, t, a) cpu::stage(a)
+#endif
 
 void softmax_pack_fwd(const Tensor& x, const MaybeTensor& valid, const MaybeTensor& target,
                       const MaybeTensor& from_target, const MaybeTensor& labels,
@@ -366,6 +270,7 @@ void relu_pool_bwd(const Tensor& dy, const Tensor& code, int64_t pool, int64_t H
   STD_TORCH_CHECK(dy.dim() == 4, "gpl_fast: dy must be [N, H / 2, W / 2, C], got ",
                   text(dy.sizes()));
   STD_TORCH_CHECK(dz.dim() == 4, "gpl_fast: dz must be [N, rows, W, C], got ", text(dz.sizes()));
+  check_device(dz, "dz", {{"dy", dy}, {"code", code}});
   ReluPoolBwd a = {};
   a.N = dy.size(0), a.H = H, a.W = W, a.C = dy.size(3);
   a.strip = {row0, dz.size(1)};
@@ -380,12 +285,13 @@ void relu_pool_bwd(const Tensor& dy, const Tensor& code, int64_t pool, int64_t H
           : image_stride(code, "code (a mask)", ScalarType::Byte, {a.N, H, W, ceil_div(a.C, 8)});
   a.dy = dy.data_ptr(), a.code = (const uint8_t*)code.data_ptr(), a.dz = dz.data_ptr();
   if (dz.numel() == 0) return;
-  cpu::relu_pool_bwd(a);
+  GPL_FAST_RUN(relu_pool_bwd, dz, a);
 }
 
 void relu_bwd(const Tensor& dy, const Tensor& mask, const Tensor& dz) {
   STD_TORCH_CHECK(dy.dim() == 4, "gpl_fast: dy must be [N, H, W, C], got ", text(dy.sizes()));
   const int64_t N = dy.size(0), H = dy.size(1), W = dy.size(2), C = dy.size(3);
+  check_device(dz, "dz", {{"dy", dy}, {"mask", mask}});
   ReluBwd a = {};
   a.pixels = N * H * W, a.C = C;
   a.dtype = float_dtype(dy, "dy");
@@ -393,22 +299,34 @@ void relu_bwd(const Tensor& dy, const Tensor& mask, const Tensor& dz) {
   a.mask = (const uint8_t*)contiguous(mask, "mask", ScalarType::Byte, {N, H, W, ceil_div(C, 8)});
   a.dz = contiguous(dz, "dz", dy.scalar_type(), {N, H, W, C});
   if (a.pixels * C == 0) return;
-  cpu::relu_bwd(a);
+  GPL_FAST_RUN(relu_bwd, dz, a);
 }
 
-void softmax_bwd(const Tensor& x, const MaybeTensor& lse, const MaybeTensor& dy,
-                 const MaybeTensor& scale, const MaybeTensor& valid, int64_t activation,
-                 double temperature, const MaybeTensor& ce_labels, const MaybeTensor& ce_lse,
-                 const MaybeTensor& ce_scale, const MaybeTensor& class_weight,
-                 double label_smoothing, int64_t row0, int64_t rows, const Tensor& dx) {
+// fused: what dy would hold is computed in the same kernel.
+SoftmaxBwd softmax_bwd_args(const Tensor& x, const MaybeTensor& lse, const MaybeTensor& dy,
+                            bool fused, const MaybeTensor& scale, const MaybeTensor& valid,
+                            int64_t activation, double temperature, const MaybeTensor& ce_labels,
+                            const MaybeTensor& ce_lse, const MaybeTensor& ce_scale,
+                            const MaybeTensor& class_weight, double label_smoothing, int64_t row0,
+                            int64_t rows, const Tensor& dx) {
   STD_TORCH_CHECK(x.dim() == 4, "gpl_fast: x must be [N, C, H, W], got ", text(x.sizes()));
+  check_device(dx, "dx",
+               {{"x", x},
+                {"lse", lse},
+                {"dy", dy},
+                {"scale", scale},
+                {"valid", valid},
+                {"ce_labels", ce_labels},
+                {"ce_lse", ce_lse},
+                {"ce_scale", ce_scale},
+                {"class_weight", class_weight}});
   SoftmaxBwd a = {};
   a.N = x.size(0), a.C = x.size(1), a.H = x.size(2), a.W = x.size(3);
   a.strip = {row0, rows};
   a.activation = activation_of(activation, "activation");
   check_temperature(temperature);
   STD_TORCH_CHECK(rows >= 0, "gpl_fast: rows must not be negative, got ", rows);
-  STD_TORCH_CHECK(dy || ce_labels, "gpl_fast: softmax_bwd needs dy or ce_labels");
+  STD_TORCH_CHECK(fused || dy || ce_labels, "gpl_fast: softmax_bwd needs dy or ce_labels");
   a.temperature = (float)temperature;
   a.x_dtype = float_dtype(x, "x");
   a.x = x.data_ptr();
@@ -424,12 +342,14 @@ void softmax_bwd(const Tensor& x, const MaybeTensor& lse, const MaybeTensor& dy,
     STD_TORCH_CHECK(dy->dim() == 4 && dy->size(3) >= a.C,
                     "gpl_fast: dy must be [N, rows, W, c_pad] with c_pad >= C = ", a.C, ", got ",
                     text(dy->sizes()));
-    STD_TORCH_CHECK(scale, "gpl_fast: dy needs scale");
-    STD_TORCH_CHECK(a.activation != Activation::kSoftmax || lse, "gpl_fast: softmax needs lse");
     a.c_pad = dy->size(3);
     a.dtype = float_dtype(*dy, "dy");
     a.dy_image_stride = image_stride(dy, "dy", dy->scalar_type(), {a.N, rows, a.W, a.c_pad});
     a.dy = dy->data_ptr();
+  }
+  if (dy || fused) {
+    STD_TORCH_CHECK(scale, "gpl_fast: dy needs scale");
+    STD_TORCH_CHECK(a.activation != Activation::kSoftmax || lse, "gpl_fast: softmax needs lse");
     a.scale = contiguous<float>(scale, "scale", ScalarType::Float, {a.N});
   }
   const bool shared = a.activation == Activation::kSoftmax && a.temperature == 1.0f;
@@ -442,11 +362,100 @@ void softmax_bwd(const Tensor& x, const MaybeTensor& lse, const MaybeTensor& dy,
     STD_TORCH_CHECK(a.ce_lse, "gpl_fast: ce_labels needs ce_lse",
                     " (lse where softmax has temperature 1)");
   }
-  if (a.N * a.C * a.W * rows == 0) return;
-  cpu::softmax_bwd(a);
+  return a;
 }
 
+void softmax_bwd(const Tensor& x, const MaybeTensor& lse, const MaybeTensor& dy,
+                 const MaybeTensor& scale, const MaybeTensor& valid, int64_t activation,
+                 double temperature, const MaybeTensor& ce_labels, const MaybeTensor& ce_lse,
+                 const MaybeTensor& ce_scale, const MaybeTensor& class_weight,
+                 double label_smoothing, int64_t row0, int64_t rows, const Tensor& dx) {
+  const SoftmaxBwd a =
+      softmax_bwd_args(x, lse, dy, false, scale, valid, activation, temperature, ce_labels, ce_lse,
+                       ce_scale, class_weight, label_smoothing, row0, rows, dx);
+  if (a.N * a.C * a.W * rows == 0) return;
+  GPL_FAST_RUN(softmax_bwd, dx, a);
+}
+
+#ifdef GPL_FAST_CUDA
+// H, W, C_in: of dx, which the caller's dx or logits hold.
+ConvBlockBwd conv_block_args(const Tensor& dy, const MaybeTensor& code, const Tensor& w,
+                             int64_t pool, int64_t stride, int64_t dy_row0, bool allow_tf32,
+                             int64_t H, int64_t W, int64_t C_in, Strip strip) {
+  STD_TORCH_CHECK(dy.dim() == 4, "gpl_fast: dy must be [N, rows, w, C_out], got ",
+                  text(dy.sizes()));
+  STD_TORCH_CHECK(w.dim() == 3, "gpl_fast: w must be [K * K, C_out padded, C_in padded], got ",
+                  text(w.sizes()));
+  STD_TORCH_CHECK(pool >= 0 && pool <= 2,
+                  "gpl_fast: pool must be 0 (max), 1 (avg) or 2 (none), got ", pool);
+  STD_TORCH_CHECK(stride == 1 || stride == 2, "gpl_fast: stride must be 1 or 2, got ", stride);
+  STD_TORCH_CHECK(stride == 1 || (strip.row0 == 0 && strip.rows == H),
+                  "gpl_fast: a stride of 2 takes all rows at once");
+  ConvBlockBwd a = {};
+  a.N = dy.size(0), a.H = H, a.W = W, a.C_in = C_in, a.C_out = dy.size(3);
+  while (a.K * a.K < w.size(0)) ++a.K;
+  STD_TORCH_CHECK(a.K * a.K == w.size(0) && a.K % 2 == 1,
+                  "gpl_fast: w must hold K * K taps, K odd, got ", w.size(0));
+  a.stride = stride, a.strip = strip, a.dy_strip = {dy_row0, dy.size(1)};
+  a.pool = (Pool)pool, a.dtype = float_dtype(dy, "dy"), a.allow_tf32 = allow_tf32;
+  const ScalarType dtype = dy.scalar_type();
+  const int64_t conv_h = ceil_div(H, stride), conv_w = ceil_div(W, stride);
+  const int64_t dy_w = a.pool == Pool::kNone ? conv_w : conv_w / 2;
+  a.dy_image_stride = image_stride(dy, "dy", dtype, {a.N, dy.size(1), dy_w, a.C_out});
+  STD_TORCH_CHECK(code || a.pool == Pool::kNone, "gpl_fast: a pool needs its code");
+  a.code_image_stride = a.pool == Pool::kMax
+                            ? image_stride(code, "code", ScalarType::Byte,
+                                           {a.N, conv_h / 2, conv_w / 2, ceil_div(a.C_out, 2)})
+                            : image_stride(code, "code (a mask)", ScalarType::Byte,
+                                           {a.N, conv_h, conv_w, ceil_div(a.C_out, 8)});
+  a.dy = dy.data_ptr(), a.code = (const uint8_t*)data(code);
+  a.w = contiguous(w, "w", dtype, {w.size(0), padded_to(a.C_out, 64), padded_to(C_in, 8)});
+  return a;
+}
+
+void conv_block_bwd(const Tensor& dy, const MaybeTensor& code, const Tensor& w, int64_t pool,
+                    int64_t stride, int64_t dy_row0, bool allow_tf32, int64_t H, int64_t row0,
+                    const Tensor& dx) {
+  STD_TORCH_CHECK(dx.dim() == 4, "gpl_fast: dx must be [N, rows, W, C_in], got ", text(dx.sizes()));
+  check_device(dx, "dx", {{"dy", dy}, {"code", code}, {"w", w}});
+  ConvBlockBwd a = conv_block_args(dy, code, w, pool, stride, dy_row0, allow_tf32, H, dx.size(2),
+                                   dx.size(3), {row0, dx.size(1)});
+  a.dx_image_stride = image_stride(dx, "dx", dy.scalar_type(), {a.N, dx.size(1), a.W, a.C_in});
+  a.dx = dx.data_ptr();
+  if (dx.numel() == 0) return;
+  on_current_stream(dx, a, cuda::conv_block_bwd);
+}
+
+void conv_block_logits_bwd(const Tensor& dy, const MaybeTensor& code, const Tensor& w, int64_t pool,
+                           int64_t stride, int64_t dy_row0, bool allow_tf32, const Tensor& x,
+                           const MaybeTensor& lse, const Tensor& scale, const MaybeTensor& valid,
+                           int64_t activation, double temperature, const MaybeTensor& ce_labels,
+                           const MaybeTensor& ce_lse, const MaybeTensor& ce_scale,
+                           const MaybeTensor& class_weight, double label_smoothing, int64_t row0,
+                           int64_t rows, const Tensor& dx) {
+  const SoftmaxBwd logits =
+      softmax_bwd_args(x, lse, {}, true, scale, valid, activation, temperature, ce_labels, ce_lse,
+                       ce_scale, class_weight, label_smoothing, row0, rows, dx);
+  check_device(dx, "dx", {{"dy", dy}, {"code", code}, {"w", w}});
+  ConvBlockBwd a = conv_block_args(dy, code, w, pool, stride, dy_row0, allow_tf32, logits.H,
+                                   logits.W, logits.C, {row0, rows});
+  STD_TORCH_CHECK(a.N == logits.N, "gpl_fast: dy must have the images of x, ", logits.N, ", got ",
+                  a.N);
+  a.logits = &logits;
+  if (logits.N * logits.C * logits.W * rows == 0) return;
+  on_current_stream(dx, a, cuda::conv_block_bwd);
+}
+#endif
+
 std::string cpu_capability() { return cpu::capability(); }
+
+std::string cuda_build() {
+#ifdef GPL_FAST_CUDA
+  return GPL_FAST_CUDA;
+#else
+  return "";
+#endif
+}
 
 }  // namespace
 }  // namespace gpl_fast
@@ -485,7 +494,16 @@ STABLE_TORCH_LIBRARY(gpl_fast, m) {
       "softmax_bwd(Tensor x, Tensor? lse, Tensor? dy, Tensor? scale, Tensor? valid, "
       "int activation, float temperature, Tensor? ce_labels, Tensor? ce_lse, Tensor? ce_scale, "
       "Tensor? class_weight, float label_smoothing, int row0, int rows, Tensor(a!) dx) -> ()");
+  m.def(
+      "conv_block_bwd(Tensor dy, Tensor? code, Tensor w, int pool, int stride, int dy_row0, "
+      "bool allow_tf32, int H, int row0, Tensor(a!) dx) -> ()");
+  m.def(
+      "conv_block_logits_bwd(Tensor dy, Tensor? code, Tensor w, int pool, int stride, "
+      "int dy_row0, bool allow_tf32, Tensor x, Tensor? lse, Tensor scale, Tensor? valid, "
+      "int activation, float temperature, Tensor? ce_labels, Tensor? ce_lse, Tensor? ce_scale, "
+      "Tensor? class_weight, float label_smoothing, int row0, int rows, Tensor(a!) dx) -> ()");
   m.def("cpu_capability() -> str");
+  m.def("cuda_build() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gpl_fast, CPU, m) {
@@ -502,6 +520,17 @@ STABLE_TORCH_LIBRARY_IMPL(gpl_fast, CPU, m) {
   m.impl("softmax_bwd", TORCH_BOX(&gpl_fast::softmax_bwd));
 }
 
+#ifdef GPL_FAST_CUDA
+STABLE_TORCH_LIBRARY_IMPL(gpl_fast, CUDA, m) {
+  m.impl("relu_pool_bwd", TORCH_BOX(&gpl_fast::relu_pool_bwd));
+  m.impl("relu_bwd", TORCH_BOX(&gpl_fast::relu_bwd));
+  m.impl("softmax_bwd", TORCH_BOX(&gpl_fast::softmax_bwd));
+  m.impl("conv_block_bwd", TORCH_BOX(&gpl_fast::conv_block_bwd));
+  m.impl("conv_block_logits_bwd", TORCH_BOX(&gpl_fast::conv_block_logits_bwd));
+}
+#endif
+
 STABLE_TORCH_LIBRARY_IMPL(gpl_fast, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&gpl_fast::cpu_capability));
+  m.impl("cuda_build", TORCH_BOX(&gpl_fast::cuda_build));
 }

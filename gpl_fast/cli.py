@@ -47,6 +47,12 @@ def _info(args: argparse.Namespace) -> int:
                     print(f"{device:<12} {state['name']}")
                     print(f"  fast       {state['fast']}")
                     print(f"  reference  {state['reference']}")
+            elif key == "operators":
+                for part, text in value.items():
+                    print(f"{part:<12} {text}" if part == "library" else f"  {part:<10} {text}")
+            elif key == "missing":
+                for kind, why in value.items():
+                    print(f"{kind:<12} not usable: {why}")
             elif key == "check":
                 for row in value:
                     verdict = "ok" if row["ok"] else "WRONG"

@@ -10,6 +10,7 @@ import torch
 
 import gpl_fast
 from gpl_fast import backend as backends
+from gpl_fast import ops
 from gpl_fast.lossnet import LossNet
 
 
@@ -37,9 +38,32 @@ def collect() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
+        "operators": _operators(),
         "devices": states,
+        "missing": _missing(),
         "fingerprint": net.fingerprint(),
     }
+
+
+def _operators() -> dict[str, str]:
+    """What the compiled library holds."""
+    if (reason := ops.load()) is not None:
+        return {"library": f"unavailable: {reason}"}
+    build = ops.parse_cuda_build(ops.cuda_build())
+    return {
+        "library": str(ops.LIBRARY),
+        "cpu": f"{ops.cpu_capability()} instructions",
+        "cuda": str(build) if build else "none: it was built without nvcc",
+    }
+
+
+def _missing() -> dict[str, str]:
+    """Kinds of device that are not there, and why."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return {"cuda": f"torch {torch.__version__} is a build without CUDA"}
+    if not torch.cuda.is_available():
+        return {"cuda": "torch finds no CUDA device, or no driver for it"}
+    return {}
 
 
 def check() -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ the rows ``[row0, row0 + rows)`` of every image; rows outside the image are writ
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ _MUTATING = (
     "relu_pool_bwd",
     "relu_bwd",
     "softmax_bwd",
+    "conv_block_bwd",
+    "conv_block_logits_bwd",
 )
 
 
@@ -47,6 +50,51 @@ def load() -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class CudaBuild:
+    """The CUDA code in the library: nvcc's version, and "80", "90a", …, for which it holds machine
+    code; `ptx` are those that it also holds as PTX, for newer GPUs."""
+
+    nvcc: str
+    architectures: tuple[str, ...]
+    ptx: tuple[str, ...]
+
+    def serves(self, major: int, minor: int) -> bool:
+        """Whether a GPU of this compute capability can run it."""
+        for name in self.architectures:
+            number, exact = int(name.rstrip("af")), not name.isdigit()
+            same = number == 10 * major + minor
+            if same or (not exact and number // 10 == major and number % 10 <= minor):
+                return True
+        return any(int(name) <= 10 * major + minor for name in self.ptx if name.isdigit())
+
+    def __str__(self) -> str:
+        names = [f"sm_{a}" for a in self.architectures] + [f"compute_{a} (PTX)" for a in self.ptx]
+        return f"{', '.join(names)}, by nvcc {self.nvcc}"
+
+
+def parse_cuda_build(text: str) -> CudaBuild | None:
+    """What ``setup.py`` baked in, "13.0 80+PTX 90a"; None for "", a library without CUDA."""
+    if not text:
+        return None
+    nvcc, *entries = text.split()
+    ptx = tuple(e.removesuffix("+PTX") for e in entries if e.endswith("+PTX"))
+    return CudaBuild(nvcc, tuple(e.removesuffix("+PTX") for e in entries), ptx)
+
+
+def cuda_obstacle(device: torch.device) -> str | None:
+    """Why the library's CUDA operators cannot run on a CUDA `device`, or None."""
+    if (reason := load()) is not None:
+        return reason
+    build = parse_cuda_build(torch.ops.gpl_fast.cuda_build())
+    if build is None:
+        return "the compiled operators were built without nvcc, for the CPU only"
+    major, minor = torch.cuda.get_device_capability(device)
+    if not build.serves(major, minor):
+        return f"the compiled operators hold {build}, nothing for sm_{major}{minor}"
+    return None
+
+
 def _mutating_fake(*args: Any, **kwargs: Any) -> None:
     return None
 
@@ -57,7 +105,7 @@ def _diff_reduce_fwd_fake(delta: torch.Tensor) -> torch.Tensor:
 
 def __getattr__(name: str) -> Any:
     """``ops.relu_bwd`` and so on: the operator itself (``OpOverload``)."""
-    if name not in (*_MUTATING, "diff_reduce_fwd", "cpu_capability"):
+    if name not in (*_MUTATING, "diff_reduce_fwd", "cpu_capability", "cuda_build"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if (reason := load()) is not None:
         raise RuntimeError(reason)

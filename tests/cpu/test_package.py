@@ -6,18 +6,21 @@ import ast
 import json
 import os
 import re
+import runpy
+import shutil
 import subprocess
 import sys
 from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 from cases import NARROW, make_target
 from torch.utils.flop_counter import FlopCounterMode
 
 import gpl_fast
-from gpl_fast import bench, cli
+from gpl_fast import bench, cli, ops
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(gpl_fast.__file__).parent
@@ -222,6 +225,164 @@ def test_demo_help(capsys):
     assert caught.value.code == 0
     assert "usage: gpl-fast demo" in capsys.readouterr().out
     demo.add_arguments(ArgumentParser())  # needs none of the demo's own packages
+
+
+def test_info_says_what_the_library_holds(capsys, monkeypatch):
+    if (reason := ops.load()) is not None:
+        pytest.skip(reason)
+    assert cli.main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["operators"]["library"] == str(ops.LIBRARY)
+    assert found["operators"]["cpu"].startswith(ops.cpu_capability())
+    build = ops.parse_cuda_build(ops.cuda_build())
+    assert found["operators"]["cuda"] == (
+        str(build) if build else "none: it was built without nvcc"
+    )
+    if not torch.cuda.is_available():
+        assert found["missing"]["cuda"]
+    monkeypatch.setattr(ops, "load", lambda: "it is not there")
+    assert cli.main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["operators"] == {"library": "unavailable: it is not there"}
+
+
+# ------------------------------------------------------------------------------------------- build
+
+
+def build_script(monkeypatch, **environment):
+    """The names of setup.py, which builds nothing here."""
+    for name in ("CUDACXX", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST", "GPL_FAST_FORCE_CUDA"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(setuptools, "setup", lambda **options: None)
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+def fake_nvcc(folder, known=("80", "86", "90", "120")):
+    """A toolkit whose nvcc answers questions and compiles nothing."""
+    (folder / "bin").mkdir(parents=True)
+    (folder / "lib64").mkdir()
+    (folder / "lib64" / "libcudart_static.a").touch()
+    nvcc = folder / "bin" / "nvcc"
+    listed = "".join(f"compute_{number}\n" for number in known)
+    nvcc.write_text(
+        "#!/bin/sh\ncase $1 in\n"
+        "--version) echo 'Cuda compilation tools, release 12.9, V12.9.1';;\n"
+        f"--dryrun) echo '#$ TOP={folder}' >&2;;\n"
+        f"--list-gpu-arch) printf '{listed}';;\nesac\n"
+    )
+    nvcc.chmod(0o755)
+    return nvcc
+
+
+def test_without_nvcc_the_cpu_operators_are_all_there_is(monkeypatch, tmp_path):
+    script = build_script(monkeypatch, PATH=tmp_path, CUDA_HOME=tmp_path / "none")
+    assert script["find_cuda"]() is None
+    assert ".cu" not in script["build_ninja"](tmp_path / "lib.so")
+
+
+@pytest.mark.parametrize("name", ["GPL_FAST_FORCE_CUDA", "TORCH_CUDA_ARCH_LIST"])
+def test_cuda_that_was_asked_for_and_cannot_be_built_is_an_error(monkeypatch, tmp_path, name):
+    value = {"GPL_FAST_FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}[name]
+    script = build_script(monkeypatch, PATH=tmp_path, **{name: value})
+    with pytest.raises(SystemExit, match=rf"{name} asks for .* no nvcc: set CUDA_HOME"):
+        script["find_cuda"]()
+
+
+def test_a_wrong_cudacxx_is_an_error(monkeypatch, tmp_path):
+    script = build_script(monkeypatch, CUDACXX=tmp_path / "nvcc")
+    with pytest.raises(SystemExit, match=r"CUDACXX: got .* expected an nvcc"):
+        script["find_cuda"]()
+
+
+def test_nvcc_is_found_by_each_name(monkeypatch, tmp_path):
+    toolkits = [tmp_path / name for name in ("named", "home", "path")]
+    named, home, path = (fake_nvcc(toolkit) for toolkit in toolkits)
+    tools = f"{path.parent}:/usr/bin:/bin"
+    asked = {"CUDACXX": named, "CUDA_HOME": toolkits[1], "PATH": tools}
+    for nvcc in (named, home, path):
+        found = build_script(monkeypatch, **asked)["find_cuda"]()
+        assert found.nvcc == str(nvcc)
+        assert found.toolkit == nvcc.parents[1]
+        asked = dict(list(asked.items())[1:])
+    assert found.description == "12.9 80+PTX 86 90a 120"  # of the default what this nvcc knows
+
+
+def test_the_architectures_are_those_that_torch_would_read(monkeypatch, tmp_path):
+    nvcc = fake_nvcc(tmp_path)
+    script = build_script(monkeypatch, CUDACXX=nvcc, TORCH_CUDA_ARCH_LIST="7.5 8.0;9.0+PTX,12.0")
+    cuda = script["find_cuda"]()
+    assert cuda.architectures == ("80", "90a+PTX", "120")
+    flags = script["nvcc_flags"](cuda)
+    assert [f for f in flags if f.startswith("-gencode")] == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_90a,code=compute_90a",
+        "-gencode=arch=compute_120,code=sm_120",
+    ]
+    for wrong in ("Hopper", "9", "10.0", "7.0"):
+        script = build_script(monkeypatch, CUDACXX=nvcc, TORCH_CUDA_ARCH_LIST=wrong)
+        with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST"):
+            script["find_cuda"]()
+
+
+def test_every_cuda_source_is_built(monkeypatch, tmp_path):
+    script = build_script(monkeypatch, CUDACXX=fake_nvcc(tmp_path))
+    ninja = script["build_ninja"](tmp_path / "lib.so")
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    assert sources
+    for source in sources:
+        assert f"compile_cuda {source}" in ninja
+    assert 'DGPL_FAST_CUDA="12.9 80+PTX 86 90a 120"' in ninja
+    assert str(tmp_path / "lib64" / "libcudart_static.a") in ninja
+
+
+@pytest.mark.parametrize(
+    ("text", "capability", "served"),
+    [
+        ("13.0 80 86 90a", (8, 0), True),
+        ("13.0 80 90a", (8, 9), True),  # the same generation, newer
+        ("13.0 86", (8, 0), False),
+        ("13.0 90a", (9, 0), True),
+        ("13.0 100 90a", (10, 3), True),
+        ("13.0 80 90a", (12, 0), False),
+        ("13.0 80+PTX", (12, 1), True),
+        ("13.0 90a+PTX", (10, 0), False),  # "a" runs nowhere else, as PTX neither
+        ("13.0 80+PTX", (7, 5), False),
+    ],
+)
+def test_which_gpu_a_build_serves(text, capability, served):
+    assert ops.parse_cuda_build(text).serves(*capability) is served
+
+
+def test_why_the_cuda_operators_cannot_run(monkeypatch):
+    if (reason := ops.load()) is not None:
+        pytest.skip(reason)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    device = torch.device("cuda", 0)
+    build = ops.parse_cuda_build(ops.cuda_build())
+    expected = "nothing for sm_75" if build else "built without nvcc"
+    assert expected in ops.cuda_obstacle(device)
+    if build:
+        major, minor = divmod(int(build.architectures[0].rstrip("a")), 10)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, minor))
+        assert ops.cuda_obstacle(device) is None
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+def test_the_library_needs_no_python_and_no_cuda(monkeypatch):
+    if (reason := ops.load()) is not None:
+        pytest.skip(reason)
+    table = subprocess.run(
+        ["nm", "-D", str(ops.LIBRARY)], capture_output=True, text=True, check=True
+    ).stdout
+    symbols = [line.split()[-2:] for line in table.splitlines()]
+    needed = {name.split("@")[0] for kind, name in symbols if kind == "U"}
+    assert needed
+    assert not [n for n in needed if n.startswith(("Py", "_Py", "cuda", "cu", "__cuda"))]
+    offered = [name for kind, name in symbols if kind in "TWBD"]
+    assert not [name for name in offered if "cuda" in name]  # torch may bring another runtime
 
 
 # ----------------------------------------------------------------------------------------- explain

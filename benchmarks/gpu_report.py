@@ -1,0 +1,215 @@
+"""One report of a machine with a GPU and no network: build, tests, sanitizer, benchmark.
+
+``make gpu-report`` writes report.json, report.md, benchmark.png and the logs of every stage into
+one folder, within `BUDGET` seconds, with the Python and the torch that are there. A stage that
+fails leaves its log and does not keep the others from running; the exit status is 1 then.
+``--dry`` runs every stage on the CPU, at tiny sizes, with the library that is built already.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import report
+import torch
+from gpu_pages import markdown, plot
+from on_device import machine
+
+ROOT = report.ROOT
+BUDGET = 520.0
+# The most that a stage may take of the budget; the benchmark takes what is left.
+LIMITS = {"build": 180.0, "check": 60.0, "tests": 150.0, "memcheck": 75.0, "racecheck": 75.0}
+BENCHMARK = 150.0  # which is left at least
+QUERY = "name,driver_version,memory.total,clocks.sm"
+SMALL = "small"  # in the names of the tests that a sanitizer runs, and a dry run
+
+
+@dataclass
+class Stage:
+    """What became of a stage: "ok", "failed", "timed out" or "skipped", and why."""
+
+    name: str
+    status: str
+    seconds: float
+    detail: str
+    command: str = ""
+
+
+class Report:
+    """Runs the stages one after the other into a folder."""
+
+    def __init__(self, folder: Path, dry: bool, budget: float) -> None:
+        self.folder, self.dry = folder, dry
+        self.end = time.monotonic() + budget
+        self.stages: list[Stage] = []
+        self.environment = dict(os.environ)
+        if dry:
+            self.environment |= {"GPL_FAST_TEST_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        self.environment["PYTHONPATH"] = os.pathsep.join(paths)  # the package need not be installed
+        caches = folder / "cache"
+        self.environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(caches / "inductor"))
+        self.environment.setdefault("TRITON_CACHE_DIR", str(caches / "triton"))
+
+    def run(self, name: str, command: list[str]) -> Stage:
+        """One command into ``<name>.log``."""
+        left = self.end - time.monotonic()
+        limit = min(LIMITS[name], left - BENCHMARK) if name in LIMITS else left
+        if limit <= 0:
+            return self.skip(name, "no time was left")
+        start, log = time.monotonic(), self.folder / f"{name}.log"
+        with log.open("w") as out:
+            try:
+                done = subprocess.run(
+                    command, cwd=ROOT, env=self.environment, stdout=out, stderr=subprocess.STDOUT,
+                    timeout=limit, check=False,
+                )  # fmt: skip
+                status = "failed" if done.returncode else "ok"
+            except subprocess.TimeoutExpired:
+                status = "timed out"
+        last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        stage = Stage(
+            name, status, time.monotonic() - start, last[-1] if last else "", " ".join(command)
+        )
+        return self._keep(stage)
+
+    def skip(self, name: str, why: str) -> Stage:
+        """A stage that cannot run here."""
+        return self._keep(Stage(name, "skipped", 0.0, why))
+
+    def _keep(self, stage: Stage) -> Stage:
+        self.stages.append(stage)
+        print(
+            f"{stage.name:<10} {stage.status:<9} {stage.seconds:6.1f}s  {stage.detail}", flush=True
+        )
+        return stage
+
+    def all_stages(self) -> dict[str, Any]:
+        """Every stage in turn; what report.json holds."""
+        python = sys.executable
+        loads = (
+            "from gpl_fast import ops; assert ops.load() is None, ops.load(); print(ops.LIBRARY)"
+        )
+        if self.dry:
+            self.run("build", [python, "-c", loads])
+        else:
+            self.run("build", [python, "setup.py", "-q", "build_ext", "--inplace"])
+        self.run("check", [python, "-m", "gpl_fast", "info", "--check"])
+        self._tests()
+        for tool in ("memcheck", "racecheck"):
+            self._sanitizer(tool)
+        measured = self._benchmark()
+        found = json.loads(_output(python, "-m", "gpl_fast", "info", "--json") or "{}")
+        return {
+            "machine": machine("cpu" if self.dry else "cuda"),
+            "dry": self.dry,
+            "protocol": report.protocol(),
+            "driver": _output("nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"),
+            "info": found,
+            "stages": [asdict(stage) for stage in self.stages],
+            "benchmark": measured,
+        }  # fmt: skip
+
+    def _pytest(self, *arguments: str) -> list[str]:
+        # By the folder's own settings: nothing but pytest has to be installed.
+        settings = ["-c", "tests/gpu/pytest.ini", "-p", "no:cacheprovider"]
+        return [sys.executable, "-m", "pytest", "-m", "gpu", *settings, "tests/gpu", *arguments]
+
+    def _tests(self) -> None:
+        xml = self.folder / "tests.xml"
+        few = ["-k", SMALL] if self.dry else []
+        stage = self.run("tests", self._pytest(f"--junitxml={xml}", *few))
+        if xml.exists():
+            counts, failed = outcomes(xml)
+            stage.detail = ", ".join(f"{n} {what}" for what, n in counts.items())
+            stage.detail += "; failed: " + ", ".join(failed) if failed else ""
+
+    def _sanitizer(self, tool: str) -> None:
+        sanitizer = shutil.which("compute-sanitizer")
+        if sanitizer is None:
+            self.skip(tool, "compute-sanitizer is not there")
+        elif self.dry:
+            self.skip(tool, "it needs a GPU")
+        else:
+            check = [
+                sanitizer,
+                "--tool",
+                tool,
+                "--error-exitcode",
+                "9",
+                "--target-processes",
+                "all",
+            ]
+            self.run(tool, [*check, *self._pytest("-k", SMALL)])
+
+    def _benchmark(self) -> dict[str, Any]:
+        out = self.folder / "rows.json"
+        left = self.end - time.monotonic()
+        command = [sys.executable, "benchmarks/on_device.py", "--out", str(out)]
+        stage = self.run(
+            "benchmark", [*command, "--seconds", f"{left - 20:.0f}", *["--dry"] * self.dry]
+        )
+        if not out.exists():
+            return {"rows": [], "left_out": []}
+        measured: dict[str, Any] = json.loads(out.read_text())
+        timed = [row for row in measured["rows"] if "seconds_median" in row]
+        stage.detail = f"{len(timed)} of {len(measured['rows'])} rows have times"
+        if timed and importlib.util.find_spec("matplotlib"):
+            plot(timed, self.folder / "benchmark.png")
+        return measured
+
+
+def outcomes(xml: Path) -> tuple[dict[str, int], list[str]]:
+    """How many tests passed, failed and were skipped, and the names of those that failed."""
+    counts = {"passed": 0, "failed": 0, "skipped": 0}
+    failed = []
+    for case in ElementTree.parse(xml).iter("testcase"):
+        kinds = {child.tag for child in case}
+        if kinds & {"failure", "error"}:
+            counts["failed"] += 1
+            failed.append(f"{case.get('name')}")
+        else:
+            counts["skipped" if "skipped" in kinds else "passed"] += 1
+    return counts, failed
+
+
+def _output(*command: str) -> str:
+    if shutil.which(command[0]) is None:
+        return ""
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def main() -> int:
+    """Write the report; 1 if a stage failed."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<GPU>")
+    parser.add_argument("--dry", action="store_true", help="every stage on the CPU, tiny sizes")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds")
+    args = parser.parse_args()
+    if not (args.dry or torch.cuda.is_available()):
+        parser.error("torch finds no CUDA device; --dry runs every stage on the CPU")
+    name = "dry" if args.dry else machine("cuda").lower().replace(" ", "-")
+    folder = (args.out or ROOT / "benchmarks" / "results" / name).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    stages = Report(folder, args.dry, args.budget)
+    found = stages.all_stages()
+    (folder / "report.json").write_text(json.dumps(found, indent=1) + "\n")
+    (folder / "report.md").write_text(markdown(found))
+    print(f"wrote {folder}")
+    return int(any(stage.status in ("failed", "timed out") for stage in stages.stages))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

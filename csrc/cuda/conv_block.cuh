@@ -1,0 +1,96 @@
+// What the kernels of conv_block_bwd share: their arguments, the place of a block, and the way of a
+// tile of dx from shared memory to global.
+#pragma once
+
+#include "dz_tile.cuh"
+#include "logits_bwd.cuh"
+
+namespace gpl_fast::cuda {
+
+struct ConvBlockArgs {
+  ConvBlockBwd conv;
+  SoftmaxBwd logits;                         // where conv.logits is set
+  int tiles_h, tiles_w, channel_tiles;       // channel_tiles: of blocks, 1 with logits
+  int class_tiles;                           // that one block walks over, 1 without logits
+  int64_t out_pad, in_pad;                   // channels of the packed weight
+  bool aligned, dx_aligned, tf32;
+};
+
+ConvBlockArgs conv_block_args(const ConvBlockBwd& a, int channels);
+int64_t conv_block_count(const ConvBlockArgs& a);
+
+__device__ __forceinline__ Tile tile_of_block(const ConvBlockArgs& a, int& channel_tile) {
+  int b = (int)blockIdx.x;
+  const int stride = (int)a.conv.stride;
+  channel_tile = b % a.channel_tiles, b /= a.channel_tiles;
+  Tile t;
+  t.j0 = b % a.tiles_w * kTileW, b /= a.tiles_w;
+  t.i0 = b % a.tiles_h * kTileH, b /= a.tiles_h;
+  t.phase_w = b % stride, b /= stride;
+  t.phase_h = b % stride, t.n = b / stride;
+  if (stride == 1) t.i0 += (int)a.conv.strip.row0;
+  t.rows = taps_of((int)a.conv.K, stride, t.phase_h);
+  t.columns = taps_of((int)a.conv.K, stride, t.phase_w);
+  return t;
+}
+
+// The pixel (i, j) of a tile in dx.
+struct Place {
+  int h, w;
+  bool in_strip, in_image;
+};
+__device__ __forceinline__ Place place_of(const ConvBlockArgs& a, const Tile& t, int i, int j) {
+  Place p;
+  p.h = (int)a.conv.stride * (t.i0 + i) + t.phase_h;
+  p.w = (int)a.conv.stride * (t.j0 + j) + t.phase_w;
+  p.in_strip = p.w < a.conv.W && p.h < a.conv.strip.row0 + a.conv.strip.rows;
+  p.in_image = p.in_strip && p.h >= 0 && p.h < a.conv.H;
+  return p;
+}
+
+// One row of eight channels of the tile; rows outside the image become zeros.
+template <class T>
+__device__ __forceinline__ void store_dx(const ConvBlockArgs& a, int n, const Place& p, int c,
+                                         const float* row) {
+  if (!p.in_strip || c >= a.conv.C_in) return;
+  T* dx = (T*)a.conv.dx + n * a.conv.dx_image_stride +
+          ((p.h - a.conv.strip.row0) * a.conv.W + p.w) * a.conv.C_in + c;
+  constexpr int kUnit = 16 / sizeof(T);
+#pragma unroll
+  for (int u = 0; u < 8 / kUnit; ++u) {
+    Vec<T, kUnit> out;
+#pragma unroll
+    for (int e = 0; e < kUnit; ++e) out.v[e] = narrow<T>(p.in_image ? row[u * kUnit + e] : 0.0f);
+    if (a.dx_aligned) {
+      *(Vec<T, kUnit>*)(dx + u * kUnit) = out;
+    } else {
+#pragma unroll
+      for (int e = 0; e < kUnit; ++e) {
+        if (c + u * kUnit + e < a.conv.C_in) dx[u * kUnit + e] = out.v[e];
+      }
+    }
+  }
+}
+
+// A thread's pixel among those that a group of threads has in shared memory, and its first channel;
+// it goes on in steps of `lanes`. Neighbours in the caller's memory go to neighbouring threads.
+struct Share {
+  int pixel, lane, lanes;
+};
+__device__ __forceinline__ Share share_of(const SoftmaxBwd& a, int thread, int threads,
+                                          int pixels) {
+  const int lanes = threads / pixels;
+  if (a.dx_strides.c == 1) return {thread / lanes, thread % lanes, lanes};
+  return {thread % pixels, thread / pixels, lanes};
+}
+
+// The total over the lanes of a pixel, in fixed order: slots [lanes].
+__device__ __forceinline__ LogitsSums total_of(const LogitsSums* slots, int lanes) {
+  LogitsSums t = slots[0];
+  for (int l = 1; l < lanes; ++l) {
+    t.y_dy += slots[l].y_dy, t.y += slots[l].y, t.p += slots[l].p;
+  }
+  return t;
+}
+
+}  // namespace gpl_fast::cuda

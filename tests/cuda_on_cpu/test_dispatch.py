@@ -1,0 +1,159 @@
+"""The CUDA side of csrc/ops.cpp: every operator takes its arguments to its kernel.
+
+The source is compiled with CPU tensors in the place of CUDA's, no stream, and another name, so both
+libraries can be loaded; the kernels are the shipped ones, run on the CPU.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import emulate
+import pytest
+import torch
+from block import AVG, MAX, NO_POOL, Block, nhwc, pack_weights
+
+from gpl_fast import ops
+
+if (reason := ops.load()) is not None:
+    pytest.skip(reason, allow_module_level=True)
+
+SOFTMAX = 1
+CHANGES = {
+    "STABLE_TORCH_LIBRARY_IMPL(gpl_fast, CPU,": "STABLE_TORCH_LIBRARY_IMPL(gpl_fast, XLA,",
+    "STABLE_TORCH_LIBRARY_IMPL(gpl_fast, CUDA,": "STABLE_TORCH_LIBRARY_IMPL(gpl_fast, CPU,",
+    "LIBRARY(gpl_fast, m)": "LIBRARY(gpl_fast_emulated, m)",
+    "LIBRARY_IMPL(gpl_fast,": "LIBRARY_IMPL(gpl_fast_emulated,",
+    "(t).is_cuda() ?": "true ?",
+    "  const torch::stable::accelerator::DeviceGuard guard(device);\n": "",
+    "aoti_torch_get_current_cuda_stream(device, &stream)": "(device, AOTI_TORCH_SUCCESS)",
+}
+
+
+@pytest.fixture(scope="module")
+def emulated(kernels, tmp_path_factory):
+    """torch.ops.gpl_fast_emulated."""
+    folder = tmp_path_factory.mktemp("dispatch")
+    text = (emulate.CSRC / "ops.cpp").read_text()
+    for old, new in CHANGES.items():
+        assert old in text, old
+        text = text.replace(old, new)
+    (folder / "ops.cpp").write_text(text)
+    torch_dir = Path(torch.__file__).parent
+    flags = ("-O1", f"-I{emulate.CSRC}", f"-isystem{torch_dir / 'include'}",
+             "-DTORCH_TARGET_VERSION=0x020b000000000000", '-DGPL_FAST_CUDA="none"')  # fmt: skip
+    sources = [folder / "ops.cpp", emulate.HERE / "stages_on_cpu.cpp"]
+    sources += [emulate.CSRC / "cuda" / f"{n}.cu" for n in ("relu", "relu_pool", "softmax_bwd")]
+    objects = [emulate.compile_one(s, folder / f"{s.stem}.o", flags) for s in sources]
+    objects += Path(kernels.__file__).parent.glob("conv_block_bwd*.o")
+    library = folder / "libgpl_fast_emulated.so"
+    command = [os.environ.get("CXX", "c++"), "-shared", "-pthread", *map(str, objects)]
+    command += ["-o", str(library), f"-L{torch_dir / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu"]
+    subprocess.run(command, check=True)
+    torch.ops.load_library(str(library))
+    return torch.ops.gpl_fast_emulated
+
+
+def nan_like(t):
+    return torch.full_like(t, float("nan"))
+
+
+def test_what_the_library_says_about_itself(emulated):
+    assert emulated.cuda_build() == "none"
+
+
+def test_relu_bwd(emulated):
+    dy, mask = torch.randn(2, 5, 7, 19), torch.randint(256, (2, 5, 7, 3)).byte()
+    want, got = nan_like(dy), nan_like(dy)
+    ops.relu_bwd(dy, mask, want)
+    emulated.relu_bwd(dy, mask, got)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("pool", [MAX, AVG])
+def test_relu_pool_bwd(emulated, pool):
+    block = Block(n=3, c_out=24, h=7, w=10, pool=pool)
+    dy = nhwc(block.dy)
+    want, got = (torch.full((3, 11, 10, 24), float("nan")).bfloat16() for _ in range(2))
+    ops.relu_pool_bwd(dy, block.code, pool, 7, 10, -3, want)
+    emulated.relu_pool_bwd(dy, block.code, pool, 7, 10, -3, got)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_softmax_bwd(emulated, temperature):
+    x, dy, scale = 3 * torch.randn(2, 19, 5, 40), torch.randn(2, 3, 40, 24), torch.rand(2)
+    labels, valid = torch.randint(-1, 19, (2, 5, 40)), torch.rand(2, 5, 40) > 0.2
+    lse, ce_lse = (x / temperature).logsumexp(1), x.logsumexp(1)
+    own = None if temperature == 1.0 else ce_lse
+    tail = (valid, SOFTMAX, temperature, labels, own, scale + 1, torch.rand(19), 0.1, 2, 3)
+    want, got = nan_like(x), nan_like(x)
+    ops.softmax_bwd(x, lse, dy, scale, *tail, want)
+    emulated.softmax_bwd(x, lse, dy, scale, *tail, got)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, equal_nan=True)
+    assert got[:, :, 2:].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("pool", "stride", "k"), [(MAX, 1, 3), (AVG, 1, 5), (NO_POOL, 1, 1), (NO_POOL, 2, 3)]
+)
+def test_conv_block_bwd(emulated, pool, stride, k):
+    block = Block(n=2, c_in=19, c_out=70, h=9, w=11, k=k, stride=stride, pool=pool)
+    rows = (0, 9) if stride == 2 else (2, 5)
+    w, dx = pack_weights(block.weight), nan_like(torch.empty(2, rows[1], 11, 19).bfloat16())
+    emulated.conv_block_bwd(
+        nhwc(block.dy), block.code, w, pool, stride, 0, False, block.h, rows[0], dx
+    )
+    truth = nhwc(block.dx(torch.float64))[:, rows[0] : rows[0] + rows[1]]
+    error = (dx.double() - truth).abs().max() / truth.abs().max()
+    assert error <= 2**-8
+
+
+def test_conv_block_logits_bwd(emulated):
+    """What the block's gradient and the softmax's give one after the other."""
+    block = Block(n=2, c_in=19, c_out=64, h=8, w=20, dtype=torch.float32)
+    x, scale = 3 * torch.randn(2, 19, 8, 20), torch.rand(2) + 0.5
+    labels, valid = torch.randint(-1, 19, (2, 8, 20)), torch.rand(2, 8, 20) > 0.2
+    lse = x.logsumexp(1)
+    tail = (valid, SOFTMAX, 1.0, labels, None, scale + 1, torch.rand(19), 0.1, 0, 8)
+    dy, w = nhwc(block.dy), pack_weights(block.weight)
+    between, want, got = torch.empty(2, 8, 20, 19), nan_like(x), nan_like(x)
+    emulated.conv_block_bwd(dy, block.code, w, MAX, 1, 0, False, 8, 0, between)
+    ops.softmax_bwd(x, lse, between, scale, *tail, want)
+    emulated.conv_block_logits_bwd(dy, block.code, w, MAX, 1, 0, False, x, lse, scale, *tail, got)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_no_images(emulated):
+    x = torch.empty(0, 19, 8, 20)
+    dy, code = torch.empty(0, 4, 10, 64), torch.empty(0, 4, 10, 32, dtype=torch.uint8)
+    w = torch.zeros(9, 64, 24)
+    emulated.conv_block_bwd(dy, code, w, MAX, 1, 0, False, 8, 0, torch.empty(0, 8, 20, 19))
+    emulated.conv_block_logits_bwd(
+        dy, code, w, MAX, 1, 0, False, x, x[:, 0], x[:, 0, 0, 0], None, SOFTMAX, 1.0, None, None,
+        None, None, 0.0, 0, 8, x.clone(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"w": torch.zeros(8, 64, 24)}, "w must hold K \\* K taps, K odd, got 8"),
+        ({"w": torch.zeros(9, 70, 24)}, r"w must have the shape \[9, 64, 24\]"),
+        ({"pool": 3}, "pool must be 0"),
+        ({"stride": 3}, "stride must be 1 or 2, got 3"),
+        ({"code": None}, "a pool needs its code"),
+        ({"dy": torch.zeros(1, 4, 9, 64)}, r"dy must have the shape \[1, 4, 10, 64\]"),
+        ({"stride": 2, "row0": 1}, "a stride of 2 takes all rows at once"),
+    ],
+)
+def test_errors_say_what_is_expected(emulated, changed, message):
+    given = {
+        "dy": torch.zeros(1, 4, 10, 64), "code": torch.zeros(1, 4, 10, 32).byte(),
+        "w": torch.zeros(9, 64, 24), "pool": MAX, "stride": 1, "dy_row0": 0,
+        "allow_tf32": False, "H": 8, "row0": 0, "dx": torch.zeros(1, 8, 20, 19),
+    } | changed  # fmt: skip
+    with pytest.raises(RuntimeError, match=message):
+        emulated.conv_block_bwd(**given)

@@ -1,0 +1,332 @@
+"""Every operator on the device against the CPU's, which tests/cpu holds against float64.
+
+Routing and packed arrays are compared bit for bit, what is computed to twice the CPU's rounding.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+
+import pytest
+import torch
+
+from gpl_fast import ops
+
+if (reason := ops.load()) is not None:
+    pytest.skip(reason, allow_module_level=True)
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+RTOL = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+BACKWARD = ("relu_bwd", "relu_pool_bwd", "softmax_bwd")
+SOFTMAX, SIGMOID, MAX, AVG = 1, 2, 0, 1
+
+
+def implementation(kind, name, device):
+    """A compiled operator, or a Triton kernel's launcher of the same arguments."""
+    if kind == "compiled":
+        if device.type == "cuda" and (why := ops.cuda_obstacle(device)) is not None:
+            pytest.fail(why)
+        key = device.type.upper()
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"gpl_fast::{name}", key):
+            pytest.skip(f"{name} has no compiled kernel for {key}")
+        return getattr(ops, name)
+    if device.type != "cuda":
+        pytest.skip("Triton's kernels have tests of their own without a GPU")
+    return getattr(importlib.import_module("gpl_fast.kernels"), name)
+
+
+def nan(*shape, dtype=torch.float32):
+    return torch.full(shape, float("nan"), dtype=dtype)
+
+
+def byte(*shape):
+    return torch.full(shape, 255, dtype=torch.uint8)
+
+
+def codes(n, h, w, c):
+    winner = torch.randint(5, (n, h, w, c + c % 2)).byte()
+    return winner[..., ::2] | winner[..., 1::2] << 4
+
+
+def calls(dtype, n=2, h=13, w=27, c=19):
+    """name -> (arguments, the positions of the outputs among them)."""
+    x, target = 3 * torch.randn(n, c, h, w), 3 * torch.randn(n, c, h, w)
+    labels, valid = torch.randint(-1, c, (n, h, w)), torch.rand(n, h, w) > 0.2
+    weight, scale, branch = torch.rand(c), torch.rand(n) + 0.5, torch.arange(n) % 2 == 1
+    z, dz, dy = (torch.randn(n, h, w, c).to(dtype) for _ in range(3))
+    small = torch.randn(n, h // 2, w // 2, c).to(dtype)
+    mask = torch.randint(256, (n, h, w, (c + 7) // 8)).byte()
+    pooled = functools.partial(nan, n, h // 2, w // 2, c, dtype=dtype)
+    full = functools.partial(nan, n, h, w, c, dtype=dtype)
+    code = functools.partial(byte, n, h // 2, w // 2, (c + 1) // 2)
+    table = torch.randn(9, c, 24).to(dtype)
+    q, taken = torch.randn(n, h, w, 24).to(dtype), (torch.rand(n, h, w) > 0.5).byte()
+    into = (branch, taken, 0, 0, torch.full_like(q, float("nan")), q)
+    values, indices = torch.rand(n, 3, h, w), torch.randint(c, (n, 3, h, w))
+    rows, ce = nan(n, h, 2, dtype=torch.float64), (labels, weight, 0.1)
+    lse = x.logsumexp(1)
+    last = x.contiguous(memory_format=torch.channels_last)
+    return {
+        "softmax_pack_fwd": (
+            [x, valid, target, branch, None, None, None, None, SOFTMAX, SOFTMAX, 1.0, *ce, -1,
+             h + 2, 0, h, nan(n, h + 2, w, c + 5, dtype=dtype),
+             nan(n, h + 2, w, c + 5, dtype=dtype), None, nan(n, h, w), None, rows],
+            (18, 19, 21, 23),
+        ),
+        "label_conv_fwd": ([labels, valid, table, table.float().sum(0), *into], (8, 9)),
+        "topk_conv_fwd": ([values, indices, None, valid, table, None, *into], (10, 11)),
+        "relu_fwd": ([z, full(), torch.full_like(mask, 255)], (1, 2)),
+        "relu_diff_fwd": ([z, dz, branch, full(), full(), torch.full_like(mask, 255)], (3, 4, 5)),
+        "relu_pool_fwd": ([z, MAX, pooled(), code()], (2, 3)),
+        "relu_pool_diff_fwd": ([z, dz, branch, MAX, pooled(), pooled(), code()], (4, 5, 6)),
+        "relu_bwd": ([dy, mask, full()], (2,)),
+        "relu_pool_bwd": (
+            [small, codes(n, h // 2, w // 2, c), MAX, h, w, -3, nan(n, h + 5, w, c, dtype=dtype)],
+            (6,),
+        ),
+        "relu_pool_bwd average": ([small, mask, AVG, h, w, 0, full()], (6,)),
+        "softmax_bwd": (
+            [x, lse, dy, scale, valid, SOFTMAX, 1.0, labels, None, scale + 1, weight, 0.1, 0, h,
+             torch.full_like(x, float("nan"))],
+            (14,),
+        ),
+        "softmax_bwd channels_last": (
+            [last.to(dtype), lse, dy, scale, None, SOFTMAX, 2.0, None, None, None, None, 0.0, 0, h,
+             torch.full_like(last, float("nan"), dtype=dtype)],
+            (14,),
+        ),
+        "softmax_bwd sigmoid": (
+            [x, None, dy, scale, valid, SIGMOID, 1.5, None, None, None, None, 0.0, 0, h,
+             torch.full_like(x, float("nan"))],
+            (14,),
+        ),
+    }  # fmt: skip
+
+
+CALLS = sorted(calls(torch.float32))
+
+
+def to(device, arguments):
+    return [a.to(device) if isinstance(a, torch.Tensor) else a for a in arguments]
+
+
+def compare(name, got, want):
+    got = got.cpu()
+    if want.dtype == torch.uint8 or name.split()[0] in ("relu_bwd", "relu_pool_bwd"):
+        assert torch.equal(got, want)
+    elif want.dtype == torch.float64:
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    else:
+        rtol = RTOL[want.dtype]
+        torch.testing.assert_close(got.float(), want.float(), rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("kind", ["compiled", "triton"])
+def test_small_operator_equals_the_cpu(device, kind, call, dtype):
+    name = call.split()[0]
+    run = implementation(kind, name, device)
+    for sizes in ({}, {"c": 64}, {"n": 1, "h": 2, "w": 70, "c": 3}):
+        arguments, outputs = calls(dtype, **sizes)[call]
+        given = to(device, arguments)
+        before = [a.clone() if isinstance(a, torch.Tensor) else a for a in given]
+        getattr(ops, name)(*arguments)
+        run(*given)
+        for i, (now, was) in enumerate(zip(given, before, strict=True)):
+            if i in outputs:
+                compare(call, now, arguments[i])
+            elif isinstance(now, torch.Tensor):
+                assert torch.equal(now, was)  # inputs are never written
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["compiled", "triton"])
+def test_small_diff_reduce(device, kind, dtype):
+    run = implementation(kind, "diff_reduce_fwd", device)
+    for shape in ((3, 1), (2, 9001), (1, 3, 5, 64)):
+        delta = torch.randn(shape).to(dtype)
+        truth = delta.double().square().flatten(1).sum(1)
+        got = run(delta.to(device)).cpu().double()
+        torch.testing.assert_close(got, truth, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", BACKWARD)
+def test_opcheck(device, name):
+    implementation("compiled", name, device)
+    torch.library.opcheck(getattr(ops, name), to(device, calls(torch.float32)[name][0]))
+
+
+@pytest.mark.parametrize("name", BACKWARD)
+def test_twenty_runs_give_the_same_bits(device, name):
+    run = implementation("compiled", name, device)
+    arguments, (out,) = calls(torch.bfloat16, h=130, w=257)[name]
+    given = to(device, arguments)
+    run(*given)
+    first = given[out].clone()
+    for _ in range(20):
+        given[out].fill_(float("nan"))
+        run(*given)
+        assert torch.equal(given[out], first)
+
+
+@pytest.mark.parametrize("name", BACKWARD)
+def test_small_operators_run_on_the_current_stream(cuda, name):
+    """Inputs that the side stream makes late are waited for, as on that stream alone."""
+    run = implementation("compiled", name, cuda)
+    arguments, (out,) = calls(torch.float32)[name]
+    getattr(ops, name)(*arguments)
+    given = to(cuda, arguments)
+    late = [a.clone() if isinstance(a, torch.Tensor) else a for a in given]
+    first = next(i for i, a in enumerate(late) if isinstance(a, torch.Tensor))
+    late[first].zero_()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        late[first].copy_(given[first])
+        run(*late)
+    torch.cuda.current_stream().wait_stream(side)
+    compare(name, late[out], arguments[out])
+
+
+@pytest.mark.parametrize("name", BACKWARD)
+def test_operators_run_on_their_tensors_device(second_device, name):
+    run = implementation("compiled", name, second_device)
+    arguments, (out,) = calls(torch.float32)[name]
+    getattr(ops, name)(*arguments)
+    given = to(second_device, arguments)
+    run(*given)  # the current device is another one
+    compare(name, given[out], arguments[out])
+
+
+def test_small_tensors_of_two_devices_are_refused(cuda):
+    arguments, _ = calls(torch.float32)["relu_bwd"]
+    dy, mask, dz = to(cuda, arguments)
+    with pytest.raises(RuntimeError, match="mask must be on the device of dz, cuda:0, got cpu"):
+        ops.relu_bwd(dy, mask.cpu(), dz)
+
+
+# ------------------------------------------------------------------------------- beyond 2^31
+
+
+def huge(device, big, small, bytes_needed):
+    """`big` on a GPU with room for it, `small` on the CPU."""
+    if device.type != "cuda":
+        return small
+    free = torch.cuda.mem_get_info(device)[0]
+    if free < bytes_needed:
+        pytest.skip(f"needs {bytes_needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free")
+    return big
+
+
+def test_relu_bwd_beyond_2_31_elements(device):
+    pixels = huge(device, 2**26 + 3, 300, 12e9)
+    dy = torch.randn(1, 1, pixels, 40, device=device, dtype=torch.bfloat16)
+    mask = torch.randint(256, (1, 1, pixels, 5), device=device).byte()
+    dz = torch.full_like(dy, float("nan"))
+    ops.relu_bwd(dy, mask, dz)
+    tail = slice(pixels - 100, pixels)
+    want = torch.full_like(dy[:, :, tail], float("nan"))
+    ops.relu_bwd(dy[:, :, tail].contiguous(), mask[:, :, tail].contiguous(), want)
+    assert torch.equal(dz[:, :, tail], want)
+    assert not dz.isnan().any()
+
+
+def test_relu_pool_bwd_beyond_2_31_elements(device):
+    n = huge(device, 140, 3, 12e9)
+    size = 512 if n > 3 else 6
+    dy = torch.randn(n, size // 2, size // 2, 64, device=device, dtype=torch.bfloat16)
+    code = torch.zeros(n, size // 2, size // 2, 32, dtype=torch.uint8, device=device)
+    code[-1] = 0x31
+    dz = torch.full((n, size, size, 64), float("nan"), device=device, dtype=torch.bfloat16)
+    ops.relu_pool_bwd(dy, code, MAX, size, size, 0, dz)
+    assert torch.equal(dz[-1, ::2, 1::2, ::2], dy[-1, ..., ::2])  # winner 1
+    assert torch.equal(dz[-1, 1::2, 1::2, 1::2], dy[-1, ..., 1::2])  # winner 3
+    assert torch.equal(dz[-2, ::2, ::2], dy[-2])
+    assert not dz[-2:, 1::2, ::2].any()
+
+
+@pytest.mark.parametrize("kind", ["nchw", "channels_last"])
+def test_softmax_bwd_beyond_2_31_elements(device, kind):
+    n, c, size = huge(device, (16, 1203, 512), (2, 200, 6), 36e9)
+    layout = torch.channels_last if kind == "channels_last" else torch.contiguous_format
+    x = torch.empty(n, c, size, size, device=device, dtype=torch.bfloat16, memory_format=layout)
+    dx = torch.full_like(x, float("nan"))
+    dy = torch.empty(n, size, size, c, device=device, dtype=torch.bfloat16)
+    x.normal_()
+    dy.normal_()
+    lse = torch.stack([image.float().logsumexp(0) for image in x])
+    scale = torch.rand(n, device=device)
+    tail = (None, SOFTMAX, 1.0, None, None, None, None, 0.0, 0, size)
+    ops.softmax_bwd(x, lse, dy, scale, *tail, dx)
+    alone = torch.full_like(x[-1:], float("nan"))
+    ops.softmax_bwd(x[-1:], lse[-1:], dy[-1:], scale[-1:], *tail, alone)
+    assert torch.equal(dx[-1:], alone)
+    y, d = x[-1].float().softmax(0), dy[-1].permute(2, 0, 1).float()
+    want = scale[-1] * y * (d - (y * d).sum(0))
+    torch.testing.assert_close(alone[0].float(), want, rtol=2**-7, atol=1e-6)
+
+
+# ----------------------------------------------------------------------------------- conv_block
+
+
+def block_case(device, dtype, pool, c_in, c_out, k, h, w):
+    """dy, code, the weight (C_out, C_in, K, K), its pack, and dZ (N, C_out, H, W) by eq. (3)."""
+    weight = (torch.randn(c_out, c_in, k, k) * (2 / (c_in * k * k)) ** 0.5).to(dtype)
+    packed = weight.flip(2, 3).permute(2, 3, 0, 1).flatten(0, 1)
+    packed = torch.nn.functional.pad(packed, (0, -c_in % 8, 0, -c_out % 64)).contiguous()
+    dy = torch.randn(2, h // 2, w // 2, c_out).to(dtype)
+    code = codes(2, h // 2, w // 2, c_out)
+    if pool == AVG:
+        code = torch.randint(256, (2, h, w, (c_out + 7) // 8)).byte()
+    dz = nan(2, h, w, c_out, dtype=dtype)
+    ops.relu_pool_bwd(dy, code, pool, h, w, 0, dz)
+    return to(device, (dy, code, weight, packed, dz.permute(0, 3, 1, 2)))
+
+
+def data_gradient(weight, dz, dtype):
+    """Eq. (4) by PyTorch."""
+    return torch.nn.functional.conv_transpose2d(
+        dz.to(dtype), weight.to(dtype), padding=weight.shape[2] // 2
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pool", [MAX, AVG])
+@pytest.mark.parametrize(("c_in", "c_out", "k"), [(64, 128, 3), (19, 70, 5), (256, 512, 3)])
+def test_small_conv_block_bwd(device, dtype, pool, c_in, c_out, k):
+    run = implementation("compiled", "conv_block_bwd", device)
+    for h, w in ((9, 19), (32, 48)):
+        dy, code, weight, packed, dz = block_case(device, dtype, pool, c_in, c_out, k, h, w)
+        dx = nan(2, h, w, c_in, dtype=dtype).to(device)
+        run(dy, code, packed, pool, 1, 0, False, h, 0, dx)
+        truth, plain = (data_gradient(weight, dz, t) for t in (torch.float64, dtype))
+        bound = 2 * (plain.double() - truth).abs().max() + 1e-5 * truth.abs().max()
+        assert (dx.permute(0, 3, 1, 2).double() - truth).abs().max() <= bound
+        first = dx.clone()
+        for _ in range(20):
+            run(dy, code, packed, pool, 1, 0, False, h, 0, dx.fill_(float("nan")))
+            assert torch.equal(dx, first)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("c", [3, 19, 150, 256, 257])
+def test_small_conv_block_logits_bwd(device, dtype, c):
+    """As the block's gradient, then the softmax's, one after the other."""
+    run = implementation("compiled", "conv_block_logits_bwd", device)
+    dy, code, _, packed, _ = block_case(device, dtype, MAX, c, 64, 3, 18, 40)
+    labels, valid = torch.randint(-1, c, (2, 18, 40)), torch.rand(2, 18, 40) > 0.2
+    scale, weight = torch.rand(2) + 0.5, torch.rand(c)
+    labels, valid, scale, weight = to(device, (labels, valid, scale, weight))
+    between = nan(2, 18, 40, c, dtype=dtype).to(device)
+    ops.conv_block_bwd(dy, code, packed, MAX, 1, 0, False, 18, 0, between)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = (3 * torch.randn(2, c, 18, 40)).to(device).contiguous(memory_format=layout)
+        tail = (valid, SOFTMAX, 1.0, labels, None, scale + 1, weight, 0.1, 0, 18)
+        want, got = (torch.full_like(x, float("nan")) for _ in range(2))
+        lse = x.logsumexp(1)
+        ops.softmax_bwd(x, lse, between, scale, *tail, want)
+        run(dy, code, packed, MAX, 1, 0, False, x, lse, scale, *tail, got)
+        torch.testing.assert_close(got, want, rtol=0.02, atol=RTOL[dtype])
