@@ -9,10 +9,11 @@ namespace gpl_fast::cuda {
 
 struct ConvBlockArgs {
   ConvBlockBwd conv;
-  SoftmaxBwd logits;                         // where conv.logits is set
-  int tiles_h, tiles_w, channel_tiles;       // channel_tiles: of blocks, 1 with logits
-  int class_tiles;                           // that one block walks over, 1 without logits
-  int64_t out_pad, in_pad;                   // channels of the packed weight
+  SoftmaxBwd logits;                    // where conv.logits is set
+  int tiles_h, tiles_w, channel_tiles;  // channel_tiles: of blocks, 1 with logits
+  int class_tiles;                      // that one block walks over, 1 without logits
+  int64_t out_pad, in_pad;              // channels of the packed weight
+  int dz_tiles;                         // in shared memory
   bool aligned, dx_aligned, tf32;
 };
 
