@@ -20,6 +20,9 @@ struct ConvBlockArgs {
 ConvBlockArgs conv_block_args(const ConvBlockBwd& a, int channels);
 int64_t conv_block_count(const ConvBlockArgs& a);
 
+// False where it has no kernel for it: float32, or none of sm_90a was compiled.
+bool conv_block_bwd_sm90(const ConvBlockBwd& a, cudaStream_t stream);
+
 __device__ __forceinline__ Tile tile_of_block(const ConvBlockArgs& a, int& channel_tile) {
   int b = (int)blockIdx.x;
   const int stride = (int)a.conv.stride;

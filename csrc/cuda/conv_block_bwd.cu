@@ -76,6 +76,9 @@ bool launch_tile(const ConvBlockBwd& a, cudaStream_t stream) {
 void conv_block_bwd(const ConvBlockBwd& a, void* stream_ptr) {
   const cudaStream_t stream = (cudaStream_t)stream_ptr;
   if (a.N * a.strip.rows * a.W * a.C_in == 0) return;
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 && conv_block_bwd_sm90(a, stream)) {
+    return;
+  }
   const bool launched = a.dtype == DType::kBFloat16  ? launch_tile<Math::kBFloat16>(a, stream)
                         : a.dtype == DType::kFloat16 ? launch_tile<Math::kFloat16>(a, stream)
                         : a.allow_tf32               ? launch_tile<Math::kTF32>(a, stream)

@@ -177,20 +177,6 @@ __global__ void __launch_bounds__(Shape<kMath, BN>::kThreads)
   store_tile<kMath, BN>(a, t, channel_tile * BN, warp, (float*)ring);
 }
 
-// The sum of all class weights, the same in every thread.
-template <int kThreads>
-__device__ float class_weights(const SoftmaxBwd& a, float* shared) {
-  if (!a.ce.labels || !a.ce.class_weight) return (float)a.C;
-  if (threadIdx.x < 32) {
-    float sum = 0.0f;
-    for (int64_t c = threadIdx.x; c < a.C; c += 32) sum += a.ce.class_weight[c];
-    for (int o = 16; o > 0; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
-    if (threadIdx.x == 0) *shared = sum;
-  }
-  __syncthreads();
-  return *shared;
-}
-
 // The first block. Up to BN classes: dy' stays in registers. More: two passes in place, the first
 // over tiles of classes; a pixel's sums take dy' as stored.
 template <Math kMath, int BN>
@@ -205,7 +191,7 @@ __global__ void __launch_bounds__(Shape<kMath, BN>::kThreads)
   unsigned char* ring = smem + a.dz_tiles * L::dz_bytes((int)a.conv.K);
   float* dx = (float*)ring;
   LogitsSums* sums = (LogitsSums*)(ring + L::kRing);  // [MI][kPixels][kLanes]
-  const float weights = class_weights<S::kThreads>(a.logits, (float*)(ring + L::kRing + L::kSums));
+  const float weights = class_weights(a.logits, (float*)(ring + L::kRing + L::kSums));
   const Share share = share_of(a.logits, threadIdx.x, S::kThreads, L::kPixels);
   const bool summed = needs_sums(a.logits), in_place = summed && a.class_tiles > 1;
   auto pixel_of = [&](int i) {
