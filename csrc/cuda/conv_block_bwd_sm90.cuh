@@ -113,12 +113,12 @@ __device__ void multiply_row(const ConvBlockArgs& a, const Tile& t, int chunks, 
   const int taps = t.rows.count * t.columns.count, total = taps * chunks;
 #pragma unroll
   for (int i = 0; i < BN / 2; ++i) acc[i] = 0.0f;
-  ptx::keep_in_place(acc);
-  int row = 0, column = 0, tap = 0, previous = 0;
-  auto step = [&](uint32_t (&pixels)[4][4], int k) {
+  int row = 0, column = 0, tap = 0;
+  for (int k = 0; k < total; ++k) {
     if (tap == 0 && !have_dz) ptx::mbarrier_wait(bars.dz_full + state.dz.at, state.dz.phase);
     unsigned char* tile = dz + state.dz.at * L::dz_bytes((int)a.conv.K);
     const int pixel = (warp + row) * columns + column + (lane & 15);
+    uint32_t pixels[4][4];
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
       ptx::ldmatrix_x4(pixels[q], DzTile<T>::unit_at(tile, pixel, q * 2 + (lane >> 4)));
@@ -135,26 +135,19 @@ __device__ void multiply_row(const ConvBlockArgs& a, const Tile& t, int chunks, 
     ptx::mbarrier_wait(bars.full + state.weights.at, state.weights.phase);
     const uint64_t b = ptx::wgmma_descriptor(ring + state.weights.at * L::kStageBytes, kSlabBytes,
                                              8 * kPixelBytes);
+    ptx::keep_in_place(acc);
     ptx::wgmma_fence();
 #pragma unroll
     for (int q = 0; q < 4; ++q) {  // 16 rows of 128 bytes a step
       ptx::wgmma<std::is_same_v<T, __nv_bfloat16>, BN>(acc, pixels[q], b + q * 128);
     }
     ptx::wgmma_commit();
-    ptx::wgmma_wait<1>();
-    if (k > 0 && lane == 0) ptx::mbarrier_arrive(bars.empty + previous);
-    previous = state.weights.at;
+    // While this warpgroup waits, the other one's products run.
+    ptx::wgmma_wait<0>();
+    ptx::keep_in_place(acc);
+    if (lane == 0) ptx::mbarrier_arrive(bars.empty + state.weights.at);
     state.weights.advance(L::kStages);
-  };
-  // Two sets of registers: the products of one step read theirs while the other is loaded.
-  uint32_t even[4][4], odd[4][4];
-  for (int k = 0; k < total; k += 2) {
-    step(even, k);
-    if (k + 1 < total) step(odd, k + 1);
   }
-  ptx::wgmma_wait<0>();
-  ptx::keep_in_place(acc);
-  if (total > 0 && lane == 0) ptx::mbarrier_arrive(bars.empty + previous);
 }
 
 // Channels [64 piece, 64 piece + kPiece) of the warp's accumulators -> dx [16][kDxPitch].
