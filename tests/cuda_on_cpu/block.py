@@ -79,9 +79,7 @@ class Block:
         """Eq. (4) by PyTorch, (N, C_in, H, W)."""
         dz, w = self.dz(dtype), self.weight.to(dtype)
         size = (self.n, self.c_in, self.h, self.w)
-        return torch.nn.grad.conv2d_input(
-            size, w, dz, stride=self.stride, padding=self.k // 2
-        )
+        return torch.nn.grad.conv2d_input(size, w, dz, stride=self.stride, padding=self.k // 2)
 
     def arguments(self) -> dict:
         """What every call needs; the tensors behind the addresses stay with the caller."""
@@ -102,9 +100,7 @@ class Block:
         arguments = self.arguments() | changed
         rows = arguments["strip"][1]
         dx = torch.full((self.n, rows, self.w, self.c_in), float("nan"), dtype=self.dtype)
-        kernels.conv_block_bwd(
-            arguments | {"dx": dx.data_ptr(), "dx_image_stride": dx.stride(0)}
-        )
+        kernels.conv_block_bwd(arguments | {"dx": dx.data_ptr(), "dx_image_stride": dx.stride(0)})
         return dx.permute(0, 3, 1, 2)
 
 

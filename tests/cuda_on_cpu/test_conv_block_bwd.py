@@ -93,9 +93,7 @@ def test_strip_of_dy(kernels):
     """Rows that dy does not hold count as zeros."""
     block = Block(n=2, h=20, w=20, pool=NO_POOL)
     held = block.dy[:, :, 4:15].permute(0, 2, 3, 1).contiguous()
-    ours = block.run(
-        kernels, dy=held.data_ptr(), dy_strip=(4, 11), dy_image_stride=held.stride(0)
-    )
+    ours = block.run(kernels, dy=held.data_ptr(), dy_strip=(4, 11), dy_image_stride=held.stride(0))
     block.dy[:, :, :4] = 0
     block.dy[:, :, 15:] = 0
     assert torch.equal(ours, block.run(kernels))
