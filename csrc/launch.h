@@ -131,10 +131,11 @@ struct ConvBlockBwd {
   Strip dy_strip;                           // the rows of its grid that dy holds; others count as 0
   Pool pool;
   DType dtype;
-  bool allow_tf32;      // for float32
-  const void* dy;       // [N, dy_strip.rows, w, C_out], w: of the pool's or the convolution's output
+  bool allow_tf32;  // for float32
+  const void* dy;   // [N, dy_strip.rows, w, C_out], w: of the pool's or the convolution's output
   const uint8_t* code;  // as in ReluPoolFwd; kNone [N, h, w, ceil(C_out / 8)], null = no ReLU
-  // [K * K, padded_to(C_out, 64), padded_to(C_in, 8)]: tap (i, j) holds w[:, :, K - 1 - i, K - 1 - j]
+  // [K * K, padded_to(C_out, 64), padded_to(C_in, 8)]: tap (i, j) holds w[:, :, K - 1 - i, K - 1 -
+  // j]
   const void* w;
   void* dx;  // [N, strip.rows, W, C_in], null with logits
   int64_t dy_image_stride, code_image_stride, dx_image_stride;

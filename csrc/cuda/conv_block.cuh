@@ -9,15 +9,19 @@ namespace gpl_fast::cuda {
 
 struct ConvBlockArgs {
   ConvBlockBwd conv;
-  SoftmaxBwd logits;                         // where conv.logits is set
-  int tiles_h, tiles_w, channel_tiles;       // channel_tiles: of blocks, 1 with logits
-  int class_tiles;                           // that one block walks over, 1 without logits
-  int64_t out_pad, in_pad;                   // channels of the packed weight
+  SoftmaxBwd logits;                    // where conv.logits is set
+  int tiles_h, tiles_w, channel_tiles;  // channel_tiles: of blocks, 1 with logits
+  int class_tiles;                      // that one block walks over, 1 without logits
+  int64_t out_pad, in_pad;              // channels of the packed weight
+  int dz_tiles;                         // in shared memory
   bool aligned, dx_aligned, tf32;
 };
 
 ConvBlockArgs conv_block_args(const ConvBlockBwd& a, int channels);
 int64_t conv_block_count(const ConvBlockArgs& a);
+
+// False where it has no kernel for it: float32, or none of sm_90a was compiled.
+bool conv_block_bwd_sm90(const ConvBlockBwd& a, cudaStream_t stream);
 
 __device__ __forceinline__ Tile tile_of_block(const ConvBlockArgs& a, int& channel_tile) {
   int b = (int)blockIdx.x;

@@ -36,10 +36,15 @@ int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
+// False where shared memory does not hold it.
 template <bool kLogits, Math kMath, int BN>
-void launch(const ConvBlockBwd& a, cudaStream_t stream) {
-  const ConvBlockArgs args = conv_block_args(a, BN);
-  const int bytes = Layout<kMath, BN>::bytes(a);
+bool launch(const ConvBlockBwd& a, cudaStream_t stream) {
+  using L = Layout<kMath, BN>;
+  const int limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  ConvBlockArgs args = conv_block_args(a, BN);
+  args.dz_tiles = a.C_out > DzTile<Element<kMath>>::kChunk && L::bytes(a, 2) <= limit ? 2 : 1;
+  const int bytes = L::bytes(a, args.dz_tiles);
+  if (bytes > limit) return false;
   const dim3 grid = grid_of("conv_block_bwd", conv_block_count(args));
   const dim3 block(Shape<kMath, BN>::kThreads);
   void (*kernel)(ConvBlockArgs);
@@ -51,28 +56,19 @@ void launch(const ConvBlockBwd& a, cudaStream_t stream) {
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   LAUNCH(kernel, grid, block, bytes, stream, args);
   check_launch("conv_block_bwd");
-}
-
-template <bool kLogits, Math kMath, int BN>
-bool launched(const ConvBlockBwd& a, cudaStream_t stream) {
-  if (Layout<kMath, BN>::bytes(a) > device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)) {
-    return false;
-  }
-  launch<kLogits, kMath, BN>(a, stream);
   return true;
 }
 
 // The narrowest tile of channels that holds them all, or the widest that fits shared memory.
 template <Math kMath>
-void launch_tile(const ConvBlockBwd& a, cudaStream_t stream) {
+bool launch_tile(const ConvBlockBwd& a, cudaStream_t stream) {
   if (!a.logits) {
-    if (a.C_in > 64 && launched<false, kMath, 128>(a, stream)) return;
-    return launch<false, kMath, 64>(a, stream);
+    return (a.C_in > 64 && launch<false, kMath, 128>(a, stream)) ||
+           launch<false, kMath, 64>(a, stream);
   }
-  if (a.C_in <= 32) return launch<true, kMath, 32>(a, stream);
-  if (a.C_in > 160 && launched<true, kMath, 256>(a, stream)) return;
-  if (a.C_in > 64 && launched<true, kMath, 160>(a, stream)) return;
-  launch<true, kMath, 64>(a, stream);
+  return (a.C_in > 160 && launch<true, kMath, 256>(a, stream)) ||
+         (a.C_in > 64 && launch<true, kMath, 160>(a, stream)) ||
+         (a.C_in > 32 && launch<true, kMath, 64>(a, stream)) || launch<true, kMath, 32>(a, stream);
 }
 
 }  // namespace
@@ -80,10 +76,17 @@ void launch_tile(const ConvBlockBwd& a, cudaStream_t stream) {
 void conv_block_bwd(const ConvBlockBwd& a, void* stream_ptr) {
   const cudaStream_t stream = (cudaStream_t)stream_ptr;
   if (a.N * a.strip.rows * a.W * a.C_in == 0) return;
-  if (a.dtype == DType::kBFloat16) return launch_tile<Math::kBFloat16>(a, stream);
-  if (a.dtype == DType::kFloat16) return launch_tile<Math::kFloat16>(a, stream);
-  if (a.allow_tf32) return launch_tile<Math::kTF32>(a, stream);
-  return launch_tile<Math::kFloat32>(a, stream);
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 && conv_block_bwd_sm90(a, stream)) {
+    return;
+  }
+  const bool launched = a.dtype == DType::kBFloat16  ? launch_tile<Math::kBFloat16>(a, stream)
+                        : a.dtype == DType::kFloat16 ? launch_tile<Math::kFloat16>(a, stream)
+                        : a.allow_tf32               ? launch_tile<Math::kTF32>(a, stream)
+                                                     : launch_tile<Math::kFloat32>(a, stream);
+  if (!launched) {
+    throw std::runtime_error("gpl_fast: conv_block_bwd: a kernel of " + std::to_string(a.K) +
+                             " does not fit this GPU's shared memory, expected at most 7");
+  }
 }
 
 }  // namespace gpl_fast::cuda

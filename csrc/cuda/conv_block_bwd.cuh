@@ -13,17 +13,16 @@ struct Layout {
   static constexpr int kPixels = S::kWarpsM * kTileW;  // of dx in shared memory at a time
   static constexpr int kDxPitch = BN + 1;              // odd: columns touch all banks
   static constexpr int kLanes = S::kThreads / kPixels;
-  static constexpr int kRing =
-      S::kStages * S::kStageBytes > kPixels * kDxPitch * 4 ? S::kStages * S::kStageBytes
-                                                           : (kPixels * kDxPitch + 3) / 4 * 16;
+  static constexpr int kRing = S::kStages * S::kStageBytes > kPixels * kDxPitch * 4
+                                   ? S::kStages * S::kStageBytes
+                                   : (kPixels * kDxPitch + 3) / 4 * 16;
   static constexpr int kSums = kTileH * kTileW * kLanes * (int)sizeof(LogitsSums);
 
   __host__ __device__ static int dz_bytes(int K) {
     return (kTileH + K - 1) * (kTileW + K - 1) * kPixelBytes;
   }
-  static int bytes(const ConvBlockBwd& a) {
-    const int tiles = a.C_out > DzTile<typename S::T>::kChunk ? 2 : 1;
-    return tiles * dz_bytes((int)a.K) + kRing + (a.logits ? kSums + 16 : 0);
+  static int bytes(const ConvBlockBwd& a, int dz_tiles) {
+    return dz_tiles * dz_bytes((int)a.K) + kRing + (a.logits ? kSums + 16 : 0);
   }
 };
 
@@ -60,8 +59,7 @@ __device__ void load_stage(const ConvBlockArgs& a, const Tile& t, const Cursor& 
 // dx of a tile, in the accumulators.                                                           (4)
 template <Math kMath, int BN>
 __device__ void multiply_tile(const ConvBlockArgs& a, const Tile& t, int n0, bool have_dz,
-                              unsigned char* dz, unsigned char* ring,
-                              WarpTile<kMath, BN>& warp) {
+                              unsigned char* dz, unsigned char* ring, WarpTile<kMath, BN>& warp) {
   using S = Shape<kMath, BN>;
   using Dz = DzTile<typename S::T>;
   const int tid = threadIdx.x, lane = tid & 31, warp_m = tid / 32 / S::kWarpsN;
@@ -85,7 +83,9 @@ __device__ void multiply_tile(const ConvBlockArgs& a, const Tile& t, int n0, boo
     for (int i = tid; i < tile.items(); i += S::kThreads) tile.store(tile.load(i, 0), i, dz);
   }
 
-  // (2) the next chunk is expanded in equal parts beside the products of this one
+  // (2) the next chunk is expanded in equal parts beside the products of this one, or after them
+  // where shared memory holds one tile of dZ only
+  const bool two = a.dz_tiles == 2;
   const int share = (tile.items() + S::kThreads * steps - 1) / (S::kThreads * steps);
   Cursor at;
   for (int k = 0, step = 0; k < total; ++k) {
@@ -98,10 +98,11 @@ __device__ void multiply_tile(const ConvBlockArgs& a, const Tile& t, int n0, boo
     }
     ptx::cp_async_commit();
 
-    unsigned char *now = dz + (at.chunk & 1) * dz_bytes, *next = dz + (~at.chunk & 1) * dz_bytes;
+    unsigned char* now = dz + (two ? at.chunk & 1 : 0) * dz_bytes;
+    unsigned char* next = dz + (~at.chunk & 1) * dz_bytes;
     int item = step * share * S::kThreads + tid;
     const int end = min(tile.items(), (step + 1) * share * S::kThreads);
-    const bool expand = at.chunk + 1 < chunks && item < end;
+    const bool expand = two && at.chunk + 1 < chunks && item < end;
     typename Dz::Item dy;
     if (expand) dy = tile.load(item, at.chunk + 1);
     const int pixel = (warp_m * S::MI + at.row) * tile.columns() + at.column;
@@ -115,6 +116,12 @@ __device__ void multiply_tile(const ConvBlockArgs& a, const Tile& t, int n0, boo
     }
     step = step + 1 == steps ? 0 : step + 1;
     at.advance(t);
+    if (step == 0 && !two && at.chunk < chunks) {
+      __syncthreads();
+      for (int i = tid; i < tile.items(); i += S::kThreads) {
+        tile.store(tile.load(i, at.chunk), i, dz);
+      }
+    }
   }
   ptx::cp_async_wait<0>();
   __syncthreads();
@@ -164,25 +171,10 @@ __global__ void __launch_bounds__(Shape<kMath, BN>::kThreads)
   DYN_SMEM(smem);
   int channel_tile;
   const Tile t = tile_of_block(a, channel_tile);
-  const bool two = a.conv.C_out > DzTile<Element<kMath>>::kChunk;
-  unsigned char* ring = smem + (two ? 2 : 1) * Layout<kMath, BN>::dz_bytes((int)a.conv.K);
+  unsigned char* ring = smem + a.dz_tiles * Layout<kMath, BN>::dz_bytes((int)a.conv.K);
   WarpTile<kMath, BN> warp;
   multiply_tile<kMath, BN>(a, t, channel_tile * BN, false, smem, ring, warp);
   store_tile<kMath, BN>(a, t, channel_tile * BN, warp, (float*)ring);
-}
-
-// The sum of all class weights, the same in every thread.
-template <int kThreads>
-__device__ float class_weights(const SoftmaxBwd& a, float* shared) {
-  if (!a.ce.labels || !a.ce.class_weight) return (float)a.C;
-  if (threadIdx.x < 32) {
-    float sum = 0.0f;
-    for (int64_t c = threadIdx.x; c < a.C; c += 32) sum += a.ce.class_weight[c];
-    for (int o = 16; o > 0; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
-    if (threadIdx.x == 0) *shared = sum;
-  }
-  __syncthreads();
-  return *shared;
 }
 
 // The first block. Up to BN classes: dy' stays in registers. More: two passes in place, the first
@@ -195,16 +187,15 @@ __global__ void __launch_bounds__(Shape<kMath, BN>::kThreads)
   DYN_SMEM(smem);
   int none;
   const Tile t = tile_of_block(a, none);
-  const bool two = a.conv.C_out > DzTile<typename S::T>::kChunk;
-  unsigned char* ring = smem + (two ? 2 : 1) * L::dz_bytes((int)a.conv.K);
+  const bool one_chunk = a.conv.C_out <= DzTile<typename S::T>::kChunk;
+  unsigned char* ring = smem + a.dz_tiles * L::dz_bytes((int)a.conv.K);
   float* dx = (float*)ring;
   LogitsSums* sums = (LogitsSums*)(ring + L::kRing);  // [MI][kPixels][kLanes]
-  const float weights = class_weights<S::kThreads>(a.logits, (float*)(ring + L::kRing + L::kSums));
+  const float weights = class_weights(a.logits, (float*)(ring + L::kRing + L::kSums));
   const Share share = share_of(a.logits, threadIdx.x, S::kThreads, L::kPixels);
   const bool summed = needs_sums(a.logits), in_place = summed && a.class_tiles > 1;
   auto pixel_of = [&](int i) {
-    const Place p =
-        place_of(a, t, share.pixel / kTileW * S::MI + i, share.pixel % kTileW);
+    const Place p = place_of(a, t, share.pixel / kTileW * S::MI + i, share.pixel % kTileW);
     return LogitsPixel(a.logits, t.n, p.h, p.w, p.in_image, weights);
   };
   auto slots = [&](int i) { return sums + (i * L::kPixels + share.pixel) * L::kLanes; };
@@ -213,7 +204,7 @@ __global__ void __launch_bounds__(Shape<kMath, BN>::kThreads)
   WarpTile<kMath, BN> warp;
   for (int tile = 0; tile < a.class_tiles; ++tile) {
     const int n0 = tile * BN, columns = min(BN, (int)a.logits.C - n0);
-    multiply_tile<kMath, BN>(a, t, n0, tile > 0 && !two, smem, ring, warp);
+    multiply_tile<kMath, BN>(a, t, n0, tile > 0 && one_chunk, smem, ring, warp);
 #pragma unroll 1
     for (int i = 0; i < S::MI; ++i) {
       stage_rows<kMath, BN>(warp, i, dx);

@@ -1,1 +1,55 @@
-#include "conv_block.cuh"
+// The launch of conv_block_bwd's sm_90a version.
+#include "conv_block_bwd_sm90.cuh"
+
+namespace gpl_fast::cuda {
+namespace {
+
+// Barriers lie in static shared memory: a kernel without any was compiled for another architecture.
+template <class Kernel>
+bool compiled_for_sm90a(Kernel kernel) {
+#ifdef CUDA_ON_CPU
+  return true;
+#else
+  cudaFuncAttributes attributes;
+  const bool there = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess;
+  cudaGetLastError();
+  return there && attributes.sharedSizeBytes > 0;
+#endif
+}
+
+template <class T, int BN, bool kLogits>
+bool launch(const ConvBlockBwd& a, cudaStream_t stream) {
+  const auto kernel = conv_block_bwd_sm90_kernel<T, BN, kLogits>;
+  static const bool there = compiled_for_sm90a(kernel);
+  if (!there) return false;
+  const int bytes = HopperLayout<BN>::bytes((int)a.K);
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  const ConvBlockArgs args = conv_block_args(a, BN);
+  const TensorMap weights = tensor_map(a.w, std::is_same_v<T, __nv_bfloat16>,
+                                       a.K * a.K * args.out_pad, args.in_pad, 64, 64);
+  const dim3 grid = grid_of("conv_block_bwd", conv_block_count(args));
+  LAUNCH(kernel, grid, dim3(kHopperThreads), bytes, stream, args, weights);
+  check_launch("conv_block_bwd");
+  return true;
+}
+
+template <class T>
+bool launch_tile(const ConvBlockBwd& a, cudaStream_t stream) {
+  if (!a.logits) {
+    return a.C_in > 64 ? launch<T, 128, false>(a, stream) : launch<T, 64, false>(a, stream);
+  }
+  if (a.C_in <= 32) return launch<T, 32, true>(a, stream);
+  if (a.C_in <= 64) return launch<T, 64, true>(a, stream);
+  return a.C_in <= 160 ? launch<T, 160, true>(a, stream) : launch<T, 256, true>(a, stream);
+}
+
+}  // namespace
+
+bool conv_block_bwd_sm90(const ConvBlockBwd& a, cudaStream_t stream) {
+  if (a.K > 7 || !aligned(a.w, 16)) return false;
+  if (a.dtype == DType::kBFloat16) return launch_tile<__nv_bfloat16>(a, stream);
+  if (a.dtype == DType::kFloat16) return launch_tile<__half>(a, stream);
+  return false;
+}
+
+}  // namespace gpl_fast::cuda

@@ -10,9 +10,8 @@ namespace gpl_fast::cuda {
 enum class Math { kBFloat16, kFloat16, kTF32, kFloat32 };
 
 template <Math kMath>
-using Element =
-    std::conditional_t<kMath == Math::kBFloat16, __nv_bfloat16,
-                       std::conditional_t<kMath == Math::kFloat16, __half, float>>;
+using Element = std::conditional_t<kMath == Math::kBFloat16, __nv_bfloat16,
+                                   std::conditional_t<kMath == Math::kFloat16, __half, float>>;
 
 template <Math kMath>
 constexpr ptx::Operand kOperand = kMath == Math::kBFloat16  ? ptx::Operand::kBFloat16
@@ -91,8 +90,7 @@ struct WarpTile {
       b[j][0] = q[0], b[j][1] = q[1], b[j + 1][0] = q[2], b[j + 1][1] = q[3];
     }
     if constexpr (S::NJ % 2 == 1) {
-      ptx::ldmatrix_x2_trans(b[S::NJ - 1],
-                             weights + weight_unit<S>(row, first_unit + S::NJ - 1));
+      ptx::ldmatrix_x2_trans(b[S::NJ - 1], weights + weight_unit<S>(row, first_unit + S::NJ - 1));
     }
   }
 
@@ -104,8 +102,8 @@ struct WarpTile {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int row = k * 8 + h * 4 + lane % 4;
-        b[j][h] = ptx::to_tf32(
-            ((const float*)(weights + weight_unit<S>(row, column / 4)))[column % 4]);
+        b[j][h] =
+            ptx::to_tf32(((const float*)(weights + weight_unit<S>(row, column / 4)))[column % 4]);
       }
     }
   }
@@ -122,19 +120,24 @@ struct WarpTile {
           a[i][h] = *(const Vec<float, 4>*)Tile::unit_at(dz, row, half * 4 + k);
         }
       }
+      // Four products are added before they join the sum, whose rounding is then half as large.
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
+      for (int j = 0; j < S::NJ; ++j) {
+        const int column = first_column + j * 8 + lane % 4 * 2;
+        Vec<float, 2> b[4];
 #pragma unroll
-        for (int j = 0; j < S::NJ; ++j) {
-          const int column = first_column + j * 8 + lane % 4 * 2;
+        for (int e = 0; e < 4; ++e) {
           const unsigned char* unit = weights + weight_unit<S>(k * 4 + e, column / 4);
-          const Vec<float, 2> b = *(const Vec<float, 2>*)(unit + column % 4 * 4);
+          b[e] = *(const Vec<float, 2>*)(unit + column % 4 * 4);
+        }
 #pragma unroll
-          for (int i = 0; i < S::MI; ++i) {
+        for (int i = 0; i < S::MI; ++i) {
 #pragma unroll
-            for (int q = 0; q < 4; ++q) {
-              acc[i][j][q] = fmaf(a[i][q / 2].v[e], b.v[q % 2], acc[i][j][q]);
-            }
+          for (int q = 0; q < 4; ++q) {
+            float sum = a[i][q / 2].v[0] * b[0].v[q % 2];
+#pragma unroll
+            for (int e = 1; e < 4; ++e) sum = fmaf(a[i][q / 2].v[e], b[e].v[q % 2], sum);
+            acc[i][j][q] += sum;
           }
         }
       }

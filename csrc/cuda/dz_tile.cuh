@@ -1,5 +1,5 @@
-// dZ of eq. (3), a tile of pixels and a chunk of channels in shared memory, expanded from dy and the
-// code or mask while it is loaded. dZ itself is never in memory.
+// dZ of eq. (3), a tile of pixels and a chunk of channels in shared memory, expanded from dy and
+// the code or mask while it is loaded. dZ itself is never in memory.
 #pragma once
 
 #include "element.cuh"
@@ -118,8 +118,8 @@ class DzTile {
  private:
   __device__ uint32_t windows_won(int i, int j, int c) const {
     const int64_t bytes = (a_.C_out + 1) / 2;
-    const uint8_t* code = a_.code + n_ * a_.code_image_stride +
-                          ((int64_t)i * grid_w_ + j) * bytes + c / 2;
+    const uint8_t* code =
+        a_.code + n_ * a_.code_image_stride + ((int64_t)i * grid_w_ + j) * bytes + c / 2;
     uint32_t winners = 0, keep = 0;
     if (aligned_) {
       winners = kUnit == 8 ? *(const uint32_t*)code : *(const uint16_t*)code;

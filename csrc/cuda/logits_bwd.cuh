@@ -108,4 +108,17 @@ __device__ __forceinline__ bool needs_sums(const SoftmaxBwd& a) {
   return a.activation == Activation::kSoftmax || a.ce.labels;
 }
 
+// The sum of all class weights, the same in every thread.
+__device__ __forceinline__ float class_weights(const SoftmaxBwd& a, float* shared) {
+  if (!a.ce.labels || !a.ce.class_weight) return (float)a.C;
+  if (threadIdx.x < 32) {
+    float sum = 0.0f;
+    for (int64_t c = threadIdx.x; c < a.C; c += 32) sum += a.ce.class_weight[c];
+    for (int o = 16; o > 0; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
+    if (threadIdx.x == 0) *shared = sum;
+  }
+  __syncthreads();
+  return *shared;
+}
+
 }  // namespace gpl_fast::cuda

@@ -104,6 +104,91 @@ class Block:
         return dx.permute(0, 3, 1, 2)
 
 
+@dataclass
+class Logits:
+    """Logits, whose map is a block's input, and the cross-entropy that shares the pass."""
+
+    block: Block
+    activation: int = SOFTMAX
+    temperature: float = 1.0
+    dtype: torch.dtype = torch.float32
+    channels_last: bool = False
+    peak: float = 0.0  # raises one class of each pixel
+    masked: bool = False
+    cross_entropy: bool = False
+    class_weight: bool = False
+    label_smoothing: float = 0.0
+    x: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        b = self.block
+        x = 2 * torch.randn(b.n, b.c_in, b.h, b.w)
+        x.scatter_add_(1, torch.randint(b.c_in, (b.n, 1, b.h, b.w)), torch.full_like(x, self.peak))
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        self.x = x.to(self.dtype).contiguous(memory_format=layout)
+        self.scale = torch.rand(b.n) + 0.5
+        self.valid = torch.rand(b.n, b.h, b.w) < 0.8 if self.masked else None
+        self.labels = self.weight = None
+        if self.cross_entropy:
+            # Outside of the classes: not counted.
+            self.labels = torch.randint(-2, b.c_in + 2, (b.n, b.h, b.w))
+            self.weight = torch.rand(b.c_in) + 0.5 if self.class_weight else None
+            self.ce_scale = torch.rand(b.n) + 0.5
+        if self.masked:
+            self.x.masked_fill_(~self.valid[:, None] & (self.labels is None), float("nan"))
+
+    def dx(self, dy: Tensor) -> Tensor:
+        """Eq. (5) and the cross-entropy's gradient by autograd, in dy's dtype."""
+        x = self.x.to(dy.dtype).requires_grad_()
+        y = x / self.temperature
+        y = y.softmax(1) if self.activation == SOFTMAX else y
+        y = y.sigmoid() if self.activation == SIGMOID else y
+        seed = self.scale.to(dy.dtype).view(-1, 1, 1, 1) * dy
+        (dx,) = torch.autograd.grad(y, x, seed)
+        if self.valid is not None:
+            dx = dx.where(self.valid[:, None], 0)
+        if self.labels is None:
+            return dx
+        weight = None if self.weight is None else self.weight.to(dy.dtype)
+        counted = (self.labels >= 0) & (self.labels < self.block.c_in)
+        each = F.cross_entropy(
+            x, self.labels.where(counted, -100), weight, ignore_index=-100, reduction="none",
+            label_smoothing=self.label_smoothing,
+        )  # fmt: skip
+        total = (each * self.ce_scale.to(dy.dtype).view(-1, 1, 1)).sum()
+        return dx + torch.autograd.grad(total, x)[0]
+
+    def run(self, kernels, **changed) -> Tensor:
+        """The kernel's gradient, from memory poisoned beforehand, in x's layout."""
+        dx = torch.full_like(self.x, float("nan"))
+        own_lse = self.activation != SOFTMAX or self.temperature != 1.0
+        lse = (self.x.float() / self.temperature).logsumexp(1)
+        ce_lse = self.x.float().logsumexp(1)
+        logits = {
+            "activation": self.activation, "temperature": self.temperature,
+            "x_dtype": DTYPES.index(self.dtype), "x": self.x.data_ptr(),
+            "x_strides": self.x.stride(), "lse": lse.data_ptr(), "scale": self.scale.data_ptr(),
+            "valid": None if self.valid is None else self.valid.data_ptr(),
+            "own_lse": own_lse, "dx": dx.data_ptr(), "dx_strides": dx.stride(),
+        }  # fmt: skip
+        if self.labels is not None:
+            logits |= {
+                "ce_labels": self.labels.data_ptr(),
+                "class_weight": None if self.weight is None else self.weight.data_ptr(),
+                "label_smoothing": self.label_smoothing, "ce_scale": self.ce_scale.data_ptr(),
+                "ce_lse": (ce_lse if own_lse else lse).data_ptr(),
+            }  # fmt: skip
+        kernels.conv_block_bwd(self.block.arguments() | changed | {"logits": logits})
+        return dx
+
+    def check(self, ours: Tensor) -> None:
+        """Against float64; PyTorch's own way stores dy' and the gradient rounded."""
+        dtype = self.block.dtype
+        plain = self.dx(self.block.dx(dtype).float()).to(self.dtype)
+        coarse = max(dtype, self.dtype, key=lambda d: torch.finfo(d).eps)
+        check(ours, plain, self.dx(self.block.dx(torch.float64)), coarse)
+
+
 def check(ours: Tensor, plain: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
     """err(ours) <= 2 err(plain) + atol in the largest error; NaN anywhere fails."""
     bound = 2 * (plain.double() - truth).abs().max() + ATOL[dtype] * max(1, truth.abs().max())

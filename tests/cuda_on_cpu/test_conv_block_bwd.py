@@ -54,14 +54,14 @@ def test_without_relu(kernels, dtype):
 
 
 @pytest.mark.parametrize("pool", [MAX, NO_POOL])
-def test_tf32(kernels, pool):
+def test_tf32(built, pool):
     block = Block(n=2, c_in=70, c_out=65, pool=pool, dtype=torch.float32, tf32=True)
 
     def rounded(x):  # to 10 bits of mantissa
         bits = (x.view(torch.int32) + 0x1000) & ~0x1FFF
         return bits.view(torch.float32)
 
-    exact = block.run(kernels).double()
+    exact = block.run(built).double()
     block.weight, block.dy = rounded(block.weight), rounded(block.dy)
     check(exact, block.dx(torch.float32), block.dx(torch.float64), torch.float32)
 

@@ -1,0 +1,127 @@
+"""Fault injection: each change of the kernels' text must make the test that it names fail."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import emulate
+import pytest
+
+HERE = Path(__file__).resolve().parent
+FLAGS = ("-O1", "-mavx2", "-mfma", "-mf16c")
+BLOCK, LOGITS = "test_conv_block_bwd.py::test_", "test_logits_bwd.py::test_"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+DZ, TILE, SM80, SM90 = "dz_tile", "conv_tile", "conv_block_bwd", "conv_block_bwd_sm90"
+PUT = "in_place ? px.put_dy(n0 + c, dy[c])"
+# fmt: off
+MUTATIONS = [
+    Mutation("no barrier in the ring", SM80, "    ptx::cp_async_wait<S::kStages - 2>();\n    __syncthreads();", "    ptx::cp_async_wait<S::kStages - 2>();", BLOCK + "sizes[80-0-size4]"),  # noqa: E501
+    Mutation("a lax wait for the ring", SM80, "cp_async_wait<S::kStages - 2>", "cp_async_wait<S::kStages - 1>", BLOCK + "sizes[80-0-size4]"),  # noqa: E501
+    Mutation("a shifted tap", DZ, "(phase - reach + first) / stride", "(phase - reach + first) / stride + 1", BLOCK + "sizes[80-0-size4]"),  # noqa: E501
+    Mutation("rows and columns of a tap swapped", SM80, "(t.rows.first + at.row * stride) * (int)a.conv.K", "(t.rows.first + at.column * stride) * (int)a.conv.K", BLOCK + "sizes[80-0-size4]"),  # noqa: E501
+    Mutation("left and right winners swapped", DZ, "1u << (8 * winner + e)", "1u << (8 * (winner ^ 1) + e)", BLOCK + "sizes[80-0-size4]"),  # noqa: E501
+    Mutation("no predicate at the left border", DZ, "j < 0 || ", "", BLOCK + "sizes[80-0-size4]"),
+    Mutation("no predicate at the right border", "conv_block", "p.in_strip = p.w < a.conv.W && ", "p.in_strip = ", BLOCK + "sizes[80-0-size4]"),  # noqa: E501
+    Mutation("no swizzle of dZ", DZ, "((unit ^ (pixel & 7)) << 4)", "(unit << 4)", BLOCK + "no_bank_conflicts[80]"),  # noqa: E501
+    Mutation("no swizzle of the weights", TILE, "((unit ^ (S::kUnit == 8 ? row & 7 : (row & 3) << 1)) << 4)", "(unit << 4)", BLOCK + "no_bank_conflicts[80]"),  # noqa: E501
+    Mutation("a whole instead of a quarter", DZ, "scale(r, 0.25f)", "scale(r, 1.0f)", BLOCK + "sizes[80-1-size4]"),  # noqa: E501
+    Mutation("the next chunk over this one", SM80, "(~at.chunk & 1)", "(at.chunk & 1)", BLOCK + "orders_agree_bit_for_bit[80-0-dtype0]"),  # noqa: E501
+    Mutation("dx read before it is staged", SM80, "stage_rows<kMath, BN>(warp, i, dx);\n    __syncthreads();", "stage_rows<kMath, BN>(warp, i, dx);", BLOCK + "sizes[80-0-size4]"),  # noqa: E501
+    Mutation("an old dZ for the next classes", SM80, "tile > 0 && one_chunk", "tile > 0", LOGITS + "orders_agree_bit_for_bit[80-0-257]"),  # noqa: E501
+    Mutation("sums of one lane", "conv_block", "for (int l = 1; l < lanes; ++l)", "for (int l = 1; l < 1; ++l)", LOGITS + "orders_agree_bit_for_bit[80-0-19]"),  # noqa: E501
+    Mutation("sums of unrounded values", SM80, PUT, "in_place ? (px.put_dy(n0 + c, dy[c]), dy[c])", LOGITS + "sums_take_the_stored_gradient[80]"),  # noqa: E501
+    Mutation("a mask that multiplies", "logits_bwd", "if (!keep_) g = 0.0f;", "g *= keep_;", LOGITS + "masked_pixels_may_hold_nan[80-19-1]"),  # noqa: E501
+    Mutation("the label's neighbour", "logits_bwd", "c == label_ ?", "c == label_ + 1 ?", LOGITS + "cross_entropy_and_masks[80-False-1-19]"),  # noqa: E501
+    Mutation("the expected bytes of one slab", SM90, "bars.full + r.at, L::kStageBytes", "bars.full + r.at, kSlabBytes", BLOCK + "orders_agree_bit_for_bit[90-0-dtype0]"),  # noqa: E501
+    Mutation("the wrong phase of the ring", SM90, "bars.empty + r.at, r.phase ^ 1", "bars.empty + r.at, r.phase", BLOCK + "sizes[90-0-size4]"),  # noqa: E501
+    Mutation("no wait for the products", SM90, "ptx::wgmma_wait<0>();", "", BLOCK + "sizes[90-0-size4]"),
+    Mutation("the wrong step along K", SM90, "b + q * 128", "b + q * 64", BLOCK + "sizes[90-0-size4]"),
+    Mutation("too few expanders awaited", SM90, "dz_full + s, kExpanders", "dz_full + s, 32", BLOCK + "sizes[90-0-size4]"),  # noqa: E501
+    Mutation("dx read before its warp has it", SM90, "  }\n  __syncwarp();\n}", "  }\n}", BLOCK + "sizes[90-0-size4]"),  # noqa: E501
+]
+# fmt: on
+
+# Only bfloat16 and the tiles that the named tests meet, so that a mutation compiles in seconds.
+FEWER = {
+    "conv_block_bwd.cu": [
+        ("a.dtype == DType::kFloat16 ? launch_tile<Math::kFloat16>(a, stream)", "false ? false"),
+        ("a.allow_tf32               ? launch_tile<Math::kTF32>(a, stream)", "false ? false"),
+        ("launch_tile<Math::kFloat32>(a, stream);", "false;"),
+        ("(a.C_in > 64 && launch<true, kMath, 160>(a, stream)) ||", ""),
+        ("(a.C_in > 32 && launch<true, kMath, 64>(a, stream)) ||", ""),
+    ],
+    "conv_block_bwd_sm90.cu": [
+        ("if (a.dtype == DType::kFloat16) return launch_tile<__half>(a, stream);", ""),
+        ("if (a.C_in <= 64) return launch<T, 64, true>(a, stream);", ""),
+        ("return a.C_in <= 160 ? launch<T, 160, true>(a, stream) : ", "return "),
+    ],
+}
+
+
+def reduced(folder: Path) -> Path:
+    """A copy of csrc with fewer instances."""
+    csrc = folder / "csrc"
+    shutil.copytree(emulate.CSRC, csrc)
+    for name, changes in FEWER.items():
+        path = csrc / "cuda" / name
+        text = path.read_text()
+        for old, new in changes:
+            assert text.count(old) == 1, (name, old)
+            text = text.replace(old, new)
+        path.write_text(text)
+    return csrc
+
+
+def outcome(folder: Path, mutation: Mutation | None, tests: list[str]) -> str:
+    """Output of the tests on kernels with the mutation."""
+    folder.mkdir()
+    csrc = reduced(folder)
+    if mutation is not None:
+        path = csrc / "cuda" / f"{mutation.file}.cuh"
+        text = path.read_text()
+        assert text.count(mutation.old) >= 1, mutation.name
+        path.write_text(text.replace(mutation.old, mutation.new))
+    built = emulate.build(folder, FLAGS, csrc)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--timeout=120", *tests]
+    env = os.environ | {"GPL_FAST_TEST_KERNELS": str(built)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=HERE)
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """Of every mutation, and of none under None."""
+    root = tmp_path_factory.mktemp("mutations")
+    named = sorted({m.test for m in MUTATIONS})
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = {None: pool.submit(outcome, root / "none", None, named)}
+        for i, m in enumerate(MUTATIONS):
+            jobs[m.name] = pool.submit(outcome, root / f"m{i}", m, [m.test])
+        return {name: job.result() for name, job in jobs.items()}
+
+
+def test_named_tests_pass_without_mutation(outcomes):
+    named = {m.test for m in MUTATIONS}
+    assert f"{len(named)} passed" in outcomes[None], outcomes[None][-3000:]
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
+def test_mutation_is_caught(outcomes, mutation):
+    text = outcomes[mutation.name]
+    assert f"FAILED {mutation.test}" in text or "Fatal Python error" in text, text[-3000:]

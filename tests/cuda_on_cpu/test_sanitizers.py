@@ -1,0 +1,37 @@
+"""The border cases once more under the address and undefined-behaviour sanitizers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import emulate
+
+HERE = Path(__file__).resolve().parent
+CASES = "test_sizes or test_strip or test_stride_2 or shared_memory or test_channels"
+
+
+def library(name: str) -> str:
+    compiler = os.environ.get("CXX", "c++")
+    found = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True)
+    return found.stdout.strip()
+
+
+def test_borders_under_sanitizers(tmp_path):
+    folder = tmp_path / "sanitized"
+    folder.mkdir()
+    built = emulate.build(folder, ("-O1", "-mavx2", "-mfma", "-mf16c", *emulate.SANITIZE))
+    env = os.environ | {
+        "GPL_FAST_TEST_KERNELS": str(built),
+        "LD_PRELOAD": " ".join(map(library, ("libasan.so", "libubsan.so"))),
+        # Every CUDA thread has its own stack; Python leaks on purpose.
+        "ASAN_OPTIONS": "detect_stack_use_after_return=0:detect_leaks=0",
+        "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+    }
+    files = [str(HERE / f"test_{name}.py") for name in ("conv_block_bwd", "logits_bwd")]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *files, "-k", CASES]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=HERE.parents[1])
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert " passed" in done.stdout
