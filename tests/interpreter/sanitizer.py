@@ -165,7 +165,7 @@ class Sanitizer:
         self, pointers: Handle, mask: np.ndarray, verb: str
     ) -> Iterator[tuple[Argument, np.ndarray, np.ndarray]]:
         """(argument, storage elements, which of the chosen pointers), for each argument reached."""
-        tagged = pointers.data[np.broadcast_to(mask, pointers.data.shape)]
+        tagged = pointers.data[_chosen(pointers, mask)]
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         tags = (tagged >> np.uint64(ADDRESS_BITS)).astype(np.int64)
         one = tags.size and (tags == tags[0]).all()  # nearly always, and sorting takes time
@@ -194,7 +194,7 @@ class Sanitizer:
             yield argument, elements, here
 
     def _differs(self, pointers, values, mask, chosen) -> np.ndarray:
-        pick = np.broadcast_to(mask, pointers.data.shape)
+        pick = _chosen(pointers, mask)
         new = np.broadcast_to(values, pointers.data.shape)[pick][chosen]
         addresses = pointers.data[pick][chosen] & ADDRESS_MASK
         old = interpreter._interpreter.load(
@@ -243,6 +243,11 @@ def _tag_arguments() -> None:
 
     interpreter.GridExecutor.__call__ = __call__
     interpreter._implicit_cvt = _implicit_cvt
+
+
+def _chosen(pointers: Handle, mask: np.ndarray) -> np.ndarray:
+    """The mask as booleans: the interpreter's are integers where a scalar took part."""
+    return np.broadcast_to(np.asarray(mask) != 0, pointers.data.shape)
 
 
 def _address(pointers: Handle) -> Handle:

@@ -26,6 +26,20 @@ def test_within_bounds(dtype):
     assert torch.equal(x, z)
 
 
+@triton.jit
+def _scalar_in_mask_kernel(z_ptr, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(z_ptr + i, 1.0, (i < n) & (tl.program_id(0) >= 0))
+
+
+def test_a_mask_with_a_scalar_in_it():
+    z = torch.zeros(13)
+    _scalar_in_mask_kernel[(1,)](z, 13, 16)
+    assert z.all()
+    with reported("store out of bounds"):
+        _scalar_in_mask_kernel[(1,)](z, 14, 16)
+
+
 def test_load_out_of_bounds():
     x, z = torch.ones(13), torch.empty(16)
     with reported(r"load out of bounds in program \(1, 0, 0\): 3 of 8 .*tensor argument 0.* 13 el"):
