@@ -33,7 +33,7 @@ CHANGES = {
 
 
 @pytest.fixture(scope="module")
-def emulated(kernels, tmp_path_factory):
+def emulated(built, tmp_path_factory):
     """torch.ops.gpl_fast_emulated."""
     folder = tmp_path_factory.mktemp("dispatch")
     text = (emulate.CSRC / "ops.cpp").read_text()
@@ -47,7 +47,7 @@ def emulated(kernels, tmp_path_factory):
     sources = [folder / "ops.cpp", emulate.HERE / "stages_on_cpu.cpp"]
     sources += [emulate.CSRC / "cuda" / f"{n}.cu" for n in ("relu", "relu_pool", "softmax_bwd")]
     objects = [emulate.compile_one(s, folder / f"{s.stem}.o", flags) for s in sources]
-    objects += Path(kernels.__file__).parent.glob("conv_block_bwd*.o")
+    objects += Path(built.__file__).parent.glob("conv_block_bwd*.o")
     library = folder / "libgpl_fast_emulated.so"
     command = [os.environ.get("CXX", "c++"), "-shared", "-pthread", *map(str, objects)]
     command += ["-o", str(library), f"-L{torch_dir / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu"]
