@@ -1,0 +1,332 @@
+"""Every kernel of the package for every architecture: what its launchers would compile.
+
+No spills, no float atomics, shared memory within the limit; convolutions by the architecture's
+tensor-core instruction with pipelined loads.
+"""
+
+from __future__ import annotations
+
+import pairwise
+import pytest
+import torch
+from ahead_of_time import CAPABILITIES, Compiled, check, compiling_for, meta
+from torch import Tensor
+
+from gpl_fast import kernels
+from gpl_fast.kernels import tiles
+from gpl_fast.plan import padded_channels
+
+FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
+LABEL_DTYPE, BYTE = torch.int64, torch.uint8
+N, H, W, CLASSES = 2, 512, 512, 150
+POOLS = {"max": 0, "avg": 1, "none": 2, "stride": 2}
+LISTED = ("labels", "topk", "topk and rest")
+
+
+def compiled_once(capability, launch) -> Compiled:
+    with compiling_for(capability) as compiled:
+        launch()
+    (entry,) = compiled
+    return entry
+
+
+# --------------------------------------------------------------------------------- conv_block
+
+FACTORS = {
+    "capability": CAPABILITIES,
+    "form": ("plain", "diff", *LISTED),
+    "dtype": (BF16, HALF, FLOAT),
+    "kernel": (1, 3, 5, 7),
+    "pool": ("max", "avg", "none", "stride"),
+    "c_in": (8, 160, 64),
+    "c_out": (128, 64, 21),
+    "bias": (False, True),
+    "reduce": (False, True),
+    "masked": (False, True),
+}
+
+
+def excluded(case: pairwise.Case) -> bool:
+    """A list is of a first convolution, of stride 1; a plain map has nothing to reduce."""
+    form, pool = case.get("form"), case.get("pool")
+    return (
+        (pool == "stride" and (form in LISTED or case.get("masked") is True))
+        or (form == "plain" and case.get("reduce") is True)
+        or (form in ("plain", "diff") and case.get("masked") is True)
+    )
+
+
+COVERING = pairwise.covering(FACTORS, excluded, lambda case: 0.0)
+
+
+def listed(form: str, dtype: torch.dtype, kernel: int, c_out: int, masked: bool):
+    taps, grid = kernel**2, (N, H, W)
+    table, taken = meta(taps, CLASSES, c_out, dtype=dtype), meta(*grid, dtype=BYTE)
+    valid = meta(*grid, dtype=torch.bool) if masked else None
+    if form == "labels":
+        labels, interior = meta(*grid, dtype=LABEL_DTYPE), meta(CLASSES, c_out, dtype=FLOAT)
+        return kernels.Listed(table, taken, 0, labels=labels, interior=interior, valid=valid)
+    values, indices = meta(N, 8, H, W, dtype=FLOAT), meta(N, 8, H, W, dtype=LABEL_DTYPE)
+    rest = form == "topk and rest"
+    return kernels.Listed(
+        table, taken, 0, values=values, indices=indices, valid=valid,
+        rest=meta(*grid, dtype=FLOAT) if rest else None,
+        rest_table=meta(taps, c_out, dtype=FLOAT) if rest else None,
+    )  # fmt: skip
+
+
+def conv_block(
+    *, form: str, dtype: torch.dtype, kernel: int = 3, pool: str = "max", c_in: int = 64,
+    c_out: int = 128, bias: bool = False, reduce: bool = False, masked: bool = False,
+) -> None:  # fmt: skip
+    stride = 2 if pool == "stride" else 1
+    h, w = (H // stride, W // stride)
+    out_h, out_w = (h // 2, w // 2) if pool in ("max", "avg") else (h, w)
+    y = meta(N, out_h, out_w, c_out, dtype=dtype)
+    code = (N, out_h, out_w, -(-c_out // 2)) if pool == "max" else (N, h, w, -(-c_out // 8))
+    a = meta(N, H, W, c_in, dtype=dtype)
+    kernels.conv_block_fwd(
+        a,
+        a if form == "diff" else None,
+        meta(kernel**2 * c_in, c_out, dtype=dtype),
+        meta(c_out, dtype=FLOAT) if bias else None,
+        None if form == "plain" else meta(N, dtype=torch.bool),
+        listed(form, dtype, kernel, c_out, masked) if form in LISTED else None,
+        kernel_size=kernel, stride=stride, relu=True, pool=POOLS[pool], pad_h=kernel // 2,
+        row0=0, image_rows=h, y=None if reduce and form == "diff" else y,
+        delta=None if form == "plain" else y, code=meta(*code, dtype=BYTE), reduce=reduce,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """Tiles are chosen for the architecture that is compiled for."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+
+    def choose(capability):
+        monkeypatch.setattr(tiles, "architecture", lambda device: capability)
+        return capability
+
+    return choose
+
+
+def name(case: pairwise.Case) -> str:
+    return "-".join(str(v).removeprefix("torch.") for v in case.values())
+
+
+def test_every_pair_occurs():
+    met = set().union(*map(pairwise.pairs_of, COVERING))
+    assert pairwise.all_pairs(FACTORS, excluded) <= met
+
+
+@pytest.mark.parametrize("case", COVERING, ids=name)
+def test_conv_block(case, on):
+    options = dict(case)
+    capability = on(options.pop("capability"))
+    compiled = compiled_once(capability, lambda: conv_block(**options))
+    # Copies of 4 bytes are the smallest there are: rows of 21 halves begin in between.
+    check(compiled, pipelined=case["c_out"] % 8 == 0)
+
+
+def chosen(capability: int, row: tiles.Row) -> bool:
+    """Whether a launch can run with the row on this architecture, for some form."""
+    rivals = [
+        r for r in tiles.rows()
+        if r["dtype"] == row["dtype"] and r["arch"] <= capability
+        and (r["form"] in (row["form"], "any") or row["form"] == "any")
+    ]  # fmt: skip
+    return row["arch"] == max((r["arch"] for r in rivals), default=None)
+
+
+ROWS = [
+    pytest.param(row, capability, id=f"{row['arch']}-{row['dtype']}-{row['form']}-on-{capability}")
+    for row in tiles.rows()
+    for capability in CAPABILITIES
+    if chosen(capability, row)
+]
+
+
+@pytest.mark.parametrize(("row", "capability"), ROWS)
+def test_rows_of_the_table(row, capability, on, monkeypatch):
+    """Uncut: as many channels as the tile has, and more."""
+    on(capability)
+    monkeypatch.setattr(tiles, "rows", lambda: [row])
+    tiles.choose.cache_clear()
+    form = {"any": "diff", "listed": "topk and rest"}.get(row["form"], row["form"])
+    options = {"form": form, "dtype": getattr(torch, row["dtype"]), "c_in": 160, "c_out": 512}
+    compiled = compiled_once(capability, lambda: conv_block(**options))
+    tiles.choose.cache_clear()
+    check(compiled)
+    assert compiled.warps == row["warps"]
+    if row["descriptors"] and capability >= 90:
+        assert "TMA load" in compiled.instructions
+
+
+def test_every_row_is_run_somewhere():
+    met = {id(param.values[0]) for param in ROWS}
+    assert all(id(row) in met for row in tiles.rows())
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_true_float32(capability, on, monkeypatch):
+    """Its products are not the tensor cores'."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    on(capability)
+    options = {"form": "labels" if capability % 20 else "diff", "dtype": FLOAT}
+    compiled = compiled_once(capability, lambda: conv_block(**options))
+    check(compiled, tensor_core=None, pipelined=False)
+
+
+# -------------------------------------------------------------------------------- other stages
+
+
+def logits(layout: str, dtype: torch.dtype, channels: int) -> Tensor:
+    x = meta(N, channels, H, W, dtype=dtype)
+    return x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x
+
+
+PACK = {
+    "capability": CAPABILITIES,
+    "kind": ("none", "dense", *LISTED),
+    "layout": ("nchw", "channels_last"),
+    "dtype": (FLOAT, BF16, HALF),
+    "maps": (BF16, FLOAT, HALF),
+    "channels": (1, 19, 150, 1203),
+    "activation": (1, 2, 0),
+    "cross_entropy": ("none", "shared", "own"),
+    "masked": (False, True),
+}
+
+
+def no_extra(case: pairwise.Case) -> bool:
+    """Softmax at temperature 1 shares its log-sum-exp with the cross-entropy."""
+    return case.get("activation") in (0, 2) and case.get("cross_entropy") == "shared"
+
+
+def softmax_pack(
+    *, kind: str, layout: str, dtype: torch.dtype, maps: torch.dtype, channels: int,
+    activation: int, cross_entropy: str, masked: bool,
+) -> None:  # fmt: skip
+    x, grid = logits(layout, dtype, channels), (N, H, W)
+    y = meta(*grid, padded_channels(channels), dtype=maps)
+    own = cross_entropy == "own"
+    temperature = 2.0 if own else 1.0
+    target = listed(kind, maps, 3, 64, masked) if kind in LISTED else None
+    kernels.softmax_pack_fwd(
+        x,
+        meta(*grid, dtype=torch.bool) if masked else None,
+        x if kind == "dense" else None,
+        meta(N, dtype=torch.bool) if kind == "dense" else None,
+        target.labels if target else None,
+        target.values if target else None,
+        target.indices if target else None,
+        target.rest if target else None,
+        activation, activation, temperature,
+        meta(*grid, dtype=LABEL_DTYPE) if cross_entropy != "none" else None,
+        meta(channels, dtype=FLOAT) if own else None,
+        0.1 if own else 0.0,
+        0, H, 0, H, y, y if kind == "dense" else None,
+        meta(*grid, dtype=BYTE) if target else None,
+        meta(*grid, dtype=FLOAT) if activation == 1 else None,
+        meta(*grid, dtype=FLOAT) if cross_entropy != "none" else None,
+        meta(N, H, 2, dtype=torch.float64),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("case", pairwise.covering(PACK, no_extra, lambda case: 0.0), ids=name)
+def test_softmax_pack(case):
+    options = dict(case)
+    capability = options.pop("capability")
+    compiled = compiled_once(capability, lambda: softmax_pack(**options))
+    check(compiled, tensor_core=None, pipelined=False)
+
+
+BWD = {key: PACK[key] for key in PACK if key != "kind"}
+
+
+def softmax_bwd(
+    *, layout: str, dtype: torch.dtype, maps: torch.dtype, channels: int, activation: int,
+    cross_entropy: str, masked: bool,
+) -> None:  # fmt: skip
+    x, grid, counted = logits(layout, dtype, channels), (N, H, W), cross_entropy != "none"
+    own = cross_entropy == "own"
+    kernels.softmax_bwd(
+        x,
+        meta(*grid, dtype=FLOAT) if activation == 1 else None,
+        meta(*grid, padded_channels(channels), dtype=maps),
+        meta(N, dtype=FLOAT),
+        meta(*grid, dtype=torch.bool) if masked else None,
+        activation, 2.0 if own else 1.0,
+        meta(*grid, dtype=LABEL_DTYPE) if counted else None,
+        meta(*grid, dtype=FLOAT) if own else None,
+        meta(N, dtype=FLOAT) if counted else None,
+        meta(channels, dtype=FLOAT) if own else None,
+        0.1 if own else 0.0, 0, H, x,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("case", pairwise.covering(BWD, no_extra, lambda case: 0.0), ids=name)
+def test_softmax_bwd(case):
+    options = dict(case)
+    capability = options.pop("capability")
+    compiled = compiled_once(capability, lambda: softmax_bwd(**options))
+    check(compiled, tensor_core=None, pipelined=False)
+
+
+def small_stages(dtype: torch.dtype, c: int) -> dict:
+    """Launches of the elementwise stages, the look-ups and the reduction."""
+    z, branch = meta(N, H, W, c, dtype=dtype), meta(N, dtype=torch.bool)
+    y = meta(N, H // 2, W // 2, c, dtype=dtype)
+    mask = meta(N, H, W, -(-c // 8), dtype=BYTE)
+    code = {0: meta(N, H // 2, W // 2, -(-c // 2), dtype=BYTE), 1: mask}
+    stages = {
+        "relu": lambda: kernels.relu_fwd(z, z, mask),
+        "relu_diff": lambda: kernels.relu_diff_fwd(z, z, branch, z, z, mask),
+        "relu_bwd": lambda: kernels.relu_bwd(z, mask, z),
+        "diff_reduce": lambda: kernels.diff_reduce_fwd(y),
+    }
+    for pool in (0, 1):
+        stages |= {
+            f"pool {pool}": lambda p=pool: kernels.relu_pool_fwd(z, p, y, code[p]),
+            f"pool_diff {pool}": lambda p=pool: kernels.relu_pool_diff_fwd(
+                z, z, branch, p, y, y, code[p]
+            ),
+            f"pool_bwd {pool}": lambda p=pool: kernels.relu_pool_bwd(y, code[p], p, H, W, 0, z),
+        }
+    for form in LISTED:
+        t = listed(form, dtype, 3, c, form != "labels")
+        where = (branch, t.taken, 0, 0, z, z)
+        if form == "labels":
+            stages[form] = lambda t=t, where=where: kernels.label_conv_fwd(
+                t.labels, t.valid, t.table, t.interior, *where
+            )
+        else:
+            stages[form] = lambda t=t, where=where: kernels.topk_conv_fwd(
+                t.values, t.indices, t.rest, t.valid, t.table, t.rest_table, *where
+            )
+    return stages
+
+
+SMALL = {
+    "capability": CAPABILITIES,
+    "stage": tuple(small_stages(FLOAT, 8)),
+    "dtype": (BF16, FLOAT, HALF),
+    "c": (64, 21, 512),
+}
+
+
+@pytest.mark.parametrize(
+    "case", pairwise.covering(SMALL, lambda case: False, lambda case: 0.0), ids=name
+)
+def test_other_stages(case):
+    launch = small_stages(case["dtype"], case["c"])[case["stage"]]
+    check(compiled_once(case["capability"], launch), tensor_core=None, pipelined=False)
+
+
+# ------------------------------------------------------------------------------- for information
+
+
+def test_an_amd_architecture(on):
+    on(80)
+    compiled = compiled_once("gfx942", lambda: conv_block(form="diff", dtype=BF16))
+    check(compiled, tensor_core="mfma")

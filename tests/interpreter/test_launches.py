@@ -1,0 +1,231 @@
+"""Both walks on fake CUDA tensors: what would be launched on a GPU, on which memory.
+
+A fake tensor has no values: whoever asked for one, which on a GPU waits for the device, would fail.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+from gpl_fast import LossNet, chain, plan
+from gpl_fast.chain import stages
+from gpl_fast.kernels import conv_block, tiles
+
+FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
+# The functions of the same names stand before some of these modules.
+STAGES = [
+    importlib.import_module(f"gpl_fast.kernels.{name}")
+    for name in ("diff_reduce", "label_conv", "relu_pool", "softmax_bwd", "softmax_pack")
+]
+BLOCK, PACK = "_conv_block_fwd_kernel", "_softmax_pack_fwd_kernel"
+
+
+@dataclass
+class Launch:
+    kernel: str
+    grid: tuple[int, ...]
+    tensors: list[Tensor]
+    meta: dict[str, Any]
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Fills with what would have been launched."""
+    found: list[Launch] = []
+
+    def launch(kernel, grid, *args, **meta):
+        tensors = [t for t in args if isinstance(t, Tensor)]
+        found.append(Launch(kernel.fn.__name__, tuple(grid), tensors, meta))
+
+    for stage in (conv_block, *STAGES):
+        monkeypatch.setattr(stage, "launch", launch)
+    monkeypatch.setattr(tiles, "architecture", lambda device: 90)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    return found
+
+
+CUDA = torch.device("cuda", 0)
+ATEN = torch.ops.aten
+
+
+class WithoutGuards(TorchFunctionMode):
+    """Some methods by their operators: in a CPU build of torch the methods' own device guards fail
+    before a fake tensor is asked."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is Tensor.__getitem__ and isinstance(args[0], FakeTensor):
+            return self.view(*args)
+        if func is Tensor.__setitem__ and isinstance(args[0], FakeTensor):
+            view, value = self.view(*args[:2]), args[2]
+            if isinstance(value, Tensor):
+                return ATEN.copy_.default(view, value)
+            return ATEN.fill_.Scalar(view, value)
+        if func is Tensor.contiguous:
+            layout = (kwargs or {}).get("memory_format", torch.contiguous_format)
+            t = args[0]
+            if t.is_contiguous(memory_format=layout):
+                return t
+            return ATEN.clone.default(t, memory_format=layout)
+        if func is Tensor.data_ptr:  # which memory it is, as it is asked for
+            t = args[0]
+            return t.untyped_storage()._cdata + t.storage_offset() * t.element_size()
+        return func(*args, **(kwargs or {}))
+
+    def view(self, t: Tensor, index) -> Tensor:
+        index = list(index) if isinstance(index, tuple) else [index]
+        if Ellipsis in [i for i in index if not isinstance(i, Tensor)]:
+            at = next(k for k, i in enumerate(index) if i is Ellipsis)
+            index[at : at + 1] = [slice(None)] * (t.dim() - len(index) + 1)
+        dim, by_tensors = 0, []
+        for i in index:
+            if isinstance(i, int):
+                t = ATEN.select.int(t, dim, i)
+                continue
+            if isinstance(i, slice):
+                t = ATEN.slice.Tensor(t, dim, i.start, i.stop, i.step or 1)
+            by_tensors.append(i if isinstance(i, Tensor) else None)
+            dim += 1
+        if any(i is not None for i in by_tensors):
+            t = ATEN.index.Tensor(t, by_tensors)
+        return t
+
+
+def packs_of(net: LossNet, dtype: torch.dtype, looked_up: bool) -> dict[str, Tensor]:
+    """As on a GPU, but still here."""
+    devices = {"cuda", "cpu"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "TRITON_DEVICES", devices)
+        names = chain.pack_names(net, torch.device("cpu"), looked_up)
+        packs = chain.pack_weights(net, torch.device("cpu"), dtype, looked_up)
+    return dict(zip(names, packs, strict=True))
+
+
+def target_tensors(kind: str, shape, dtype: torch.dtype, p: plan.Plan) -> dict[str, Tensor]:
+    n, _, h, w = shape
+    make = functools.partial(torch.empty, device=CUDA)
+    if kind == "dense":
+        return {"dense": make(shape)}
+    if kind == "labels":
+        return {"labels": make(n, h, w, dtype=torch.int64)}
+    if kind == "topk":
+        return {
+            "topk_values": make(n, 3, h, w),
+            "topk_indices": make(n, 3, h, w, dtype=torch.int64),
+            "topk_rest": make(n, h, w),
+        }
+    return {f"feature.{t}": make(p.tap_shape(t), dtype=dtype) for t in p.taps}
+
+
+def walks(
+    kind: str, shape, *, dtype: torch.dtype = BF16, pred: torch.dtype = FLOAT,
+    pool: str = "max", blocks=(1, 1), workspace_mb: float = 64.0, masked: bool = False,
+    channels_last: bool = False,
+):  # fmt: skip
+    """(plan, terms, saved, gradient) of a forward and a backward."""
+    net = LossNet.vgg(shape[1], blocks, widths=(64, 128), pool=pool)
+    spec = plan.make_spec(
+        net, feature_weights={net.layers[-1].name: 1.0}, style_weights={}, kind=kind,
+        activation="softmax", target_activation="softmax", temperature=1.0, dtype=dtype,
+        device="cuda", workspace_mb=workspace_mb,
+    )  # fmt: skip
+    p = plan.Plan(plan.load_spec(spec), shape[0], *shape[2:])
+    made = packs_of(net, dtype, kind in ("labels", "topk"))
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    with FakeTensorMode(), WithoutGuards():
+        packs = {
+            name: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=CUDA)
+            for name, t in made.items()
+        }
+        x = torch.empty(shape, dtype=pred, device=CUDA, memory_format=layout)
+        target = target_tensors(kind, shape, dtype, p)
+        if masked:
+            target["valid"] = torch.empty(shape[0], *shape[2:], dtype=torch.bool, device=CUDA)
+        terms, saved = chain.Forward(p, x, target, packs, keep=True).run()
+        g = torch.empty(4, shape[0], device=CUDA)
+        kept = {k: target[k] for k in ("valid",) if k in target}
+        return p, terms, saved, chain.Backward(p, x, kept, packs, saved, g).run()
+
+
+@pytest.mark.parametrize("pool", ["max", "avg", "stride"])
+@pytest.mark.parametrize("dtype", [BF16, HALF, FLOAT])
+@pytest.mark.parametrize("kind", ["dense", "labels", "topk", "features"])
+def test_shapes_dtypes_and_devices(kind, dtype, pool, launches):
+    pred = FLOAT if dtype == BF16 else dtype
+    shape = (2, 19, 37, 51)
+    p, terms, saved, dx = walks(
+        kind, shape, dtype=dtype, pred=pred, pool=pool, channels_last=dtype == HALF
+    )
+    assert (terms.shape, terms.dtype, terms.device) == ((4, 2), torch.float64, CUDA)
+    assert {k: (tuple(t.shape), t.dtype) for k, t in saved.items()} == p.saved()
+    assert (dx.shape, dx.dtype, dx.device) == (shape, pred, CUDA)
+    assert dx.is_contiguous(memory_format=torch.channels_last) == (dtype == HALF)
+    assert all(t.device == CUDA for launch in launches for t in launch.tensors)
+    assert all(t.device == CUDA for t in saved.values())
+    assert all(1 <= size <= 2**16 for launch in launches for size in launch.grid[1:])
+
+    kernels = [launch.kernel for launch in launches]
+    assert kernels[0] == PACK
+    assert kernels.count(BLOCK) == len(p.steps)
+    assert kernels[-1] == "_softmax_bwd_kernel"
+    forms = [launch.meta["FORM"] for launch in launches if launch.kernel == BLOCK]
+    first = {"dense": 1, "labels": 2, "topk": 3, "features": 0}[kind]
+    assert forms == [first] + [0 if kind == "features" else 1] * (len(forms) - 1)
+    # Nothing of the last block but its difference, and its sum from the block itself.
+    if kind != "features" and pool != "stride":
+        assert not [launch for launch in launches if launch.kernel == BLOCK][-1].meta["HAS_Y"]
+        assert "_diff_reduce_fwd_kernel" not in kernels
+
+
+def test_descriptors_where_the_table_and_the_channels_allow_them(launches):
+    walks("dense", (1, 19, 32, 32), blocks=(1, 1), pool="stride")
+    blocks = {
+        (launch.meta["STRIDE"], launch.meta["DESCRIPTORS"])
+        for launch in launches
+        if launch.kernel == BLOCK
+    }
+    assert blocks == {(1, True), (2, False)}
+
+
+def test_true_float32_is_atens(launches, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    walks("labels", (1, 19, 32, 32), dtype=FLOAT)
+    kernels = [launch.kernel for launch in launches]
+    assert BLOCK not in kernels
+    assert kernels.count("_label_conv_fwd_kernel") == 1
+    assert kernels.count("_relu_pool_fwd_kernel") == 2
+
+
+@pytest.mark.parametrize("kind", ["dense", "labels", "topk"])
+def test_chunks_of_images_and_of_rows(kind, launches):
+    shape = (3, 150, 128, 128)
+    p, *_ = walks(kind, shape, workspace_mb=20.0 if kind == "dense" else 14.0)
+    assert p.images == 1
+    assert p.rows[0] == 128
+    whole = [launch for launch in launches if launch.kernel == PACK]
+    assert len(whole) == 3
+    assert all(launch.grid == (128, 1) for launch in whole)
+    launches.clear()
+    p, _, _, dx = walks(kind, shape, workspace_mb=8.0, masked=True)
+    assert p.rows[0] < 128
+    strips = [launch for launch in launches if launch.kernel == PACK]
+    assert len(strips) == 3 * -(-128 // p.rows[0])
+    assert dx.shape == shape
+
+
+@pytest.mark.parametrize("kind", ["dense", "labels", "topk", "features"])
+@pytest.mark.parametrize("pool", ["max", "avg"])
+def test_no_images_launch_nothing(kind, pool, launches):
+    p, terms, saved, dx = walks(kind, (0, 19, 37, 51), pool=pool)
+    assert not launches
+    assert terms.shape == (4, 0)
+    assert {k: (tuple(t.shape), t.dtype) for k, t in saved.items()} == p.saved()
+    assert dx.shape == (0, 19, 37, 51)

@@ -1,0 +1,245 @@
+"""Offsets beyond 2^31 elements, in sparse files: only the pages that are touched exist.
+
+Each kernel runs its last program alone, whose elements lie beyond 2^31 in every tensor named. The
+interpreter computes 32-bit integers as 32 bits: an offset that wraps is an address of no tensor's,
+or another element's.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from program_order import program_order
+from torch import Tensor
+
+from gpl_fast import kernels
+from gpl_fast.kernels import conv_block
+from gpl_fast.kernels.tiles import Tile
+
+FAR = 2**31
+BF16, FLOAT, BYTE = torch.bfloat16, torch.float32, torch.uint8
+BRANCH = torch.zeros(1, dtype=torch.bool)
+
+
+@pytest.fixture
+def sparse(tmp_path):
+    """``sparse(*shape, dtype, image_stride)``: zeros, each in a file with holes."""
+    made: list[Tensor] = []
+
+    def make(*shape: int, dtype: torch.dtype, image_stride: int | None = None) -> Tensor:
+        strides = list(torch.empty(shape, device="meta").stride())
+        strides[0] = strides[0] if image_stride is None else image_stride
+        size = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+        path = tmp_path / str(len(made))
+        with path.open("wb") as file:
+            file.truncate(size * dtype.itemsize)
+        flat = torch.from_file(str(path), shared=True, size=size, dtype=dtype)
+        made.append(flat.as_strided(shape, strides))
+        return made[-1]
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _last_program_alone():
+    with program_order(lambda programs: programs[-1:]):
+        yield
+
+
+def far_images(sparse, *shape: int, dtype: torch.dtype) -> Tensor:
+    """The last of three images begins at 2^31."""
+    return sparse(3, *shape, dtype=dtype, image_stride=FAR // 2)
+
+
+# ------------------------------------------------------------------- within an image: one, long
+
+LONG, WIDE, DEEP = 2**14, 64, 2304  # a bit more than 2^31 elements
+
+
+def test_softmax_pack_within_an_image(sparse):
+    x, target, y, delta = (sparse(1, LONG, WIDE, DEEP, dtype=BF16) for _ in range(4))
+    assert x.numel() > FAR
+    x, target = x.permute(0, 3, 1, 2), target.permute(0, 3, 1, 2)
+    x[0, -3:, -1] = 4 * torch.randn(3, WIDE).to(BF16)
+    target[0, -2, -1] = 6
+    lse = torch.zeros(1, LONG, WIDE)
+    kernels.softmax_pack_fwd(
+        x, None, target, BRANCH, None, None, None, None, 1, 1, 1.0, None, None, 0.0,
+        0, LONG, 0, LONG, y, delta, None, lse, None, None,
+    )  # fmt: skip
+    row, other = (t[0, :, -1].float() for t in (x, target))
+    want = row.softmax(0).t()
+    torch.testing.assert_close(lse[0, -1], row.logsumexp(0))
+    torch.testing.assert_close(y[0, -1].float(), want, rtol=0.01, atol=1e-6)
+    torch.testing.assert_close(delta[0, -1].float(), want - other.softmax(0).t(), rtol=0.01,
+                               atol=1e-6)  # fmt: skip
+    assert y[0, -1, :, -3:].ne(y[0, -1, :, :1]).any()
+
+
+def test_softmax_bwd_within_an_image(sparse):
+    x, dx, dy = (sparse(1, LONG, WIDE, DEEP, dtype=BF16) for _ in range(3))
+    x, dx = x.permute(0, 3, 1, 2), dx.permute(0, 3, 1, 2)
+    x[0, -3:, -1], dy[0, -1, :, -4:] = 8.0, torch.randn(WIDE, 4).to(BF16)
+    lse = torch.zeros(1, LONG, WIDE)
+    lse[0, -1] = x[0, :, -1].float().logsumexp(0)
+    kernels.softmax_bwd(
+        x, lse, dy, torch.ones(1), None, 1, 1.0, None, None, None, None, 0.0, 0, LONG, dx
+    )
+    row = x[0, :, -1].float().requires_grad_()
+    row.softmax(0).backward(dy[0, -1].float().t())
+    assert row.grad[-1].any()
+    torch.testing.assert_close(dx[0, :, -1].float(), row.grad, rtol=0.01, atol=1e-6)
+
+
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_conv_block_within_an_image(descriptors, sparse, monkeypatch):
+    """1 x 1, so that the last rows depend on themselves alone; δ doubles the first channels."""
+    h, w, c = 2**14, 2**11, 72
+    assert h * w * c > FAR
+    tile = Tile(8, 64, 128, 128, 4, 1, descriptors)
+    monkeypatch.setattr(conv_block, "tile_for", lambda *args: tile)
+    a, d, y, delta = (sparse(1, h, w, c, dtype=BF16) for _ in range(4))
+    a[0, -1, -64:], d[0, -1, -64:] = torch.randn(64, c).to(BF16), torch.randn(64, c).to(BF16)
+    mask = sparse(1, h, w, 9, dtype=BYTE)
+    kernels.conv_block_fwd(
+        a, d, torch.eye(c).to(BF16), None, BRANCH, None, kernel_size=1, stride=1, relu=True,
+        pool=2, pad_h=0, row0=0, image_rows=h, y=y, delta=delta, code=mask,
+    )  # fmt: skip
+    here, less = a[0, -1, -64:].float(), d[0, -1, -64:].float()
+    assert torch.equal(y[0, -1, -64:], a[0, -1, -64:].relu())
+    want = (here.relu() - (here - less).relu()).to(BF16)
+    torch.testing.assert_close(delta[0, -1, -64:], want, rtol=0.01, atol=1e-6)
+    bits = (mask[0, -1, -64:].unsqueeze(-1) >> torch.arange(8)) & 1
+    assert torch.equal(bits.flatten(1).bool(), here > 0)
+
+
+def test_pools_within_an_image(sparse):
+    h, w, c = 2**13, 2**7, 2304
+    z, back = (sparse(1, h, w, c, dtype=BF16) for _ in range(2))
+    assert z.numel() > FAR
+    y = sparse(1, h // 2, w // 2, c, dtype=BF16)
+    code = sparse(1, h // 2, w // 2, c // 2, dtype=BYTE)
+    z[0, -2:, :, -256:] = torch.randn(2, w, 256).to(BF16)
+    kernels.relu_pool_fwd(z, 0, y, code)
+    corner = z[0, -2:, -2:, -128:].flatten(0, 1)
+    assert torch.equal(y[0, -1, -1, -128:], corner.amax(0).relu())
+    kernels.relu_pool_bwd(y, code, 0, h, w, 0, back)
+    won = (corner == corner.amax(0)) & (corner > 0)
+    assert torch.equal(back[0, -1, -1, -128:], corner[3].where(won[3], 0.0))
+
+
+def test_relu_of_flat_elements(sparse):
+    rows, c = 2**13, 2**18 + 64
+    z, y, back = (sparse(1, 1, rows, c, dtype=BF16) for _ in range(3))
+    assert z.numel() > FAR
+    mask = sparse(1, 1, rows, c // 8, dtype=BYTE)
+    z[0, 0, -16:, -64:] = torch.randn(16, 64).to(BF16)
+    kernels.relu_fwd(z, y, mask)
+    assert torch.equal(y[0, 0, -16:, -64:], z[0, 0, -16:, -64:].relu())
+    kernels.relu_bwd(z, mask, back)
+    assert torch.equal(back[0, 0, -16:, -64:], z[0, 0, -16:, -64:].relu())
+    assert back[0, 0, -16:, -64:].any()
+
+
+def test_label_conv_in_a_large_table(sparse):
+    """One pixel has a neighbour with a class: the last tap's row of the last class."""
+    classes, c_out = 2**18, 1024
+    table = sparse(9, classes, c_out, dtype=BF16)
+    assert table.numel() > FAR
+    table[-1, -1] = torch.randn(c_out).to(BF16)
+    labels = torch.full((1, 2, 2), -1)
+    labels[0, 1, 1] = classes - 1
+    z, dz = torch.zeros(1, 1, 2, c_out), torch.zeros(1, 1, 2, c_out)
+    interior = torch.zeros(1, c_out).expand(classes, c_out)
+    taken = torch.zeros(1, 2, 2, dtype=BYTE)
+    kernels.label_conv_fwd(labels, None, table, interior, BRANCH, taken, 0, 0, z, dz)
+    assert torch.equal(dz[0, 0, 0, -64:], -table[-1, -1, -64:].float())
+
+
+def test_diff_reduce_of_a_long_image(sparse, monkeypatch):
+    module, partials = importlib.import_module("gpl_fast.kernels.diff_reduce"), []
+    shipped = module.launch
+
+    def launch(kernel, grid, delta, partial, *args, **meta):
+        partials.append(partial)
+        shipped(kernel, grid, delta, partial, *args, **meta)
+
+    monkeypatch.setattr(module, "launch", launch)
+    delta = sparse(1, FAR + 9000, dtype=BF16)
+    delta[0, -5:] = torch.arange(1, 6)
+    kernels.diff_reduce_fwd(delta)
+    assert partials[0][0, -1] == 55
+
+
+# ------------------------------------------------------------------------------ image to image
+
+
+def test_maps_whose_images_are_far_apart(sparse, monkeypatch):
+    """The last row of the last image of every map and code, against the same of one image alone."""
+    monkeypatch.setattr(conv_block, "tile_for", lambda *args: Tile(8, 8, 16, 8, 4, 1, False))
+    a, d, back = (far_images(sparse, 4, 4, 8, dtype=BF16) for _ in range(3))
+    y, delta = (far_images(sparse, 2, 2, 8, dtype=BF16) for _ in range(2))
+    code = far_images(sparse, 2, 2, 4, dtype=BYTE)
+    a[2], d[2] = torch.randn(2, 4, 4, 8).to(BF16)
+
+    def block(a, d, y, delta, code):
+        kernels.conv_block_fwd(
+            a, d, torch.eye(8).to(BF16), None, BRANCH.expand(len(a)).contiguous(), None,
+            kernel_size=1, stride=1, relu=True, pool=0, pad_h=0, row0=0, image_rows=4, y=y,
+            delta=delta, code=code,
+        )  # fmt: skip
+
+    def pool(a, d, y, delta, code):
+        kernels.relu_pool_diff_fwd(a, d, BRANCH.expand(len(a)).contiguous(), 0, y, delta, code)
+
+    one = [t[2:].clone() for t in (y, delta, code)]
+    for stage in (block, pool):
+        with program_order(lambda programs: programs):
+            stage(*(t[2:].clone() for t in (a, d)), *one)
+        stage(a, d, y, delta, code)
+        for far, near in zip((y, delta, code), one, strict=True):
+            assert torch.equal(far[2, -1], near[0, -1])
+            assert far[2, -1].any()
+            far[2, -1] = 0
+    for far, near in zip((y, code), (one[0], one[2]), strict=True):
+        far[2] = near[0]
+    kernels.relu_pool_bwd(y, code, 0, 4, 4, 0, back)
+    near_back = torch.zeros(1, 4, 4, 8, dtype=BF16)
+    with program_order(lambda programs: programs):
+        kernels.relu_pool_bwd(one[0], one[2], 0, 4, 4, 0, near_back)
+    assert torch.equal(back[2, -1], near_back[0, -1])
+
+
+def test_logits_whose_images_and_channels_are_far_apart(sparse):
+    x, dx = (
+        sparse(2, 3, 1, 8, dtype=BF16, image_stride=3 * FAR // 2).as_strided(
+            (2, 3, 1, 8), (8, FAR // 2, 8, 1)
+        )
+        for _ in range(2)
+    )
+    x[1] = torch.randn(3, 1, 8).to(BF16)
+    y, lse = far_images(sparse, 1, 8, 8, dtype=BF16), torch.zeros(3, 1, 8)
+    kernels.softmax_pack_fwd(
+        x, None, None, None, None, None, None, None, 1, 1, 1.0, None, None, 0.0, 0, 1, 0, 1,
+        y[1:], None, None, lse[:2], None, None,
+    )  # fmt: skip
+    probabilities = x[1, :, 0].float().softmax(0).t()
+    torch.testing.assert_close(y[2, 0, :, :3].float(), probabilities, rtol=0.01, atol=1e-6)
+    kernels.softmax_bwd(
+        x, lse[:2], y[1:], torch.ones(2), None, 1, 1.0, None, None, None, None, 0.0, 0, 1, dx
+    )
+    row = x[1, :, 0].float().requires_grad_()
+    row.softmax(0).backward(y[2, 0, :, :3].float().t())
+    torch.testing.assert_close(dx[1, :, 0].float(), row.grad, rtol=0.02, atol=1e-3)
+
+
+def test_look_ups_into_images_that_are_far_apart(sparse):
+    z, dz = (far_images(sparse, 2, 2, 8, dtype=BF16) for _ in range(2))
+    table, taken = torch.randn(1, 3, 8), torch.zeros(3, 2, 2, dtype=BYTE)
+    labels = torch.randint(3, (3, 2, 2))
+    kernels.label_conv_fwd(
+        labels, None, table, table[0], BRANCH.expand(3).contiguous(), taken, 0, 0, z, dz
+    )
+    assert torch.equal(dz[2, -1], -table[0][labels[2, -1]].to(BF16))
