@@ -6,6 +6,9 @@ PY     := $(VENV)/bin/python
 # torch itself is looked up there.
 TORCH_INDEX ?=
 
+# nvcc takes minutes over operators that the loss does not use yet: 1 builds them.
+export GPL_FAST_FORCE_CUDA ?= 0
+
 # Everything that a run leaves behind stays in this folder.
 export XDG_CACHE_HOME := $(CURDIR)/.cache
 export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/inductor
@@ -21,12 +24,13 @@ READY   := $(VENV)/.ready
 LIBRARY := gpl_fast/libgpl_fast.so
 CSRC    := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: help venv build demo test lint bench gpu-report toy wheel clean
+.PHONY: help venv build demo test test-cuda lint bench gpu-report toy wheel clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo   train with and without the loss; pictures and a report in demo_out/"
 	@echo "make test   the test suite"
+	@echo "make test-cuda  the CUDA kernels, run on the CPU and through nvcc"
 	@echo "make lint   ruff, mypy, clang-format"
 	@echo "make bench  time and memory on this machine"
 	@echo "make gpu-report  tests, sanitizer and benchmark of a GPU, with PYTHON and its torch"
@@ -59,7 +63,11 @@ demo: $(LIBRARY)
 test: $(LIBRARY)
 	$(PY) -m pytest
 	$(PY) -m pytest tests/interpreter
-	$(PY) -m pytest tests/compile
+	$(PY) -m pytest tests/compile --ignore tests/compile/test_nvcc.py
+
+test-cuda: $(LIBRARY)
+	$(PY) -m pytest tests/cuda_on_cpu
+	$(PY) -m pytest tests/compile/test_nvcc.py
 
 lint: | $(READY)
 	$(PY) -m ruff check .
@@ -72,6 +80,7 @@ bench: $(LIBRARY)
 	$(PY) -m pytest benchmarks/test_operators.py
 
 # No environment is made: a machine with a GPU has its own torch, and may have no network.
+gpu-report: export GPL_FAST_FORCE_CUDA = 1
 gpu-report:
 	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(PYTHON) benchmarks/gpu_report.py $(REPORT)
 

@@ -96,6 +96,9 @@ def find_nvcc() -> str | None:
 
 def find_cuda() -> Cuda | None:
     """The CUDA build, or None where it is left out."""
+    if os.environ.get("GPL_FAST_FORCE_CUDA") == "0":
+        print("GPL_FAST_FORCE_CUDA=0: building the CPU operators only")
+        return None
     nvcc, listed = find_nvcc(), os.environ.get("TORCH_CUDA_ARCH_LIST")
     if nvcc is None:
         forced = os.environ.get("GPL_FAST_FORCE_CUDA", "0") != "0"

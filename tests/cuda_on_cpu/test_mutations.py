@@ -50,8 +50,8 @@ MUTATIONS = [
     Mutation("the label's neighbour", "logits_bwd", "c == label_ ?", "c == label_ + 1 ?", LOGITS + "cross_entropy_and_masks[80-False-1-19]"),  # noqa: E501
     Mutation("the expected bytes of one slab", SM90, "bars.full + r.at, L::kStageBytes", "bars.full + r.at, kSlabBytes", BLOCK + "orders_agree_bit_for_bit[90-0-dtype0]"),  # noqa: E501
     Mutation("the wrong phase of the ring", SM90, "bars.empty + r.at, r.phase ^ 1", "bars.empty + r.at, r.phase", BLOCK + "sizes[90-0-size4]"),  # noqa: E501
-    Mutation("no wait for the products", SM90, "ptx::wgmma_wait<0>();", "", BLOCK + "sizes[90-0-size4]"),
-    Mutation("the wrong step along K", SM90, "b + q * 128", "b + q * 64", BLOCK + "sizes[90-0-size4]"),
+    Mutation("no wait for the products", SM90, "ptx::wgmma_wait<0>();", "", BLOCK + "sizes[90-0-size4]"),  # noqa: E501
+    Mutation("the wrong step along K", SM90, "b + q * 128", "b + q * 64", BLOCK + "sizes[90-0-size4]"),  # noqa: E501
     Mutation("too few expanders awaited", SM90, "dz_full + s, kExpanders", "dz_full + s, 32", BLOCK + "sizes[90-0-size4]"),  # noqa: E501
     Mutation("dx read before its warp has it", SM90, "  }\n  __syncwarp();\n}", "  }\n}", BLOCK + "sizes[90-0-size4]"),  # noqa: E501
 ]
