@@ -161,5 +161,5 @@ def softmax_bwd(
         *x.stride(), *dx.stride(), *image_strides(dy),
         ACTIVATION=activation, HAS_DY=dy is not None, HAS_VALID=valid is not None,
         HAS_CE=ce_labels is not None, OWN_LSE=own_lse, HAS_WEIGHT=class_weight is not None,
-        BLOCK_C=block_c, BLOCK_W=block_w, num_warps=4,
+        BLOCK_C=block_c, BLOCK_W=block_w, num_warps=8 if block_c * block_w >= 4096 else 4,
     )  # fmt: skip
