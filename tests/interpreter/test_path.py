@@ -6,6 +6,7 @@ float32 takes ATen's convolutions between them, all else `conv_block_fwd`.
 
 from __future__ import annotations
 
+import importlib
 from contextlib import contextmanager
 
 import cpu_tests
@@ -16,12 +17,20 @@ from program_order import ORDERS, backward, program_order, shuffled
 from saved import left_by, unpack_code, unpack_mask
 from strategies import Case
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from gpl_fast import GenericPerceptualLoss, LossNet, SegmentationLoss, TopK, chain, plan
+from gpl_fast import (
+    GenericPerceptualLoss,
+    LossNet,
+    PerceptualLoss,
+    SegmentationLoss,
+    TopK,
+    chain,
+    plan,
+)
 from gpl_fast.chain import stages
 from gpl_fast.chain.branch import GRID
-from gpl_fast.kernels import conv_block
+from gpl_fast.kernels import conv_block, tiles
 from gpl_fast.kernels.tiles import Tile
 
 fast_tests = cpu_tests.load("fast")
@@ -36,6 +45,19 @@ def triton_path(monkeypatch):
     """CPU tensors take the path of CUDA tensors; float32 is float32."""
     monkeypatch.setattr(stages, "TRITON_DEVICES", {"cuda", "cpu"})
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(conv_block, "tile_for", wide_tile)
+
+
+def wide_tile(a: Tensor, c_in: int, c_out: int, stride: int, form: int) -> Tile:
+    """The interpreter counts programs and steps, not elements."""
+    rows = min(max(1 << (a.shape[1] - 1).bit_length(), 2), 16)
+    channels = min(max(1 << (c_out - 1).bit_length(), 8), 256)
+    return Tile(rows, 32, 64, channels, 4, 1, False)
+
+
+@pytest.fixture
+def shipped_tiles(monkeypatch):
+    monkeypatch.setattr(conv_block, "tile_for", tiles.tile_for)
 
 
 @contextmanager
@@ -125,6 +147,7 @@ def test_against_float64(name, monkeypatch):
     assert bool(forms) == ((how.dtypes[1] or how.dtypes[0]) != FLOAT)
 
 
+@pytest.mark.usefixtures("shipped_tiles")
 @pytest.mark.parametrize("kind", ["dense", "labels", "topk"])
 def test_tf32_within_the_bounds_of_float16(kind, monkeypatch):
     """Both have ten bits."""
@@ -162,13 +185,13 @@ FAST_TESTS = [
     ("looked_up_targets_behind_biases_and_normalisation", "max", "topk"),
     ("stride_two_levels_and_style", "labels"),
     ("style_targets", (1, 3, 21, 18), None),
-    ("float16_chain_neither_underflows_nor_overflows", 65536.0, "none", (1 / 4, 1 / 2, 1)),
+    ("float16_chain_neither_underflows_nor_overflows", 65536.0, "mean", None),
     ("an_incoming_gradient_of_zero_or_minus_one", "topk"),
     ("an_empty_image_among_others",),
     *(("no_images", kind, "mean") for kind in fast_tests.KINDS),
     *(("nothing_valid_is_zero_and_connected", kind, None) for kind in fast_tests.KINDS),
     *(("a_prediction_equal_to_its_target_gives_zero", *case)
-      for case in [("max", "softmax", BF16, None), ("avg", "sigmoid", HALF, 2),
+      for case in [("max", "softmax", BF16, None), ("avg", "sigmoid", HALF, None),
                    ("stride", "none", BF16, None), ("max", "softmax", FLOAT, 2)]),
 ]  # fmt: skip
 
@@ -182,17 +205,17 @@ def test_as_the_cpu_path(case, request):
     test(*arguments)
 
 
+@pytest.mark.usefixtures("shipped_tiles")
 @pytest.mark.parametrize("net", ["max", "avg", "adapter"])
 @pytest.mark.parametrize("kind", ["dense", "labels"])
 def test_biases_and_normalisation_in_blocks(kind, net, monkeypatch):
     """Where a pool's winner can be in doubt, through the routes that were saved."""
     forms = launched(monkeypatch)
-    taps = {"pool1": 0.5, "pool2": 1.0}
-    made = fast_tests.NETS[net]()
+    taps, made = {"pool1": 0.5, "pool2": 1.0}, fast_tests.NETS[net]()
 
     def make(backend, **options):
-        return GenericPerceptualLoss(
-            made.in_channels, made, taps=taps, reduction="none", backend=backend, **options
+        return PerceptualLoss(
+            made, taps, {}, activation="softmax", reduction="none", backend=backend, **options
         )
 
     pred, teacher = torch.randn(2, 2, made.in_channels, 21, 18)
@@ -245,16 +268,9 @@ def test_saved_tensors_are_the_contract(dtype, kind, pool):
 # ------------------------------------------------------------------------------- near convergence
 
 
-def _wide_tile(a, c_in, c_out, stride, form):
-    """The interpreter counts programs and steps, not elements."""
-    rows = min(a.shape[1], 16)
-    return Tile(max(rows, 2), 32, 64, min(c_out, 256), 4, 1, False)
-
-
 @pytest.mark.parametrize("kind", ["labels", "teacher"])
 @pytest.mark.parametrize(("c", "raised"), [(19, 8.0), (150, 12.0)])
-def test_bfloat16_holds_on_peaked_maps(c, raised, kind, monkeypatch):
-    monkeypatch.setattr(conv_block, "tile_for", _wide_tile)
+def test_bfloat16_holds_on_peaked_maps(c, raised, kind):
     logits, labels = fast_tests.peaked(c, raised, 8)
     logits, labels = logits[..., :32, :32].bfloat16().contiguous(), labels[..., :32, :32]
     target = labels.contiguous()
@@ -268,6 +284,7 @@ def test_bfloat16_holds_on_peaked_maps(c, raised, kind, monkeypatch):
     assert fast_tests.cosine(grad, grad64) >= 0.95
 
 
+@pytest.mark.usefixtures("shipped_tiles")
 @pytest.mark.parametrize("kind", ["dense", "labels", "topk"])
 def test_no_order_of_programs_changes_a_bit(kind):
     loss = fast_tests.fast(5, "1,1", compute_dtype=BF16, level_weights=(1, 1))
@@ -310,6 +327,16 @@ class Allocations(TorchDispatchMode):
         return out
 
 
+def unseen(launch):
+    """The interpreter copies its arguments, which a GPU does not."""
+
+    def run(*args, **meta):
+        with _disable_current_modes():
+            return launch(*args, **meta)
+
+    return run
+
+
 C, PADDED = 37, 64
 
 
@@ -319,6 +346,9 @@ def test_nothing_else_has_the_classes(kind, dtype, monkeypatch):
     """Of C channels: one chunk of u for a list, one of the carried map and δ for a dense target."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     forms, modes = launched(monkeypatch), []
+    for name in ("conv_block", "diff_reduce", "label_conv", "relu_pool", "softmax_pack"):
+        stage = importlib.import_module(f"gpl_fast.kernels.{name}")
+        monkeypatch.setattr(stage, "launch", unseen(stage.launch))
     shipped = chain.Forward.run
 
     def run(self):
@@ -366,7 +396,7 @@ def test_a_segmentation_loss_trains():
     for _ in range(3):
         value = loss(x.bfloat16(), labels)
         (grad,) = torch.autograd.grad(value, x)
-        values.append(float(value))
+        values.append(float(value.detach()))
         x = (x - 200 * grad).detach().requires_grad_()
     assert values[0] > values[1] > values[2]
 
