@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from block import AVG, DTYPES, MAX, NONE, NO_POOL, SIGMOID, SOFTMAX, Block, Logits
+from block import AVG, DTYPES, MAX, NO_POOL, NONE, SIGMOID, SOFTMAX, Block, Logits
 
 ORDERS = ("0", "1", "2", "3", "4")
 CLASSES = (1, 3, 19, 33, 150, 256, 257, 1003)
