@@ -1,4 +1,4 @@
-"""What nvcc makes of conv_block_bwd for each GPU: no spills, within limits, expected instructions."""
+"""What nvcc makes of conv_block_bwd for each GPU: spills, registers, instructions."""
 
 from __future__ import annotations
 
