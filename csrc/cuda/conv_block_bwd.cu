@@ -66,8 +66,10 @@ bool launch_tile(const ConvBlockBwd& a, cudaStream_t stream) {
     return (a.C_in > 64 && launch<false, kMath, 128>(a, stream)) ||
            launch<false, kMath, 64>(a, stream);
   }
-  return (a.C_in > 160 && launch<true, kMath, 256>(a, stream)) ||
-         (a.C_in > 64 && launch<true, kMath, 160>(a, stream)) ||
+  if constexpr (kMath != Math::kFloat32) {  // whose operands would not fit the registers
+    if (a.C_in > 160 && launch<true, kMath, 256>(a, stream)) return true;
+  }
+  return (a.C_in > 64 && launch<true, kMath, 160>(a, stream)) ||
          (a.C_in > 32 && launch<true, kMath, 64>(a, stream)) || launch<true, kMath, 32>(a, stream);
 }
 

@@ -166,7 +166,7 @@ __device__ void store_tile(const ConvBlockArgs& a, const Tile& t, int n0,
 }
 
 template <Math kMath, int BN>
-__global__ void __launch_bounds__(Shape<kMath, BN>::kThreads)
+__global__ void __launch_bounds__(Shape<kMath, BN>::kThreads, 1)
     conv_block_bwd_kernel(const ConvBlockArgs a) {
   DYN_SMEM(smem);
   int channel_tile;
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(Shape<kMath, BN>::kThreads)
 // The first block. Up to BN classes: dy' stays in registers. More: two passes in place, the first
 // over tiles of classes; a pixel's sums take dy' as stored.
 template <Math kMath, int BN>
-__global__ void __launch_bounds__(Shape<kMath, BN>::kThreads)
+__global__ void __launch_bounds__(Shape<kMath, BN>::kThreads, 1)
     conv_block_logits_bwd_kernel(const ConvBlockArgs a) {
   using S = Shape<kMath, BN>;
   using L = Layout<kMath, BN>;

@@ -1,4 +1,4 @@
-"""What nvcc makes of conv_block_bwd for each GPU: no spills, within limits, the instructions."""
+"""What nvcc makes of conv_block_bwd for each GPU: spills, registers, instructions."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def instructions(folder: Path, name: str, architecture: str) -> collections.Coun
 def test_no_spills(folder, name):
     said, seconds = compiled(folder)
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", said[name])
-    kernels = {"conv_block_bwd": 24, "conv_block_bwd_sm90": 12}[name]
+    kernels = {"conv_block_bwd": 23, "conv_block_bwd_sm90": 12}[name]
     assert len(frames) == kernels * len(ARCHITECTURES)
     assert set(frames) == {("0", "0")}
     assert seconds < SECONDS

@@ -95,7 +95,7 @@ void play(int capability, size_t shared_kib) {
 
 }  // namespace
 
-PYBIND11_MODULE(GPL_FAST_TEST_MODULE, m) {
+PYBIND11_MODULE(kernels, m) {
   m.def("conv_block_bwd", &conv_block_bwd);
   m.def("counters", &counters, "Of the last launch.");
   m.def("play", &play, "The GPU whose limits are played: capability and KiB of shared memory.");

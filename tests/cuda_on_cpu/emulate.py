@@ -40,7 +40,7 @@ def compile_one(source: Path, target: Path, flags: tuple[str, ...], csrc: Path =
     """One source to an object; `csrc` may be a changed copy."""
     command = [
         os.environ.get("CXX", "c++"), "-std=c++20", "-fPIC", "-pthread", "-w", "-DCUDA_ON_CPU",
-        f"-DGPL_FAST_TEST_MODULE={target.parent.name}", f"-I{HERE}", f"-I{csrc}",
+        f"-I{HERE}", f"-I{csrc}",
         f"-isystem{headers()}", f"-I{pybind11.get_include()}",
         f"-I{sysconfig.get_paths()['include']}", *flags,
         "-x", "c++", "-c", str(source), "-o", str(target),
@@ -51,16 +51,18 @@ def compile_one(source: Path, target: Path, flags: tuple[str, ...], csrc: Path =
 
 
 def build(
-    folder: Path, flags: tuple[str, ...], csrc: Path = CSRC, sources: tuple[str, ...] = SOURCES
+    folder: Path, flags: tuple[str, ...], csrc: Path = CSRC, made: dict[str, Path] | None = None
 ) -> Path:
-    """The kernels and their binding as one module in `folder`, whose name it takes."""
-    jobs = {folder / f"{Path(name).stem}.o": csrc / "cuda" / name for name in sources}
-    jobs[folder / "binding.o"] = HERE / "binding.cpp"
+    """The kernels and their binding as one module in `folder`; `made`: objects, by source."""
+    sources = {name: csrc / "cuda" / name for name in SOURCES}
+    sources["binding.cpp"] = HERE / "binding.cpp"
+    objects = {name: folder / f"{Path(name).stem}.o" for name in sources} | (made or {})
+    missing = [name for name in sources if name not in (made or {})]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda job: compile_one(job[1], job[0], flags, csrc), jobs.items()))
-    target = folder / f"{folder.name}.so"
-    command = [os.environ.get("CXX", "c++"), "-shared", "-pthread", *flags, *map(str, objects)]
-    subprocess.run([*command, "-o", str(target)], check=True)
+        list(pool.map(lambda n: compile_one(sources[n], objects[n], flags, csrc), missing))
+    target = folder / "kernels.so"
+    command = [os.environ.get("CXX", "c++"), "-shared", "-pthread", *flags]
+    subprocess.run([*command, *map(str, objects.values()), "-o", str(target)], check=True)
     return target
 
 
