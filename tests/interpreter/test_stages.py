@@ -82,7 +82,8 @@ def test_as_the_operators(case):
 
 
 def test_every_stage_has_a_kernel():
-    stages = {*ops._MUTATING, "diff_reduce_fwd"}
+    # A block's data gradient in one kernel is CUDA C++'s; Triton's backward takes ATen's.
+    stages = {*ops._MUTATING, "diff_reduce_fwd"} - {"conv_block_bwd", "conv_block_logits_bwd"}
     assert stages == set(kernels.__all__) - {"Listed", "conv_block_fwd"}
 
 
