@@ -130,7 +130,7 @@ def step(name: str, workspace_mb: float) -> tuple[list[Launch], list[Launch]]:
     looked_up = kind == "labels"
     with recording() as recorder:
         cpu, device = torch.device("cpu"), torch.device("meta")
-        names = chain.pack_names(net, cpu, looked_up)
+        names = chain.pack_names(net, cpu, torch.bfloat16, looked_up)
         packs = chain.pack_weights(net, cpu, torch.bfloat16, looked_up)
         x = torch.empty(n, c, h, w, device=device)
         target = {"dense": torch.empty(n, c, h, w, device=device)}

@@ -107,7 +107,7 @@ def perceptual_terms(
     names = tuple(tensors)
     looked_up = target.kind in ("labels", "topk")
     packs = net.cached_packs(pred.device, dtype, looked_up)
-    text = ",".join(names) + ";" + ",".join(chain.pack_names(net, pred.device, looked_up))
+    text = ",".join(names) + ";" + ",".join(chain.pack_names(net, pred.device, dtype, looked_up))
     if torch.is_grad_enabled() and pred.requires_grad:
         terms: Tensor = _PerceptualTerms.apply(  # type: ignore[no-untyped-call]
             pred, spec, text, len(names), *tensors.values(), *packs
@@ -150,7 +150,7 @@ def encode(
     packs = net.cached_packs(target.device, dtype, False)
     tensors = [] if valid is None else [valid.contiguous()]
     text = ",".join(["valid"] * len(tensors)) + ";"
-    text += ",".join(chain.pack_names(net, target.device, False))
+    text += ",".join(chain.pack_names(net, target.device, dtype, False))
     fwd = torch.ops.gpl_fast.perceptual_fwd
     features = fwd(target.detach(), tensors, list(packs), spec, text, True)[1]
     return {k: e.permute(0, 3, 1, 2) for k, e in zip(dict.fromkeys(layers), features, strict=True)}

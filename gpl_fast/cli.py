@@ -47,6 +47,8 @@ def _info(args: argparse.Namespace) -> int:
                     print(f"{device:<12} {state['name']}")
                     print(f"  fast       {state['fast']}")
                     print(f"  reference  {state['reference']}")
+                    if "backward" in state:
+                        print(f"  backward   {state['backward']}")
             elif key == "operators":
                 for part, text in value.items():
                     print(f"{part:<12} {text}" if part == "library" else f"  {part:<10} {text}")

@@ -30,6 +30,8 @@ def collect() -> dict[str, Any]:
             "fast": "available" if obstacle is None else f"unavailable: {obstacle}",
             "reference": "available",
         }
+        if device != "cpu":
+            states[device]["backward"] = _backward(torch.device(device))
     return {
         "gpl_fast": gpl_fast.__version__,
         "torch": torch.__version__,
@@ -43,6 +45,12 @@ def collect() -> dict[str, Any]:
         "missing": _missing(),
         "fingerprint": net.fingerprint(),
     }
+
+
+def _backward(device: torch.device) -> str:
+    """Who does the fast path's backward on a GPU."""
+    why = ops.cuda_obstacle(device)
+    return "compiled operators" if why is None else f"Triton's kernels: {why}"
 
 
 def _operators() -> dict[str, str]:

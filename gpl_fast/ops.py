@@ -17,7 +17,7 @@ import torch
 LIBRARY = Path(__file__).resolve().parent / "libgpl_fast.so"
 
 ACTIVATIONS = {"none": 0, "softmax": 1, "sigmoid": 2}
-POOLS = {"max": 0, "avg": 1}
+POOLS = {"max": 0, "avg": 1, "": 2}
 
 _MUTATING = (
     "softmax_pack_fwd",
@@ -83,7 +83,11 @@ def parse_cuda_build(text: str) -> CudaBuild | None:
 
 
 def cuda_obstacle(device: torch.device) -> str | None:
-    """Why the library's CUDA operators cannot run on a CUDA `device`, or None."""
+    """Why the library's CUDA operators cannot run on `device`, or None."""
+    if device.type != "cuda":
+        return f"they are for CUDA devices, not for {device.type!r}"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
     if (reason := load()) is not None:
         return reason
     build = parse_cuda_build(torch.ops.gpl_fast.cuda_build())

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gpl_fast import ops
 from gpl_fast.chain.convolution import conv_transpose
-from gpl_fast.chain.stages import stages_on
+from gpl_fast.chain.stages import backward_stages_on
 from gpl_fast.plan import Plan, Step
 
 
@@ -32,7 +33,8 @@ class Backward:
         g: Tensor,
     ) -> None:
         self.plan, self.x, self.target, self.packs, self.saved = plan, x, target, packs, saved
-        self.stages = stages_on(x.device)
+        self.stages = backward_stages_on(x.device)
+        self.allow_tf32 = torch.backends.cudnn.allow_tf32
         self.n0 = self.n1 = 0
         # The chain carries seeds of at most one δ; what it was divided by is applied at its end.
         c = plan.coefficients()
@@ -44,8 +46,8 @@ class Backward:
             for name, value in c.items()
         }
         self.scale = (2 * unit * g_n).float()
-        last = plan.steps[-1]
-        self.end = last.pool or last.relu or last.conv
+        # What the segments put out; a tap there is added between them.
+        self.ends = [_output(plan.steps[segment[-1]]) for segment in plan.segments]
         self.ce_scale = g[2].float().contiguous()
         self.dx = empty_gradient(x)
 
@@ -58,42 +60,64 @@ class Backward:
 
     def _chunk(self) -> None:
         plan, n = self.plan, self.n1 - self.n0
-        d_out = self._seed(self.end, 0, plan.tap_shape(self.end)[1], None)
+        d_out = self._seed(self.ends[-1], 0, plan.tap_shape(self.ends[-1])[1], None)
         for i in reversed(range(len(plan.segments))):
             segment = plan.segments[i]
             size, rows = plan.sizes[segment[0]], plan.rows[i]
+            alone = len(segment) == 1 and self._is_block(plan.steps[segment[0]])
+            if alone and not (i == 0 and plan.front):
+                rows = size.h  # nothing is made between the two gradients
             d_in = None
             if i:
                 channels = plan.steps[segment[0]].in_channels
                 d_in = self.x.new_empty((n, size.h, size.w, channels), dtype=plan.dtype)
             for r0 in range(0, max(size.h, 1), max(rows, 1)):
                 r1 = min(r0 + rows, size.h)
-                dy = self._segment(segment, d_out, r0, r1, rows < size.h)
-                if i == 0:
-                    self._first_maps(dy, r0, r1)
-                else:
-                    assert d_in is not None
-                    d_in[:, r0:r1] = dy
+                into = None if d_in is None else d_in[:, r0:r1]
+                self._segment(segment, d_out, (r0, r1), rows < size.h, into)
             if d_in is not None:
-                pool = plan.steps[segment[0] - 1].pool
-                d_out = self._seed(pool, 0, size.h, d_in) if pool in plan.taps else d_in
+                tap = self.ends[i - 1]
+                d_out = self._seed(tap, 0, size.h, d_in) if tap in plan.taps else d_in
 
-    def _segment(self, segment: range, d_out: Tensor, r0: int, r1: int, strips: bool) -> Tensor:
-        """Gradient at rows [r0, r1) of the segment's input."""
-        plan = self.plan
+    def _segment(
+        self,
+        segment: range,
+        d_out: Tensor,
+        core: tuple[int, int],
+        strips: bool,
+        into: Tensor | None,
+    ) -> None:
+        """The gradient at rows ``core`` of the segment's input, into `into` or on to the logits."""
+        plan, (r0, r1) = self.plan, core
         reach = plan.halo(segment)
-        dy: Tensor | None = None
+        dy: Tensor = d_out  # first of the last step's whole output, then of rows [lo, hi)
         for i in reversed(segment):
             step, size = plan.steps[i], plan.sizes[i]
             p = step.kernel_size // 2
             lo, hi = (r0 - reach, r1 + reach) if strips else (0, size.conv_h)
-            if dy is None:
-                dz = self._last_gradient(step, i, d_out, lo, hi)
+            reach -= p
+            last, first = i == segment[-1], i == segment[0]
+            if self._is_block(step):
+                dy_row0 = 0 if last else lo
+                if not last:
+                    dy = self._add_tap(step.relu, dy, lo, hi, size.conv_h)
+                if i == 0 and not plan.front:
+                    self._block(step, dy, dy_row0, size.h, (r0, r1), None)
+                    return
+                rows = (r0 - reach, r1 + reach) if strips else (0, size.h)
+                dx = into if first else None
+                if dx is None:
+                    shape = (dy.shape[0], rows[1] - rows[0], size.w, step.in_channels)
+                    dx = dy.new_empty(shape)
+                self._block(step, dy, dy_row0, size.h, rows, dx)
+                dy = dx
+                continue
+            if last:
+                dz = self._last_gradient(step, i, dy, lo, hi)
             else:
                 dz = self._relu_gradient(step, i, dy, lo, hi)
             if step.conv != step.relu:
                 dz = self._add_tap(step.conv, dz, lo, hi, size.conv_h)
-            reach -= p
             w = self.packs[f"w.{step.conv}"]
             pad_h = 2 * p if strips else p
             extra = (0, 0)
@@ -102,8 +126,41 @@ class Backward:
                         2 * (size.conv_w - 1) - 2 * p + step.kernel_size)  # fmt: skip
                 extra = (size.h - full[0], size.w - full[1])
             dy = conv_transpose(dz, w, step.stride, (pad_h, p), extra)
-        assert dy is not None
-        return dy
+        if into is None:
+            self._first_maps(dy, r0, r1)
+        elif dy is not into:
+            into.copy_(dy)
+
+    def _is_block(self, step: Step) -> bool:
+        """Whether one kernel goes from the gradient of the step's output to that of its input."""
+        taps = set(self.plan.taps) - set(self.ends)
+        inside = {step.conv} - {step.relu} | ({step.relu} if step.pool else set())
+        exact = self.plan.dtype == torch.float32 and not self.allow_tf32
+        return f"bwd.{step.conv}" in self.packs and not exact and not inside & taps
+
+    def _block(
+        self,
+        step: Step,
+        dy: Tensor,
+        dy_row0: int,
+        height: int,
+        rows: tuple[int, int],
+        dx: Tensor | None,
+    ) -> None:
+        """Rows of the step's input, (3) and (4), into `dx`; None: on through (5) to the logits."""
+        name = f"code.{step.pool}" if step.pool_kind == "max" else f"mask.{step.relu}"
+        code = self.saved[name][self.n0 : self.n1] if step.relu else None
+        block = (
+            dy.contiguous(), code, self.packs[f"bwd.{step.conv}"], ops.POOLS[step.pool_kind],
+            step.stride, dy_row0, self.allow_tf32,
+        )  # fmt: skip
+        (a, b) = rows
+        if dx is None:
+            x, lse, scale, *rest = self._logits()
+            dlogits = self.dx[self.n0 : self.n1]
+            self.stages.conv_block_logits_bwd(*block, x, lse, scale, *rest, a, b - a, dlogits)
+        else:
+            self.stages.conv_block_bwd(*block, height, a, dx)
 
     def _last_gradient(self, step: Step, i: int, d_out: Tensor, lo: int, hi: int) -> Tensor:
         """dZ at rows [lo, hi) of a segment's last convolution, 0 outside the image."""
@@ -148,8 +205,8 @@ class Backward:
         return dz
 
     def _add_tap(self, tap: str, dy: Tensor, lo: int, hi: int, height: int) -> Tensor:
-        """`dy` plus the tap's own gradient; the chain's end has started with it."""
-        if tap not in self.plan.taps or tap == self.end:
+        """`dy` plus the gradient of a tap inside a segment."""
+        if tap not in self.plan.taps or tap in self.ends:
             return dy
         a, b = max(lo, 0), min(hi, height)
         dy = dy.clone()
@@ -178,18 +235,23 @@ class Backward:
         return total.to(self.plan.dtype)
 
     def _first_maps(self, dy: Tensor, r0: int, r1: int) -> None:
-        plan, spec, chunk = self.plan, self.plan.spec, slice(self.n0, self.n1)
-        valid, labels = self._of("valid"), self._of("ce_labels")
-        if plan.front:
+        """Rows [r0, r1) of the logits' gradient, from that of their map."""
+        if self.plan.front:
             dy = self._front(dy)
+        x, lse, scale, *rest = self._logits()
+        dlogits = self.dx[self.n0 : self.n1]
+        self.stages.softmax_bwd(x, lse, dy, scale, *rest, r0, r1 - r0, dlogits)
+
+    def _logits(self) -> tuple[Any, ...]:
+        """x, lse, scale, and the other arguments of (5) and the cross-entropy, of this chunk."""
+        spec, chunk = self.plan.spec, slice(self.n0, self.n1)
+        labels, ce_lse = self._of("ce_labels"), self.saved.get("ce_lse")
         lse = self.saved.get("lse")
-        ce_lse = self.saved.get("ce_lse")
-        self.stages.softmax_bwd(
+        return (
             self.x[chunk],
             None if lse is None else lse[chunk],
-            dy,
             self.scale[chunk].contiguous(),
-            valid,
+            self._of("valid"),
             ops.ACTIVATIONS[spec.activation],
             spec.temperature,
             None if labels is None else labels.long(),
@@ -197,9 +259,6 @@ class Backward:
             None if labels is None else self.ce_scale[chunk],
             self.target.get("class_weight"),
             spec.label_smoothing,
-            r0,
-            r1 - r0,
-            self.dx[chunk],
         )
 
     def _front(self, dy: Tensor) -> Tensor:
@@ -213,6 +272,11 @@ class Backward:
     def _of(self, name: str) -> Tensor | None:
         t = self.target.get(name)
         return None if t is None else t[self.n0 : self.n1]
+
+
+def _output(step: Step) -> str:
+    """The layer whose output is the step's."""
+    return step.pool or step.relu or step.conv
 
 
 def empty_gradient(x: Tensor) -> Tensor:

@@ -339,7 +339,7 @@ class Forward:
             kernel_size=step.kernel_size,
             stride=step.stride,
             relu=True,
-            pool=ops.POOLS[step.pool_kind] if step.pool else 2,
+            pool=ops.POOLS[step.pool_kind],
             pad_h=pad_h,
             row0=lo,
             image_rows=size.conv_h,

@@ -1,4 +1,5 @@
-"""Who does the stages: the compiled operators on the CPU, Triton's kernels on a GPU."""
+"""Who does the stages: on the CPU the compiled operators; on a GPU Triton's kernels forward, and
+backward the compiled operators too, or Triton's kernels where those cannot run."""
 
 from __future__ import annotations
 
@@ -17,9 +18,19 @@ def has_blocks(device: torch.device) -> bool:
 
 
 def stages_on(device: torch.device) -> ModuleType:
-    """The module whose functions are the stages."""
+    """The module whose functions are the forward's stages."""
     if not has_blocks(device):
         return ops
     from gpl_fast import kernels  # only here: importing Triton takes a while
 
     return kernels
+
+
+def backward_stages_on(device: torch.device) -> ModuleType:
+    """The module whose functions are the backward's stages."""
+    return compiled_on(device) or stages_on(device)
+
+
+def compiled_on(device: torch.device) -> ModuleType | None:
+    """The operators of csrc/cuda, None where they cannot run."""
+    return ops if ops.cuda_obstacle(device) is None else None

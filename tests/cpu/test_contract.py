@@ -259,7 +259,7 @@ def halves(loss, pred, target, dtype=FLOAT):
     """Plan, targets and weights by name, as the walks take them."""
     planned, _ = left_by(loss(pred.clone().requires_grad_(), target))
     packs = loss.net.cached_packs(pred.device, dtype, False)
-    names = chain.pack_names(loss.net, pred.device, False)
+    names = chain.pack_names(loss.net, pred.device, dtype, False)
     return planned, {"dense": target}, dict(zip(names, packs, strict=True))
 
 

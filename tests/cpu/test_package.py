@@ -359,8 +359,12 @@ def test_which_gpu_a_build_serves(text, capability, served):
 def test_why_the_cuda_operators_cannot_run(monkeypatch):
     if (reason := ops.load()) is not None:
         pytest.skip(reason)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     device = torch.device("cuda", 0)
+    assert "not for 'cpu'" in ops.cuda_obstacle(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "finds no CUDA device" in ops.cuda_obstacle(device)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     build = ops.parse_cuda_build(ops.cuda_build())
     expected = "nothing for sm_75" if build else "built without nvcc"
     assert expected in ops.cuda_obstacle(device)

@@ -104,7 +104,7 @@ def packs_of(net: LossNet, dtype: torch.dtype, looked_up: bool) -> dict[str, Ten
     devices = {"cuda", "cpu"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "TRITON_DEVICES", devices)
-        names = chain.pack_names(net, torch.device("cpu"), looked_up)
+        names = chain.pack_names(net, torch.device("cpu"), dtype, looked_up)
         packs = chain.pack_weights(net, torch.device("cpu"), dtype, looked_up)
     return dict(zip(names, packs, strict=True))
 

@@ -1,0 +1,84 @@
+"""What runs on a GPU from module to gradient: Triton's kernels forward, CUDA's backward.
+
+The forward is interpreted, the shipped .cu files run on the CPU (tests/cuda_on_cpu); they meet in
+the saved tensors. The bounds are those of `test_path`.
+"""
+
+from __future__ import annotations
+
+import emulate
+import operators
+import pytest
+import test_path
+import torch
+
+from gpl_fast.chain import backward, data_gradient
+
+FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
+fast_tests, triton_path = test_path.fast_tests, test_path.triton_path
+
+pytestmark = pytest.mark.usefixtures("one_thread", "triton_path")
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kernels")
+    emulate.build(folder, ("-O1", "-mavx2", "-mfma", "-mf16c"))
+    return operators.load(folder, tmp_path_factory.mktemp("operators"))
+
+
+@pytest.fixture(autouse=True)
+def launched(emulated, monkeypatch):
+    """Every layer that it can by `conv_block_bwd`; fills with the operators that were called."""
+    called: list[str] = []
+
+    class Recorder:
+        def __getattr__(self, name):
+            called.append(name)
+            return getattr(emulated, name)
+
+    monkeypatch.setattr(data_gradient, "by_kernel", lambda *layer: True)
+    monkeypatch.setattr(backward, "backward_stages_on", lambda device: Recorder())
+    return called
+
+
+CHAINED = [
+    "dense", "dense, float16, two convolutions", "dense, three levels", "dense, strips",
+    "dense, average", "dense, stride", "dense, one class", "bfloat16 prediction", "resized",
+    "labels", "labels, 19, 5 x 5", "labels, 150, 1 x 1", "topk, renormalize", "features",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHAINED)
+def test_against_float64(name, launched):
+    fast_tests.test_against_float64.hypothesis.inner_test(*test_path.DRAWN[name])
+    assert set(launched) <= {"conv_block_bwd", "conv_block_logits_bwd"}
+    assert "conv_block_logits_bwd" in launched
+
+
+@pytest.mark.parametrize("kind", ["dense", "labels"])
+def test_tf32_within_the_bounds_of_float16(kind, launched, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    kind, case, how, _ = test_path.drawn(kind, None)
+    for bound in ("ATOL", "ROUTED", "SLACK"):
+        values = getattr(fast_tests, bound)
+        monkeypatch.setattr(fast_tests, bound, {**values, FLOAT: values[HALF]})
+    fast_tests.test_against_float64.hypothesis.inner_test(kind, case, how, None)
+    assert "conv_block_logits_bwd" in launched
+
+
+def test_true_float32_is_atens(launched):
+    fast_tests.test_against_float64.hypothesis.inner_test(*test_path.drawn("dense", None))
+    assert set(launched) == {"relu_pool_bwd", "softmax_bwd"}
+
+
+@pytest.mark.parametrize(
+    "total", test_path.TOTALS, ids=lambda t: f"{t.teacher}-{t.activation}-{t.dtype}"
+)
+def test_total_against_float64(total):
+    fast_tests.test_total_against_float64.hypothesis.inner_test(total)
+
+
+def test_bfloat16_holds_on_peaked_maps(launched):
+    fast_tests.test_bfloat16_holds_from_flat_to_peaked_maps(19, 8.0, 8, 0.05, "labels")
+    assert "conv_block_logits_bwd" in launched
