@@ -1,7 +1,7 @@
-"""The convolution ceiling: the least time that ATen's convolutions alone need for one step.
+"""The floor of a step on the CPU: ATen's convolutions alone, and one pass over the logits.
 
-Measured layer by layer at the rate that ATen (oneDNN) reaches on the layer's own shape, in
-channels_last, on strips that stay near the caches; nothing between the convolutions is counted.
+The convolutions are measured layer by layer at the rate that ATen (oneDNN) reaches on the layer's
+own shape, in channels_last, on strips that stay near the caches; nothing between them is counted.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
+from providers import NET, loss_net
 from torch import Tensor
 
-import gpl_fast
 from gpl_fast import plan
 
 
@@ -34,10 +35,17 @@ class LayerRate:
         return self.passes * self.forward + self.backward
 
 
-def layer_rates(shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> list[LayerRate]:
+def read_seconds(logits: Tensor) -> float:
+    """Of one pass over `logits` (N, C, H, W)."""
+    return _best(lambda: logits.sum())
+
+
+def layer_rates(
+    shape: tuple[int, ...], kind: str, dtype: torch.dtype, structure: str = NET
+) -> list[LayerRate]:
     """Every convolution of a step on logits `shape` (N, C, H, W) with a target of `kind`."""
     n, c, h, w = shape
-    net = gpl_fast.LossNet.vgg(c)
+    net = loss_net(c, structure)
     rates: list[LayerRate] = []
     for layer in net.layers:
         if layer.kind != "conv":
@@ -67,6 +75,7 @@ def layer_rates(shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> list[L
     return rates
 
 
+@cache  # most layers are the same for all class counts
 def _time_layer(
     part: tuple[int, int, int], c_in: int, c_out: int, size: int, dtype: torch.dtype
 ) -> tuple[float, float]:

@@ -3,7 +3,8 @@
 ``make gpu-report`` writes report.json, report.md, benchmark.png and the logs of every stage into
 one folder, within `BUDGET` seconds, with the Python and the torch that are there. A stage that
 fails leaves its log and does not keep the others from running; the exit status is 1 then.
-``--dry`` runs every stage on the CPU, at tiny sizes, with the library that is built already.
+``--dry`` runs every stage on the CPU, at tiny sizes, with the library that is built already;
+``--stages build benchmark`` is ``make bench-gpu``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from on_device import machine
 
 ROOT = report.ROOT
 BUDGET = 520.0
+STAGES = ("build", "check", "tests", "memcheck", "racecheck", "benchmark")
 # The most that a stage may take of the budget; the benchmark takes what is left.
 LIMITS = {"build": 180.0, "check": 60.0, "tests": 150.0, "memcheck": 75.0, "racecheck": 75.0}
 BENCHMARK = 150.0  # which is left at least
@@ -95,21 +98,21 @@ class Report:
         )
         return stage
 
-    def all_stages(self) -> dict[str, Any]:
-        """Every stage in turn; what report.json holds."""
+    def all_stages(self, names: Sequence[str] = STAGES) -> dict[str, Any]:
+        """The stages named, in turn; what report.json holds."""
         python = sys.executable
-        loads = (
-            "from gpl_fast import ops; assert ops.load() is None, ops.load(); print(ops.LIBRARY)"
-        )
-        if self.dry:
-            self.run("build", [python, "-c", loads])
-        else:
-            self.run("build", [python, "setup.py", "-q", "build_ext", "--inplace"])
-        self.run("check", [python, "-m", "gpl_fast", "info", "--check"])
-        self._tests()
+        if "build" in names:
+            self._build()
+        if "check" in names:
+            self.run("check", [python, "-m", "gpl_fast", "info", "--check"])
+        if "tests" in names:
+            self._tests()
         for tool in ("memcheck", "racecheck"):
-            self._sanitizer(tool)
-        measured = self._benchmark()
+            if tool in names:
+                self._sanitizer(tool)
+        measured: dict[str, Any] = {"rows": [], "left_out": []}
+        if "benchmark" in names:
+            measured = self._benchmark()
         found = json.loads(_output(python, "-m", "gpl_fast", "info", "--json") or "{}")
         return {
             "machine": machine("cpu" if self.dry else "cuda"),
@@ -120,6 +123,13 @@ class Report:
             "stages": [asdict(stage) for stage in self.stages],
             "benchmark": measured,
         }  # fmt: skip
+
+    def _build(self) -> None:
+        loads = (
+            "from gpl_fast import ops; assert ops.load() is None, ops.load(); print(ops.LIBRARY)"
+        )
+        build = ["setup.py", "-q", "build_ext", "--inplace"]
+        self.run("build", [sys.executable, *(["-c", loads] if self.dry else build)])
 
     def _pytest(self, *arguments: str) -> list[str]:
         # By the folder's own settings: nothing but pytest has to be installed.
@@ -197,14 +207,17 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<GPU>")
     parser.add_argument("--dry", action="store_true", help="every stage on the CPU, tiny sizes")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="default: all")
     args = parser.parse_args()
     if not (args.dry or torch.cuda.is_available()):
         parser.error("torch finds no CUDA device; --dry runs every stage on the CPU")
     name = "dry" if args.dry else machine("cuda").lower().replace(" ", "-")
+    if set(args.stages) != set(STAGES):  # a whole report stays as it is
+        name += "".join(f"-{stage}" for stage in args.stages)
     folder = (args.out or ROOT / "benchmarks" / "results" / name).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     stages = Report(folder, args.dry, args.budget)
-    found = stages.all_stages()
+    found = stages.all_stages(args.stages)
     (folder / "report.json").write_text(json.dumps(found, indent=1) + "\n")
     (folder / "report.md").write_text(markdown(found))
     print(f"wrote {folder}")

@@ -7,76 +7,32 @@ bytes that autograd keeps from forward to backward, each storage once, without t
 
 from __future__ import annotations
 
-import argparse
-import json
-import subprocess
 import sys
 from typing import Any
 
-import torch
-from providers import PROVIDERS, Provider, make_inputs, target_tensors
-from torch import Tensor
+from providers import PROVIDERS, make_inputs
 
-from gpl_fast import bench
+from gpl_fast import measure
 
 
-def measure(name: str, shape: tuple[int, ...], kind: str, peaked: bool) -> dict[str, Any]:
+def memory(name: str, shape: tuple[int, ...], kind: str, peaked: bool, net: str) -> dict[str, Any]:
     """``{"peak_mib", "saved_bytes"}`` from a fresh process; None each where it failed."""
-    command = [sys.executable, __file__, name, ",".join(map(str, shape)), kind]
-    done = subprocess.run(command + ["--peaked"] * peaked, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        print(f"memory of {name}: the process ended with {done.returncode}", file=sys.stderr)
+    try:
+        found: dict[str, Any] = measure.in_fresh_process(_here, name, shape, kind, peaked, net)
+    except RuntimeError as error:
+        print(f"memory of {name}: {error}", file=sys.stderr)
         return {"peak_mib": None, "saved_bytes": None}
-    return json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
-def peak_mib(provider: Provider, logits: Tensor, target: Any) -> float | None:
-    """MiB that one step adds; None where ``/proc`` does not tell or the mark cannot be reset."""
-    if not bench.reset_peak():
-        return None
-    before = bench.resident_mib("VmRSS")
-    kept = bench.step(provider, logits, target)
-    after = bench.resident_mib("VmHWM")
-    del kept
-    return None if before is None or after is None else max(after - before, 0.0)
-
-
-def saved_bytes(provider: Provider, logits: Tensor, target: Any) -> int:
-    """Bytes kept for the backward besides logits, target and weights."""
-    kept: dict[int, Tensor] = {}  # holds on to the tensors: no storage's address comes twice
-
-    def pack(t: Tensor) -> Tensor:
-        kept[t.untyped_storage()._cdata] = t
-        return t
-
-    x = logits.detach().requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        value = provider(x, target)
-    for t in (x, *target_tensors(target), *provider.weights()):
-        kept.pop(t.untyped_storage()._cdata, None)
-    del value
-    return sum(t.untyped_storage().nbytes() for t in kept.values())
-
-
-def main() -> None:
-    """Measure in this process and print JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("provider", choices=PROVIDERS)
-    parser.add_argument("shape", help="N,C,H,W")
-    parser.add_argument("kind", help="of the target")
-    parser.add_argument("--peaked", action="store_true")
-    args = parser.parse_args()
-    n, c, h, w = map(int, args.shape.split(","))
-    provider = PROVIDERS[args.provider](c, args.kind)
+def _here(name: str, shape: tuple[int, ...], kind: str, peaked: bool, net: str) -> dict[str, Any]:
+    provider = PROVIDERS[name](shape[1], kind, "cpu", net)
     # Libraries, threads and cached weights are up before the baseline; compiled graphs are for one
     # shape, and the compiler's own memory is not the step's.
-    small = (n, c, h, w) if args.provider.startswith("compile") else (1, c, 32, 32)
-    bench.step(provider, *make_inputs(small, args.kind, args.peaked))
-    logits, target = make_inputs((n, c, h, w), args.kind, args.peaked)
-    peak = peak_mib(provider, logits, target)
-    saved = saved_bytes(provider, logits, target)
-    print(json.dumps({"peak_mib": peak, "saved_bytes": saved}))
-
-
-if __name__ == "__main__":
-    main()
+    small = shape if name.startswith("compile") else (1, shape[1], 32, 32)
+    measure.step(provider, *make_inputs(small, kind, peaked))
+    logits, target = make_inputs(shape, kind, peaked)
+    return {
+        "peak_mib": measure.peak_mib(provider, logits, target),
+        "saved_bytes": measure.saved_bytes(provider, logits, target, provider.weights),
+    }

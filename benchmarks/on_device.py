@@ -10,24 +10,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import report
 import run
 import torch
-from memory import saved_bytes
-from providers import BASELINE, PROVIDERS, Provider, crop, dtype_of, make_inputs
+from providers import BASELINE, PROVIDERS, Provider, crop, dtype_of, flops, make_inputs
 from torch import Tensor
 
-import gpl_fast
-from gpl_fast import bench
+from gpl_fast import measure
 
 
 @dataclass(frozen=True)
@@ -71,65 +67,7 @@ def few_cases() -> list[Case]:
     return [case.on_few_pixels() for case in first.values()]
 
 
-class Stopwatch:
-    """Marks on a device's stream, or on the CPU's clock."""
-
-    def __init__(self, device: str) -> None:
-        self.cuda = device == "cuda"
-
-    def mark(self) -> Any:
-        """Now, on the stream."""
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self, start: Any, end: Any) -> float:
-        """Between two marks; waits for the device."""
-        if not self.cuda:
-            return float(end - start)
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3
-
-
-def timed_step(watch: Stopwatch, provider: Provider, logits: Tensor, target: Any) -> list[float]:
-    """Seconds of forward and of backward."""
-    x = logits.detach().requires_grad_()
-    marks = [watch.mark()]
-    value = provider(x, target)
-    marks.append(watch.mark())
-    value.backward()
-    marks.append(watch.mark())
-    return [watch.seconds(a, b) for a, b in pairwise(marks)]
-
-
-def interleaved(
-    made: Mapping[str, Provider], logits: Tensor, target: Any, rounds: int, watch: Stopwatch
-) -> dict[str, list[list[float]]]:
-    """[forward, backward] seconds of all providers in turns, after two rounds of warm-up."""
-    found: dict[str, list[list[float]]] = {name: [] for name in made}
-    for turn in range(rounds + 2):
-        for name, provider in made.items():
-            seconds = timed_step(watch, provider, logits, target)
-            if turn >= 2:
-                found[name].append(seconds)
-    return found
-
-
-def peak_mib(provider: Provider, logits: Tensor, target: Any) -> float | None:
-    """MiB that one step adds at its highest, the gradient included; None on the CPU."""
-    if not logits.is_cuda:
-        return None
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    kept = bench.step(provider, logits, target)
-    peak = torch.cuda.max_memory_allocated()
-    del kept
-    return (peak - before) / 2**20
-
-
-def measure(case: Case, device: str, rounds: int) -> list[report.Row]:
+def rows_of(case: Case, device: str, rounds: int) -> list[report.Row]:
     """The rows of a case, of every provider."""
     torch.compiler.reset()
     names = [n for n in PROVIDERS if not n.startswith("compile")]
@@ -145,15 +83,16 @@ def measure(case: Case, device: str, rounds: int) -> list[report.Row]:
             made |= prepare(name, case, logits, target, rows[name])
         except Exception as error:  # one provider out of memory, the others still count
             rows[name]["error"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    work = flops(case)
-    watch = Stopwatch(device)
-    for name, seconds in interleaved(made, logits, target, rounds, watch).items():
-        rows[name] |= times(seconds, work)
-        rows[name]["saved_bytes"] = saved_bytes(made[name], logits, target)
-    if BASELINE in made:
-        for name in made:
-            baseline = rows[BASELINE]["seconds_median"]
-            rows[name]["speedup_vs_eager_fp32"] = baseline / rows[name]["seconds_median"]
+    work = flops(case.shape, case.kind)
+    watch = measure.Stopwatch(device)
+    steps = {k: partial(measure.timed_step, watch, p, logits, target) for k, p in made.items()}
+    times = measure.interleave(steps, rounds, warm_up=2)
+    for name, found in measure.summary(times, BASELINE).items():
+        rows[name] |= found
+        rows[name]["speedup_vs_eager_fp32"] = rows[name].pop("speedup")
+        rows[name]["tflop_per_second"] = work / found["seconds_median"] / 1e12
+        saved = measure.saved_bytes(made[name], logits, target, made[name].weights)
+        rows[name]["saved_bytes"] = saved
     return list(rows.values())
 
 
@@ -162,40 +101,15 @@ def prepare(
 ) -> dict[str, Provider]:
     """The provider if it is right and fits; its errors and memory go into `row`."""
     provider = PROVIDERS[name](case.shape[1], case.kind, logits.device.type)
-    found = run.gate({name: provider}, *crop(logits, target, CROP))[name]
-    row["value_error"], row["grad_cosine"] = found
-    if why := run.complaint(name, *found):
+    found = run.gate({name: provider}, *crop(logits, target, CROP))
+    row["value_error"], row["grad_cosine"] = found[name]
+    if why := run.complaints(found).get(name):
         row["error"] = why
         return {}
-    bench.step(provider, logits, target)  # compiled, tuned, weights cached
-    row["peak_mib"] = peak_mib(provider, logits, target)
+    measure.step(provider, logits, target)  # compiled, tuned, weights cached
+    if logits.is_cuda:
+        row["peak_mib"] = measure.peak_mib(provider, logits, target)
     return {name: provider}
-
-
-def times(seconds: list[list[float]], work: int) -> dict[str, float]:
-    """Medians of forward, backward and both, percentiles of both, TFLOP/s."""
-    both = [sum(pair) for pair in seconds]
-    low, _, _, high = statistics.quantiles(both, n=5, method="inclusive")
-    median = statistics.median(both)
-    return {
-        "seconds_median": median,
-        "seconds_p20": low,
-        "seconds_p80": high,
-        "forward_seconds": statistics.median(pair[0] for pair in seconds),
-        "backward_seconds": statistics.median(pair[1] for pair in seconds),
-        "tflop_per_second": work / median / 1e12,
-    }
-
-
-def flops(case: Case) -> int:
-    """Of a step as defined: both branches and the data gradient."""
-    n, c, h, w = case.shape
-    activation = "sigmoid" if c == 1 else "softmax"
-    loss = gpl_fast.GenericPerceptualLoss(c, activation=activation, backend="reference")
-    target = torch.empty(case.shape, device="meta")
-    if case.kind == "labels":
-        target = torch.empty((n, h, w), dtype=torch.long, device="meta")
-    return loss.explain(torch.empty(case.shape, device="meta"), target).flops
 
 
 def machine(device: str) -> str:
@@ -220,7 +134,7 @@ def main() -> int:
         if not args.dry and end - time.monotonic() < needed:
             left_out.append(f"{case.name} {case.kind}")
         else:
-            measured = measure(case, device, 2 if args.dry else args.rounds)
+            measured = rows_of(case, device, 2 if args.dry else args.rounds)
             for row in measured:
                 print(*(row.get(k, "") for k in PRINTED), flush=True)
             rows += measured

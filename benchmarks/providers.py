@@ -1,16 +1,15 @@
 """The one setup that speed, memory and correctness share: inputs, and what is compared on them.
 
-A provider is made by ``PROVIDERS[name](classes, target_kind, device)`` and called with logits
+A provider is made by ``PROVIDERS[name](classes, target_kind, device, net)`` and called with logits
 (N, C, H, W) float32 and a target, all on that device; it gives the value. All have the same frozen
-network, the structure "1,1,1,1,1" with `gpl_fast.LossNet.vgg`'s weights: all give the same value.
+network, the structure `net` with `gpl_fast.LossNet.vgg`'s weights: all give the same value.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
@@ -18,10 +17,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gpl_fast
+from gpl_fast.measure import target_tensors
+from gpl_fast.structure import parse_blocks
 
 TARGETS = ("labels", "dense", "topk")
+NET = "1,1,1,1,1"
 TOP = 8  # classes listed in a pixel of a top-k target
 BLOB = 16  # pixels between the noise's grid points: labels come in regions of about this size
+PRESENT = 32  # classes at most in an image: scenes show few of many
+# Nats a pixel, the mean over the demo's test scenes of its student after training.
+TRAINED_ENTROPY = 0.11
 
 # ----------------------------------------------------------------------------------------- inputs
 
@@ -31,9 +36,9 @@ def make_inputs(
 ) -> tuple[Tensor, Any]:
     """Logits (N, C, H, W) float32 and a target of `kind`, from own generators.
 
-    Labels are natural blobs: the largest class of smoothed low-resolution noise. ``peaked`` raises
-    the right class of prediction and teacher until it has more than 0.99 of the probability, as
-    near the end of training.
+    Labels are natural blobs: the largest class of smoothed low-resolution noise, over at most
+    `PRESENT` classes of each image. ``peaked`` raises the right class of prediction and teacher
+    until a pixel's distribution has `TRAINED_ENTROPY` on average.
 
     Args:
         kind: "labels" (N, H, W) int64; "dense" teacher logits (N, C, H, W) float32; "topk"
@@ -43,7 +48,7 @@ def make_inputs(
     if kind == "topk" and c == 1:
         raise ValueError("topk: got 1 class, expected 2 or more")
     generator = torch.Generator(device).manual_seed(0)
-    labels, scores, indices = _blobs(n, c, h, w, min(TOP, c), device)
+    labels, scores, indices = _blobs(n, c, h, w, device)
     logits = torch.randn(n, c, h, w, generator=generator, device=device)
     if peaked:
         _raise_right_class(logits, labels)
@@ -57,29 +62,46 @@ def make_inputs(
     return logits, teacher
 
 
-def _blobs(n: int, c: int, h: int, w: int, k: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Labels (N, H, W), and scores, indices (N, k, H, W) of each pixel's k largest classes."""
+def _blobs(n: int, c: int, h: int, w: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels (N, H, W), and scores, indices (N, k, H, W) of each pixel's `TOP` largest classes."""
     generator = torch.Generator(device).manual_seed(1)
-    grid = (n, c, -(-h // BLOB) + 1, -(-w // BLOB) + 1)
+    present = min(c, PRESENT)
+    grid = (n, present, -(-h // BLOB) + 1, -(-w // BLOB) + 1)
     coarse = torch.randn(grid, generator=generator, device=device)
+    fine = F.interpolate(coarse, (h, w), mode="bilinear")
     if c == 1:
-        fine = F.interpolate(coarse, (h, w), mode="bilinear")
         return (fine[:, 0] > 0).long(), fine, torch.zeros_like(fine, dtype=torch.long)
-    tops = [
-        F.interpolate(image[None], (h, w), mode="bilinear").topk(k, dim=1) for image in coarse
-    ]  # one image at a time: the fine scores are as large as the logits
-    scores, indices = (torch.cat(parts) for parts in zip(*tops, strict=True))
+    scores, ranks = fine.topk(min(TOP, c), dim=1)
+    classes = torch.rand((n, c), generator=generator, device=device).argsort(dim=1)[:, :present]
+    indices = classes.gather(1, ranks.flatten(1)).view_as(ranks)
     return indices[:, 0].contiguous(), scores, indices
 
 
 def _raise_right_class(logits: Tensor, labels: Tensor) -> None:
     c = logits.shape[1]
-    margin = math.log(c) + 6.5
+    margin = margin_of(c, TRAINED_ENTROPY)
     if c == 1:
         logits += margin * (2 * labels.unsqueeze(1) - 1)
     else:
         index = labels.unsqueeze(1)
         logits.scatter_add_(1, index, torch.full_like(index, margin, dtype=logits.dtype))
+
+
+@cache
+def margin_of(classes: int, entropy: float) -> float:
+    """What the right one of unit Gaussian logits must be raised by for that mean entropy, nats."""
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(1024, max(classes, 2), generator=generator)
+    if classes == 1:
+        logits[:, 1] = 0  # a sigmoid is a softmax over (z, 0)
+    low, high = 0.0, 40.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        logits[:, 0] += middle
+        found = torch.distributions.Categorical(logits=logits).entropy().mean()
+        logits[:, 0] -= middle
+        low, high = (middle, high) if found > entropy else (low, middle)
+    return middle
 
 
 def crop(logits: Tensor, target: Any, size: int) -> tuple[Tensor, Any]:
@@ -91,11 +113,6 @@ def crop(logits: Tensor, target: Any, size: int) -> tuple[Tensor, Any]:
     if isinstance(target, gpl_fast.TopK):
         return cut(logits), gpl_fast.TopK(cut(target.values), cut(target.indices))
     return cut(logits), cut(target)
-
-
-def target_tensors(target: Any) -> tuple[Tensor, ...]:
-    """The tensors that a target consists of."""
-    return (target.values, target.indices) if isinstance(target, gpl_fast.TopK) else (target,)
 
 
 # -------------------------------------------------------------------------------------- providers
@@ -112,44 +129,61 @@ class Provider:
         return self.value(logits, *target_tensors(target))
 
 
-def eager_fp32(classes: int, kind: str, device: str = "cpu") -> Provider:
+def eager_fp32(classes: int, kind: str, device: str = "cpu", net: str = NET) -> Provider:
     """Plain PyTorch in NCHW, as one writes it: the baseline."""
-    net = _network(classes).to(device)
+    network = _network(classes, net).to(device)
 
     def value(logits: Tensor, *target: Tensor) -> Tensor:
-        features = net(_activate(logits))
-        return F.mse_loss(features, net(_target_map(kind, classes, *target).float()))
+        features = network(_activate(logits))
+        return F.mse_loss(features, network(_target_map(kind, classes, *target).float()))
 
-    return Provider(value, lambda: list(net.parameters()))
+    return Provider(value, lambda: list(network.parameters()))
 
 
-def eager_bf16_channels_last(classes: int, kind: str, device: str = "cpu") -> Provider:
+def eager_bf16(classes: int, kind: str, device: str = "cpu", net: str = NET) -> Provider:
+    """The same with the network in bfloat16; softmax and mean in float32."""
+    network = _network(classes, net).to(device, torch.bfloat16)
+
+    def value(logits: Tensor, *target: Tensor) -> Tensor:
+        features = network(_activate(logits).bfloat16())
+        wanted = network(_target_map(kind, classes, *target).bfloat16())
+        return F.mse_loss(features.float(), wanted.float())
+
+    return Provider(value, lambda: list(network.parameters()))
+
+
+def eager_bf16_channels_last(
+    classes: int, kind: str, device: str = "cpu", net: str = NET
+) -> Provider:
     """The usual advice: bfloat16, channels_last, the target under no_grad; softmax in float32."""
-    net = _network(classes).to(device, torch.bfloat16, memory_format=torch.channels_last)
+    network = _network(classes, net).to(device, torch.bfloat16, memory_format=torch.channels_last)
 
     def features(y: Tensor) -> Tensor:
-        return net(y.to(torch.bfloat16, memory_format=torch.channels_last)).float()
+        return network(y.to(torch.bfloat16, memory_format=torch.channels_last)).float()
 
     def value(logits: Tensor, *target: Tensor) -> Tensor:
         with torch.no_grad():
             wanted = features(_target_map(kind, classes, *target))
         return F.mse_loss(features(_activate(logits)), wanted)
 
-    return Provider(value, lambda: list(net.parameters()))
+    return Provider(value, lambda: list(network.parameters()))
 
 
 def compiled(
-    make: Callable[[int, str, str], Provider], classes: int, kind: str, device: str = "cpu"
+    make: Callable[..., Provider], classes: int, kind: str, device: str = "cpu", net: str = NET
 ) -> Provider:
     """`make`'s through torch.compile, one graph for each shape."""
-    plain = make(classes, kind, device)
+    plain = make(classes, kind, device, net)
     return Provider(torch.compile(plain.value, dynamic=False), plain.weights)
 
 
-def fast(dtype: torch.dtype, classes: int, kind: str, device: str = "cpu") -> Provider:
+def fast(
+    dtype: torch.dtype, classes: int, kind: str, device: str = "cpu", net: str = NET
+) -> Provider:
     """gpl_fast's fast path with `dtype` inside the network; it goes where its inputs are."""
     loss = gpl_fast.GenericPerceptualLoss(
         classes,
+        loss_net(classes, net),
         activation="sigmoid" if classes == 1 else "softmax",
         backend="fast",
         compute_dtype=dtype,
@@ -163,6 +197,7 @@ def fast(dtype: torch.dtype, classes: int, kind: str, device: str = "cpu") -> Pr
 
 PROVIDERS: dict[str, Callable[..., Provider]] = {
     "eager-fp32": eager_fp32,
+    "eager-bf16": eager_bf16,
     "eager-bf16-cl": eager_bf16_channels_last,
     "compile": partial(compiled, eager_fp32),
     "compile-bf16": partial(compiled, eager_bf16_channels_last),
@@ -177,13 +212,38 @@ def dtype_of(name: str) -> str:
     return "bfloat16" if "bf16" in name else "float32"
 
 
-def _network(classes: int) -> nn.Sequential:
+@lru_cache(maxsize=2)
+def loss_net(classes: int, net: str = NET) -> gpl_fast.LossNet:
+    """The network of all providers."""
+    return gpl_fast.LossNet.vgg(classes, parse_blocks(net))
+
+
+def flops(shape: Sequence[int], kind: str, net: str = NET) -> int:
+    """Of a step as defined: both branches and the data gradient."""
+    n, c, h, w = shape
+    network = loss_net(c, net)
+    activation = "sigmoid" if c == 1 else "softmax"
+    loss = gpl_fast.GenericPerceptualLoss(c, network, activation=activation, backend="reference")
+    target = torch.empty(tuple(shape), device="meta")
+    if kind == "labels":
+        target = torch.empty((n, h, w), dtype=torch.long, device="meta")
+    return loss.explain(torch.empty(tuple(shape), device="meta"), target).flops
+
+
+def _network(classes: int, net: str) -> nn.Sequential:
+    network = loss_net(classes, net)
+    weights = network.weights
     layers: list[nn.Module] = []
-    for weight in gpl_fast.LossNet.vgg(classes).weights.values():
-        out, channels, size, _ = weight.shape
-        conv = nn.Conv2d(channels, out, size, padding=size // 2, bias=False)
-        conv.weight.data = weight
-        layers += [conv, nn.ReLU(inplace=True), nn.MaxPool2d(2)]
+    for layer in network.layers:
+        if layer.kind == "conv":
+            size = layer.kernel_size
+            conv = nn.Conv2d(
+                layer.in_channels, layer.out_channels, size, padding=size // 2, bias=False
+            )
+            conv.weight.data = weights[layer.name]
+            layers.append(conv)
+        else:
+            layers.append(nn.ReLU(inplace=True) if layer.kind == "relu" else nn.MaxPool2d(2))
     return nn.Sequential(*layers).requires_grad_(False)
 
 

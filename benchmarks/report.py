@@ -1,7 +1,7 @@
-"""What is made of the measured rows: CSV, a markdown table, a plot.
+"""What is made of the measured rows: CSV, tables, a plot, and what `findings` has to say.
 
 ``python benchmarks/report.py results.csv --markdown FILE --plot FILE`` makes them again without
-measuring.
+measuring; ``--compare OTHER.csv`` says by how much the ratios of two runs differ.
 """
 
 from __future__ import annotations
@@ -11,19 +11,37 @@ import csv
 import os
 import platform
 import subprocess
+import sys
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
+from findings import (
+    OURS,
+    VARIED,
+    Row,
+    by_case,
+    checks,
+    comparison,
+    elements,
+    growth,
+    sizes_of,
+    slower,
+)
 
 import gpl_fast
 
-FIELDS = (
-    "machine", "threads", "torch", "gpl_fast", "commit", "shape", "target", "peaked", "provider",
-    "dtype", "rounds", "seconds_median", "seconds_p20", "seconds_p80", "speedup_vs_eager_fp32",
-    "peak_mib", "saved_bytes", "value_error", "grad_cosine", "conv_seconds", "conv_share",
+TEXTS = (
+    "machine", "torch", "gpl_fast", "commit", "sweep", "shape", "target", "net", "provider",
+    "dtype", "command",
 )  # fmt: skip
-Row = dict[str, Any]
+FIELDS = (
+    "machine", "threads", "torch", "gpl_fast", "commit", "sweep", "shape", "target", "peaked",
+    "net", "provider", "dtype", "rounds", "seconds_median", "seconds_p20", "seconds_p80",
+    "forward_seconds", "backward_seconds", "speedup_vs_eager_fp32", "peak_mib", "saved_bytes",
+    "value_error", "grad_cosine", "gflop", "conv_seconds", "conv_share", "read_seconds", "command",
+)  # fmt: skip
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -79,122 +97,189 @@ def write_csv(rows: list[Row], path: Path) -> None:
 
 def read_csv(path: Path) -> list[Row]:
     """What `write_csv` wrote; None where a cell is empty."""
-    text = ("machine", "torch", "gpl_fast", "commit", "shape", "target", "provider", "dtype")
     with path.open(newline="") as f:
         rows: list[Row] = list(csv.DictReader(f))
     for row in rows:
         row["peaked"] = row["peaked"] == "True"
-        for field in set(FIELDS) - {*text, "peaked"}:
-            row[field] = float(row[field]) if row[field] else None
+        for field in FIELDS:
+            if field not in (*TEXTS, "peaked"):
+                row[field] = float(row[field]) if row.get(field) else None
     return rows
 
 
+# ------------------------------------------------------------------------------------------ tables
+
+
 def markdown(rows: list[Row]) -> str:
-    """A table for README.md, one line for each row, and the protocol under it."""
-    conv = any(row["conv_share"] is not None for row in rows)
-    header = ["logits", "target", "provider", "time (p20–p80)", "speedup", "peak", "saved",
-              "value error", "gradient cosine"] + ["share of conv ceiling"] * conv  # fmt: skip
-    lines = ["| " + " | ".join(header) + " |", "|---|---|---|" + "--:|" * (len(header) - 3)]
-    previous: tuple[Any, ...] = ()
-    for row in rows:
-        case = (row["shape"].replace("x", "×"), row["target"] + ", peaked" * bool(row["peaked"]))
-        low, high = (_seconds(row[k]) for k in ("seconds_p20", "seconds_p80"))
-        cells = [
-            *(("", "") if case == previous else case),
-            row["provider"],
-            f"{_seconds(row['seconds_median'])} ({low}–{high})",
-            _text(row["speedup_vs_eager_fp32"], "{:.2f}×"),
-            _text(row["peak_mib"], "{:.0f} MiB"),
-            _text(row["saved_bytes"], "{:.1f} MiB", 2**-20),
-            _text(row["value_error"], "{:.1e}"),
-            _text(row["grad_cosine"], "{:.4f}"),
-        ]
-        lines.append("| " + " | ".join(cells + [_text(row["conv_share"], "{:.0%}")] * conv) + " |")
-        previous = case
+    """A table for each sweep with the command that makes it, where it is not faster, the protocol.
+
+    Memory is what one step adds; the last columns are empty where no floor was measured.
+    """
+    lines = []
+    for sweep, some in groupby(rows, lambda row: row["sweep"]):
+        lines += _sweep_table(sweep, list(some))
+    lines += ["**Where it is not faster.**", *(slower(rows) or ["Nowhere here."]), ""]
     r = rows[0]
-    rounds = "–".join(str(int(x)) for x in sorted({float(row["rounds"]) for row in rows}))
+    rounds = sorted({int(row["rounds"]) for row in rows})
     lines += [
-        "",
         f"{r['machine']}, {float(r['threads']):.0f} threads, torch {r['torch']}, gpl_fast "
-        f"{r['gpl_fast']} at {r['commit']}; {rounds} interleaved rounds; speedup: median over "
-        "rounds of eager-fp32 / provider; peak: what one step adds to a fresh process; saved: kept "
-        "for the backward, without logits, target and weights; errors against float64 on a crop.",
+        f"{r['gpl_fast']} at {r['commit']}; {rounds[0]} to {rounds[-1]} interleaved rounds. "
+        "Peaked: logits with the entropy of a trained net. Speedup: median over rounds of "
+        "eager-fp32 / provider. Peak: what one step adds to a fresh process, the gradient "
+        "included; saved: kept for the backward, without logits, target and weights. Errors "
+        "against float64 on a crop. Share: of the step that its convolutions alone take.",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _seconds(s: float) -> str:
+def _sweep_table(sweep: str, rows: list[Row]) -> list[str]:
+    conv = any(row["conv_share"] is not None for row in rows)
+    header = ["logits", "target", "provider", "time (p20–p80)", "forward", "backward", "speedup",
+              "peak", "saved", "value error", "gradient cosine"] + ["share"] * conv  # fmt: skip
+    lines = [f"### {sweep}", ""]
+    command = f"python benchmarks/run.py --sweep {sweep}"
+    lines += [f"`{command}`" if sweep != "own" else f"`{rows[0]['command']}` and its like", ""]
+    lines += ["| " + " | ".join(header) + " |", "|---|---|---|" + "--:|" * (len(header) - 3)]
+    for case, some in by_case(rows):
+        _, shape, target, peaked, net = case
+        first = [shape.replace("x", "×") + (f", {net}" if net != "1,1,1,1,1" else "")]
+        first += [f"{target}, {'peaked' if peaked else 'flat'}"]
+        for row in some:
+            low, high = (_seconds(row[k]) for k in ("seconds_p20", "seconds_p80"))
+            cells = [
+                *first,
+                row["provider"],
+                f"{_seconds(row['seconds_median'])} ({low}–{high})",
+                *(_seconds(row[k]) for k in ("forward_seconds", "backward_seconds")),
+                text(row["speedup_vs_eager_fp32"], "{:.2f}×"),
+                text(row["peak_mib"], "{:.0f} MiB"),
+                text(row["saved_bytes"], "{:.1f} MiB", 2**-20),
+                text(row["value_error"], "{:.1e}"),
+                text(row["grad_cosine"], "{:.4f}"),
+            ]
+            share = [text(row["conv_share"], "{:.0%}")] * conv
+            lines.append("| " + " | ".join(cells + share) + " |")
+            first = ["", ""]
+    return [*lines, ""]
+
+
+def _seconds(s: float | None) -> str:
+    if s is None:
+        return "n/a"
     return f"{1e3 * s:.1f} ms" if s < 0.1 else f"{s:.3f} s" if s < 10 else f"{s:.1f} s"
 
 
-def _text(value: float | None, form: str, scale: float = 1) -> str:
+def text(value: float | None, form: str, scale: float = 1) -> str:
+    """The cell, "n/a" for None."""
     return "n/a" if value is None else form.format(value * scale)
 
 
-def plot(rows: list[Row], path: Path) -> None:
-    """Time and peak memory per image against the number of classes, log-log, a column a target.
+# -------------------------------------------------------------------------------------------- plot
 
-    Only the rows with the first row's height and width.
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Seconds and peak MiB, log-log: a column for each sweep that varies one size.
+
+    Dotted: the floors, which are the convolutions alone and a pass over the logits, by dtype, and
+    the gradient's own bytes.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    size = rows[0]["shape"].split("x")[2:]
-    rows = [row for row in rows if row["shape"].split("x")[2:] == size]
-    kinds = list(dict.fromkeys(row["target"] for row in rows))
-    names = list(dict.fromkeys(row["provider"] for row in rows))
-    measures = (("seconds_median", "seconds per image"), ("peak_mib", "peak MiB per image"))
+    columns = [name for name in VARIED if any(row["sweep"] == name for row in rows)]
+    swept = [row for row in rows if row["sweep"] in columns]
+    if not columns:
+        return
+    names = list(dict.fromkeys(row["provider"] for row in swept))
     figure, axes = plt.subplots(
-        2, len(kinds), figsize=(4 * len(kinds) + 1, 7), squeeze=False, sharex=True, sharey="row"
+        2, len(columns), figsize=(4.2 * len(columns) + 1, 7), squeeze=False, sharex="col"
     )
-    for j, kind in enumerate(kinds):
-        for i, (field, label) in enumerate(measures):
+    for j, sweep in enumerate(columns):
+        what, size_of = VARIED[sweep]
+        mine = [row for row in swept if row["sweep"] == sweep]
+        sizes = sorted({size_of(*sizes_of(row)) for row in mine})
+        for i, field in enumerate(("seconds_median", "peak_mib")):
             axis = axes[i][j]
             for k, name in enumerate(names):
-                points: dict[int, float] = {}
-                for row in rows:
-                    n, c, _, _ = map(int, row["shape"].split("x"))
-                    if (row["target"], row["provider"]) == (kind, name) and row[field]:
-                        points[c] = row[field] / n
-                mine = name.startswith("gpl_fast")
-                style = {"linewidth": 2.4 if mine else 1.2, "linestyle": "-" if mine else "--"}
-                at = sorted(points)
-                axis.loglog(at, [points[c] for c in at], marker="o", label=name, color=f"C{k}",
-                            markersize=4, **style)  # fmt: skip
-            axis.set(title=f"{kind} target" if i == 0 else None, ylabel=label if j == 0 else None,
-                     xlabel="classes C" if i else None)  # fmt: skip
-            classes = sorted({int(row["shape"].split("x")[1]) for row in rows})
-            axis.set_xticks(classes, [str(c) for c in classes])
+                ours = name.startswith(OURS)
+                style = {"linewidth": 2.4 if ours else 1.2, "linestyle": "-" if ours else "--"}
+                some = [row for row in mine if row["provider"] == name]
+                _line(axis, some, lambda r, f=field: r[f], size_of, name, f"C{k}", style)
+            dotted = {"linewidth": 1, "linestyle": ":"}
+            if i:
+                gradient = [row for row in mine if row["provider"] == names[0]]
+                _line(axis, gradient, lambda r: 4 * elements(r) / 2**20, size_of,
+                      "the gradient itself", "0.4", dotted)  # fmt: skip
+            else:
+                for dtype, grey in (("float32", "0.2"), ("bfloat16", "0.6")):
+                    some = [r for r in mine if r["dtype"] == dtype and r["conv_seconds"]]
+                    _line(axis, some, lambda r: r["conv_seconds"] + r["read_seconds"], size_of,
+                          f"floor, {dtype}", grey, dotted)  # fmt: skip
+            fixed = _fixed_sizes(mine[0], sweep)
+            axis.set(title=fixed if i == 0 else None, xlabel=what if i else None)
+            axis.set(ylabel=("seconds", "peak MiB")[i] if j == 0 else None)
+            axis.set_xticks(sizes, [str(size) for size in sizes])
             axis.xaxis.minorticks_off()
             axis.grid(alpha=0.3, which="both")
-    axes[0][0].legend(fontsize=8)
-    r = rows[0]
-    threads = f"{float(r['threads']):.0f} threads"
-    title = f"forward and backward, {'×'.join(size)} pixels; {r['machine']}, {threads}"
-    figure.suptitle(title, fontsize=10)
+        axes[0][j].legend(fontsize=7)
+        axes[1][j].legend(fontsize=7)
+    r = swept[0]
+    peaked = "peaked" if r["peaked"] else "flat"
+    figure.suptitle(
+        f"forward and backward, {peaked} logits; {r['machine']}, {float(r['threads']):.0f} threads",
+        fontsize=10,
+    )
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
-def main() -> None:
-    """Table and plot of rows measured before."""
+def _line(
+    axis: Any, rows: list[Row], value: Any, size_of: Any, name: str, color: str, style: Any
+) -> None:
+    points = {size_of(*sizes_of(r)): value(r) for r in rows if value(r)}
+    if points:
+        at = sorted(points)
+        axis.loglog(at, [points[x] for x in at], marker="o", markersize=3, label=name, color=color,
+                    **style)  # fmt: skip
+
+
+def _fixed_sizes(row: Row, sweep: str) -> str:
+    n, c, h, w = sizes_of(row)
+    parts = {"N": f"{n}", "C": f"{c}", "pixels": f"{h} × {w}"}
+    del parts[VARIED[sweep][0]]
+    return f"{row['target']}; " + ", ".join(f"{k} = {v}" for k, v in parts.items())
+
+
+def main() -> int:
+    """Tables, plot and checks of rows measured before; 1 if `--compare` finds a ratio moved."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("csv", type=Path)
+    parser.add_argument("--sweep", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--markdown", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE")
+    parser.add_argument("--compare", type=Path, metavar="OTHER.csv")
     args = parser.parse_args()
     rows = read_csv(args.csv)
+    if args.sweep:
+        rows = [row for row in rows if row["sweep"] in args.sweep]
+    if args.compare:
+        found, met = comparison(rows, read_csv(args.compare))
+        print(found)
+        return int(not met)
     if args.markdown:
         args.markdown.write_text(markdown(rows))
     else:
         print(markdown(rows), end="")
+    for line in (*growth(rows), *checks(rows)):
+        print(line)
     if args.plot:
         plot(rows, args.plot)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,9 +19,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     info.add_argument("--json", action="store_true", help="print JSON")
     info.set_defaults(run=_info)
 
-    bench = commands.add_parser("bench", help="time and peak memory on this machine")
+    bench = commands.add_parser("bench", help="time and memory on this machine; a GPU's floors")
     bench.add_argument("--quick", action="store_true", help="small shapes, about a minute")
+    bench.add_argument(
+        "--mine", nargs=4, type=_positive, metavar=("N", "C", "H", "W"), help="your own logits"
+    )
+    bench.add_argument("--target", choices=("labels", "dense", "topk"), default="labels")
+    bench.add_argument(
+        "--memory-gib", type=float, metavar="GIB", help="what a batch may fill (default: what is "
+        "free on the GPU, MemAvailable on the CPU)",
+    )  # fmt: skip
     bench.add_argument("--json", metavar="FILE", help="write the rows to FILE")
+    bench.add_argument(
+        "--roofline", action="store_true", help="run nothing: FLOPs, bytes, floors by stage"
+    )
+    bench.add_argument("--gpu", choices=("h200", "h100", "a100", "rtx4090"), default="h200")
+    bench.add_argument(
+        "--csv", type=Path, metavar="FILE", help="with --roofline: measured rows to print beside"
+    )
     bench.set_defaults(run=_bench)
 
     from gpl_fast import demo
@@ -69,10 +86,39 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
+    try:
+        return _roofline(args) if args.roofline else _time(args)
+    except (ValueError, OSError) as error:
+        print(f"gpl-fast bench: {error}", file=sys.stderr)
+        return 2
+
+
+def _time(args: argparse.Namespace) -> int:
     from gpl_fast import bench
 
-    report = bench.run(args.quick)
+    shapes = bench.QUICK if args.quick else bench.FULL
+    if args.mine is not None:
+        shapes = (tuple(args.mine),)
+    report = bench.run(shapes, args.target, memory_gib=args.memory_gib)
     print(bench.table(report))
     if args.json:
         bench.write(report, args.json)
     return 0
+
+
+def _roofline(args: argparse.Namespace) -> int:
+    from gpl_fast import roofline
+
+    work = roofline.WORKLOADS
+    if args.mine is not None:
+        activation = "sigmoid" if args.mine[1] == 1 else "softmax"
+        work = {"mine": roofline.Workload(tuple(args.mine), args.target, activation)}
+    print(roofline.report(args.gpu, work, args.csv))
+    return 0
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"got {value}, expected at least 1")
+    return value

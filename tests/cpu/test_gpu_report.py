@@ -79,6 +79,14 @@ def test_the_benchmark_keeps_its_share_of_the_time(gpu_report, tmp_path):
     assert report.run("benchmark", [sys.executable, "-c", "pass"]).status == "ok"
 
 
+def test_stages_can_be_chosen(gpu_report, tmp_path):
+    report = gpu_report.Report(tmp_path, dry=True, budget=200.0)
+    found = report.all_stages(("build",))
+    assert [(stage["name"], stage["status"]) for stage in found["stages"]] == [("build", "ok")]
+    assert found["benchmark"] == {"rows": [], "left_out": []}
+    assert "| build | ok |" in gpu_report.markdown(found)
+
+
 def test_outcomes_of_tests_are_counted(gpu_report, tmp_path):
     (tmp_path / "tests.xml").write_text(
         "<testsuites><testsuite><testcase name='a'/><testcase name='b'><failure/></testcase>"

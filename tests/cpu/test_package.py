@@ -20,7 +20,7 @@ from cases import NARROW, make_target
 from torch.utils.flop_counter import FlopCounterMode
 
 import gpl_fast
-from gpl_fast import bench, cli, ops
+from gpl_fast import cli, ops
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(gpl_fast.__file__).parent
@@ -190,20 +190,6 @@ def test_info_check_fails_on_a_mismatch(capsys, monkeypatch):
     monkeypatch.setattr(info, "check", lambda: rows)
     assert cli.main(["info", "--check"]) == 1
     assert "WRONG" in capsys.readouterr().out
-
-
-def test_bench_writes_json(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(bench, "QUICK", ((3, 32, 32),))
-    path = tmp_path / "rows.json"
-    assert cli.main(["bench", "--quick", "--json", str(path)]) == 0
-    report = json.loads(path.read_text())
-    assert report["gpl_fast"] == gpl_fast.__version__
-    assert {"machine", "torch", "threads"} <= set(report)
-    row = next(row for row in report["rows"] if row["provider"] == "reference")
-    assert row["shape"] == [1, 3, 32, 32]
-    assert 0 < row["seconds_p20"] <= row["seconds_median"] <= row["seconds_p80"]
-    assert row["peak_mib"] >= 0
-    assert "reference" in capsys.readouterr().out
 
 
 def test_unknown_commands_list_the_known_ones(capsys):

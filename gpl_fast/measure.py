@@ -1,0 +1,249 @@
+"""How a loss is measured: seconds of forward and backward, providers in turns; memory of one step.
+
+`gpl-fast bench` and ``benchmarks/`` share this protocol.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpl_fast.targets import TopK
+
+Loss = Callable[[Tensor, Any], Tensor]  # (logits (N, C, H, W), target) -> the value
+
+
+def step(loss: Loss, logits: Tensor, target: Any) -> tuple[Tensor, ...]:
+    """One forward and backward: the value and the gradient of `logits` (N, C, H, W)."""
+    x = logits.detach().requires_grad_()
+    value = loss(x, target)
+    value.backward()  # type: ignore[no-untyped-call]
+    assert x.grad is not None
+    return value.detach(), x.grad
+
+
+# ------------------------------------------------------------------------------------------- time
+
+
+class Stopwatch:
+    """Marks on a device's stream, or on the CPU's clock."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+
+    def mark(self) -> Any:
+        """Now, on the stream."""
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def seconds(self, marks: Sequence[Any]) -> list[float]:
+        """Between marks; waits for the device."""
+        if not self.cuda:
+            return [b - a for a, b in pairwise(marks)]
+        marks[-1].synchronize()
+        return [a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)]
+
+
+def timed_step(watch: Stopwatch, loss: Loss, logits: Tensor, target: Any) -> list[float]:
+    """Seconds of forward and of backward; what they made is freed outside of them."""
+    x = logits.detach().requires_grad_()
+    marks = [watch.mark()]
+    value = loss(x, target)
+    marks.append(watch.mark())
+    value.backward()  # type: ignore[no-untyped-call]
+    marks.append(watch.mark())
+    return watch.seconds(marks)
+
+
+def interleave(
+    steps: Mapping[str, Callable[[], list[float]]],
+    rounds: int,
+    *,
+    seconds: float = 0.0,
+    most: int = 40,
+    warm_up: int = 1,
+) -> dict[str, list[list[float]]]:
+    """What each step says its parts took, in rounds A B C, A B C, …, after those of warm-up.
+
+    Args:
+        rounds: at least.
+        seconds: rounds go on until they have taken this long together, so that short steps have
+            more of them, but not for more than `most`.
+    """
+    found: dict[str, list[list[float]]] = {name: [] for name in steps}
+    for _ in range(warm_up):
+        for once in steps.values():
+            once()
+    made, end = 0, time.perf_counter() + seconds
+    while made < rounds or (made < most and time.perf_counter() < end):
+        for name, once in steps.items():
+            found[name].append(once())
+        made += 1
+    return found
+
+
+def summary(
+    parts: Mapping[str, Sequence[Sequence[float]]], baseline: str
+) -> dict[str, dict[str, Any]]:
+    """Of each provider: rounds, median, 20th and 80th percentile of a step's seconds, medians of
+    its forward and backward, and the speedup.
+
+    The speedup is the median over rounds of baseline / provider, so that load on the machine, which
+    moves a whole round, cancels; above 1 is faster. None without the baseline.
+    """
+    out: dict[str, dict[str, Any]] = {}
+    whole = {name: [sum(step) for step in steps] for name, steps in parts.items()}
+    for name, samples in whole.items():
+        low, _, _, high = statistics.quantiles(samples, n=5, method="inclusive")
+        speedup = None
+        if baseline in whole:
+            pairs = zip(whole[baseline], samples, strict=True)
+            speedup = statistics.median(base / own for base, own in pairs)
+        halves = [statistics.median(half) for half in zip(*parts[name], strict=True)]
+        forward, backward = halves if len(halves) == 2 else (None, None)
+        out[name] = {
+            "rounds": len(samples),
+            "seconds_median": statistics.median(samples),
+            "seconds_p20": low,
+            "seconds_p80": high,
+            "forward_seconds": forward,
+            "backward_seconds": backward,
+            "speedup": speedup,
+        }
+    return out
+
+
+# ----------------------------------------------------------------------------------------- memory
+
+
+def peak_mib(loss: Loss, logits: Tensor, target: Any) -> float | None:
+    """MiB that one step adds at its highest, the gradient included.
+
+    On a GPU by PyTorch's allocator; on the CPU by the resident set's high-water mark, for which
+    nothing else should have run in the process: see `in_fresh_process`. None where the system does
+    not tell.
+    """
+    if logits.is_cuda:
+        start = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        kept = step(loss, logits, target)
+        peak = torch.cuda.max_memory_allocated()
+        del kept
+        return (peak - start) / 2**20
+    if not reset_peak():
+        return None
+    before = resident_mib("VmRSS")
+    kept = step(loss, logits, target)
+    after = resident_mib("VmHWM")
+    del kept
+    return None if before is None or after is None else max(after - before, 0.0)
+
+
+def saved_bytes(
+    loss: Loss, logits: Tensor, target: Any, weights: Callable[[], list[Tensor]]
+) -> int:
+    """Bytes that autograd keeps from forward to backward besides logits, target and `weights`,
+    each storage once."""
+    kept: dict[int, Tensor] = {}  # holds on to the tensors: no storage's address comes twice
+
+    def pack(t: Tensor) -> Tensor:
+        kept[t.untyped_storage()._cdata] = t
+        return t
+
+    x = logits.detach().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        value = loss(x, target)
+    for t in (x, *target_tensors(target), *weights()):
+        kept.pop(t.untyped_storage()._cdata, None)
+    del value
+    return nbytes(kept.values())
+
+
+def target_tensors(target: Any) -> tuple[Tensor, ...]:
+    """The tensors that a target consists of."""
+    return (target.values, target.indices) if isinstance(target, TopK) else (target,)
+
+
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    """Of their storages."""
+    return sum(t.untyped_storage().nbytes() for t in tensors)
+
+
+def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)`` in a process that has imported torch and done nothing else.
+
+    Raises:
+        RuntimeError: the process ended without a result.
+    """
+    methods = multiprocessing.get_all_start_methods()
+    # A fork of a process that holds nothing but its imports: those take seconds.
+    context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if context.get_start_method() == "forkserver":
+        context.set_forkserver_preload(["torch", __name__])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(sender, function, args))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(
+            f"{function.__name__}: its process ended with {process.exitcode}"
+        ) from None
+    finally:
+        process.join()
+
+
+def _send(sender: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    sender.send(function(*args))
+
+
+def reset_peak() -> bool:
+    """Give free memory back, then let ``VmHWM`` start again from ``VmRSS``; False if it cannot."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # glibc's; a step would reuse free pages unseen
+        Path("/proc/self/clear_refs").write_text("5")
+    except (AttributeError, OSError):
+        return False
+    return True
+
+
+def resident_mib(field: str) -> float | None:
+    """``VmRSS`` or ``VmHWM`` of this process in MiB, None where there is no ``/proc``.
+
+    Not ``ru_maxrss``, which a process inherits from the one that started it.
+    """
+    kib = _kib(Path("/proc/self/status"), field)
+    return None if kib is None else kib / 1024
+
+
+def free_bytes(device: str) -> int | None:
+    """Memory that is there for the taking: free on the GPU, else ``MemAvailable``."""
+    if device == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+        return int(free)
+    kib = _kib(Path("/proc/meminfo"), "MemAvailable")
+    return None if kib is None else kib * 1024
+
+
+def _kib(path: Path, field: str) -> int | None:
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith(f"{field}:")), None)
