@@ -3,6 +3,8 @@
 Peak: the resident set's high-water mark during one forward and backward, over what was there with
 the inputs made (so it includes the gradient, not the logits, the target and the weights). Saved:
 bytes that autograd keeps from forward to backward, each storage once, without the same.
+
+    python benchmarks/memory.py gpl_fast-fp32 2,150,512,512 dense --workspace-mb 64
 """
 
 from __future__ import annotations
@@ -20,10 +22,10 @@ from torch import Tensor
 from gpl_fast import bench
 
 
-def measure(name: str, shape: tuple[int, ...], kind: str, peaked: bool) -> dict[str, Any]:
+def measure(name: str, shape: tuple[int, ...], kind: str, *options: str) -> dict[str, Any]:
     """``{"peak_mib", "saved_bytes"}`` from a fresh process; None each where it failed."""
-    command = [sys.executable, __file__, name, ",".join(map(str, shape)), kind]
-    done = subprocess.run(command + ["--peaked"] * peaked, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, __file__, name, ",".join(map(str, shape)), kind, *options]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         print(f"memory of {name}: the process ended with {done.returncode}", file=sys.stderr)
         return {"peak_mib": None, "saved_bytes": None}
@@ -65,9 +67,11 @@ def main() -> None:
     parser.add_argument("shape", help="N,C,H,W")
     parser.add_argument("kind", help="of the target")
     parser.add_argument("--peaked", action="store_true")
+    parser.add_argument("--workspace-mb", type=float, help="of gpl_fast's providers")
     args = parser.parse_args()
     n, c, h, w = map(int, args.shape.split(","))
-    provider = PROVIDERS[args.provider](c, args.kind)
+    bound = {} if args.workspace_mb is None else {"workspace_mb": args.workspace_mb}
+    provider = PROVIDERS[args.provider](c, args.kind, **bound)
     # Libraries, threads and cached weights are up before the baseline; compiled graphs are for one
     # shape, and the compiler's own memory is not the step's.
     small = (n, c, h, w) if args.provider.startswith("compile") else (1, c, 32, 32)

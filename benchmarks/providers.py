@@ -146,13 +146,16 @@ def compiled(
     return Provider(torch.compile(plain.value, dynamic=False), plain.weights)
 
 
-def fast(dtype: torch.dtype, classes: int, kind: str, device: str = "cpu") -> Provider:
+def fast(
+    dtype: torch.dtype, classes: int, kind: str, device: str = "cpu", workspace_mb: float = 256
+) -> Provider:
     """gpl_fast's fast path with `dtype` inside the network; it goes where its inputs are."""
     loss = gpl_fast.GenericPerceptualLoss(
         classes,
         activation="sigmoid" if classes == 1 else "softmax",
         backend="fast",
         compute_dtype=dtype,
+        workspace_mb=workspace_mb,
     )
 
     def value(logits: Tensor, *target: Tensor) -> Tensor:

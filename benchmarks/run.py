@@ -123,7 +123,8 @@ def case(shape: Shape, kind: str, args: argparse.Namespace) -> list[report.Row]:
     print(f"{_name(shape)} {kind}{' peaked' * peaked}", flush=True)
     memory: dict[str, Any] = {name: {} for name in args.providers}
     if not args.no_memory:  # first: this process does not hold the inputs yet
-        memory = {name: measure(name, shape, kind, peaked) for name in args.providers}
+        options = ["--peaked"] * peaked
+        memory = {name: measure(name, shape, kind, *options) for name in args.providers}
     torch.compiler.reset()  # a function is compiled for a few shapes, then no more
     made = {name: PROVIDERS[name](shape[1], kind) for name in args.providers}
     logits, target = make_inputs(shape, kind, peaked)

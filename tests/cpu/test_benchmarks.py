@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ pytest.importorskip("triton", reason="the GPU's kernels need Triton")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import kernels
+import memory
 import precision
 import tune
 
@@ -82,3 +84,18 @@ def test_a_row_of_the_precision_table():
     assert head == ["5", "8", "labels", "bfloat16"]
     assert float(difference.rstrip("%")) < 5 < float(plain.rstrip("%"))
     assert float(cosine) > 0.95
+
+
+def test_resident_memory_does_not_grow_with_the_images(monkeypatch):
+    """But for inputs, gradient and saved tensors; freed memory goes back to the system at once."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+    transient = []
+    for n in (1, 4):
+        shape = (n, 32, 256, 256)
+        found = memory.measure("gpl_fast-fp32", shape, "dense", "--workspace-mb", "32")
+        if found["peak_mib"] is None:
+            pytest.skip("the system does not tell")
+        gradient = 4 * math.prod(shape)
+        transient.append(found["peak_mib"] - (gradient + found["saved_bytes"]) / 2**20)
+    assert transient[1] <= transient[0] + 2
+    assert max(transient) <= 32
