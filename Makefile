@@ -24,13 +24,14 @@ READY   := $(VENV)/.ready
 LIBRARY := gpl_fast/libgpl_fast.so
 CSRC    := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: help venv build demo test test-cuda lint bench bench-gpu gpu-report toy wheel clean
+.PHONY: help venv build demo test test-cuda sanitize lint bench bench-gpu gpu-report toy wheel clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo   train with and without the loss; pictures and a report in demo_out/"
 	@echo "make test   the test suite"
 	@echo "make test-cuda  the CUDA kernels, run on the CPU and through nvcc"
+	@echo "make sanitize  the CPU kernels under AddressSanitizer and UBSan"
 	@echo "make lint   ruff, mypy, clang-format"
 	@echo "make bench  time and memory on this machine, about ten minutes on two cores"
 	@echo "make bench-gpu  the same of a GPU's workloads, with PYTHON and its torch"
@@ -69,6 +70,20 @@ test: $(LIBRARY)
 test-cuda: $(LIBRARY)
 	$(PY) -m pytest tests/cuda_on_cpu
 	$(PY) -m pytest tests/compile/test_nvcc.py
+
+# A build of its own, anew each time: the library that the package has would take its place.
+sanitize: export PYTHONSAFEPATH = 1
+sanitize: export PYTHONPATH = $(CURDIR)/build/sanitized
+sanitize: export ASAN_OPTIONS = detect_leaks=0
+sanitize: export UBSAN_OPTIONS = halt_on_error=1:print_stacktrace=1
+sanitize: | $(READY)
+	rm -rf build/sanitized build/sanitized.temp
+	CXXFLAGS="-fsanitize=address,undefined -g1 -O1" LDFLAGS="-fsanitize=address,undefined" \
+	GPL_FAST_FORCE_CUDA=0 $(PY) setup.py -q build --build-lib build/sanitized --build-temp build/sanitized.temp
+	grep -q __asan_init build/sanitized/gpl_fast/$(notdir $(LIBRARY))
+	LD_PRELOAD="$(foreach l,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(l).so))" \
+	$(PY) -m pytest -s tests/cpu/test_ops.py tests/cpu/test_fast.py tests/cpu/test_invariants.py \
+	  -k "test_ops or float64 or (test_invariants and fast)"
 
 lint: | $(READY)
 	$(PY) -m ruff check .

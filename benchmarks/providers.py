@@ -178,7 +178,12 @@ def compiled(
 
 
 def fast(
-    dtype: torch.dtype, classes: int, kind: str, device: str = "cpu", net: str = NET
+    dtype: torch.dtype,
+    classes: int,
+    kind: str,
+    device: str = "cpu",
+    net: str = NET,
+    workspace_mb: float = 256,
 ) -> Provider:
     """gpl_fast's fast path with `dtype` inside the network; it goes where its inputs are."""
     loss = gpl_fast.GenericPerceptualLoss(
@@ -187,6 +192,7 @@ def fast(
         activation="sigmoid" if classes == 1 else "softmax",
         backend="fast",
         compute_dtype=dtype,
+        workspace_mb=workspace_mb,
     )
 
     def value(logits: Tensor, *target: Tensor) -> Tensor:

@@ -10,7 +10,9 @@ Saved between forward and backward (docs/derivation.md, section 4; `Plan.saved` 
 ``diff.b``  (N, H_b, W_b, C_b)                      compute dtype seed of eq. (2)
 ``phi.t``   style taps: (N, H_t, W_t, C_t)          compute dtype Gram gradient
 ``gram.t``  style taps: G' − G, (N, C_t, C_t)       float32       Gram gradient
+``ce_lse``  cross-entropy: (N, H, W)                float32       where its temperature differs
 ``labels``  cross-entropy: (N, H, W)                int16 / 32    cross-entropy's gradient
+``valid``   (N, H, W)                               bool          where pixels do not count
 =========== ======================================= ============= ==================================
 
 Both walks are one operator each, opaque to torch.compile: they loop over chunks that are chosen

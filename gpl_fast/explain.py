@@ -62,6 +62,10 @@ class Explanation:
             shape = " x ".join(map(str, layer.shape))
             saved = "" if layer.bytes_saved is None else f" {_size(layer.bytes_saved):>12} saved"
             lines.append(f"  {layer.name:<9} {shape:<22} {layer.flops / 1e9:9.2f} GFLOP{saved}")
+        by_layer = [layer.bytes_saved for layer in self.layers if layer.bytes_saved is not None]
+        if by_layer:
+            rest = _size(self.bytes_saved - sum(by_layer))
+            lines.append(f"  {'log-sum-exp, valid pixels':<48} {rest:>12} saved")
         return "\n".join(lines)
 
 

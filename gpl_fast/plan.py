@@ -301,13 +301,18 @@ class Plan:
         rows = max(PREFERRED_STRIP_BYTES // max(a_row, 1), PREFERRED_ROWS)
         return height if rows >= height else rows // 2 * 2
 
+    def _tall(self, i: int, rows: int) -> int:
+        """Rows of a strip with its halo; of the whole height there is none."""
+        height = self.sizes[self.segments[i][0]].h
+        return rows + 2 * self.halo(self.segments[i]) if rows < height else height
+
     def _segment_bytes(self, i: int, images: int, rows: int) -> int:
         """Transient bytes of one strip: the larger of forward and backward."""
         segment, e = self.segments[i], self.dtype.itemsize
         size = self.sizes[segment[0]]
-        tall = min(rows, size.h) + (2 * self.halo(segment) if rows < size.h else 0)
+        tall = self._tall(i, rows)
         first = self.spec.kind in ("dense", "features", "encode") or self.front
-        grids = 0
+        grids = labels = 0
         if i == 0:
             channels = padded_channels(self.spec.in_channels)
             grids = (2 if first else 1) * channels
@@ -316,12 +321,24 @@ class Plan:
             if self.spec.resized:
                 grids += 2 * self.spec.in_channels * 4 // e
             if self.spec.cross_entropy:
-                grids += -(-8 // e)  # the saved labels as int64
+                labels = 8 * size.h * size.w  # the saved ones as int64, of whole images
         widest = max(self.steps[j].out_channels for j in segment)
         narrow = self.steps[segment[0]].in_channels if i else 0
         # (y, δ) in, (z, δz) out; with several convolutions both pairs are alive.
         outs = (4 if len(segment) > 1 else 2) * widest
-        return images * tall * size.w * e * (grids + outs + narrow)
+        return images * (tall * size.w * e * (grids + outs + narrow) + labels)
+
+    def _style_bytes(self, i: int, images: int, rows: int) -> int:
+        """Of a strip's style taps in float32: four maps at once, φ', δ and their products."""
+        segment, styled = self.segments[i], self.spec.style_weights
+        elements = [0]
+        for step, size in ((self.steps[j], self.sizes[j]) for j in segment):
+            if step.conv in styled or step.relu in styled:
+                elements.append(step.out_channels * size.conv_h * size.conv_w)
+            if step.pool in styled:
+                elements.append(step.out_channels * size.out_h * size.out_w)
+        height = max(self.sizes[segment[0]].h, 1)
+        return 4 * 4 * images * max(elements) * self._tall(i, rows) // height
 
     def _bytes(self, images: int, rows: tuple[int, ...]) -> int:
         """Transient bytes of a chunk: levels between segments, and the largest strip."""
@@ -334,7 +351,8 @@ class Plan:
         pad = 2 * self.halo(segment)
         level_in = 2 * (first.h + pad) * first.w * c_in * e if i else 0
         level_out = 2 * (last.out_h + pad) * last.out_w * c_out * e
-        return images * (level_in + level_out) + self._segment_bytes(i, images, rows[i])
+        strip = self._segment_bytes(i, images, rows[i]) + self._style_bytes(i, images, rows[i])
+        return images * (level_in + level_out) + strip
 
 
 def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -21,7 +21,7 @@ class Forward:
     Args:
         plan: what to do.
         x: (N, C, H, W) prediction, any strides.
-        target: by name, as `autograd.TARGET_NAMES`: dense (N, C, H, W), labels (N, H, W) int64,
+        target: by name, as there are: dense (N, C, h, w), labels (N, H, W) int64,
             topk_values, topk_indices (N, k, H, W), topk_rest (N, H, W), valid (N, H, W) bool,
             ce_labels (N, H, W) int64, class_weight (C,), and for tap t ``feature.t`` (N, H_b, W_b,
             C_b) stored target features, ``gram.t`` (1 or N, C_b, C_b) of another style target.

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -64,3 +67,22 @@ def test_a_row_of_the_precision_table():
     assert head == ["5", "8", "labels", "bfloat16"]
     assert float(difference.rstrip("%")) < 5 < float(plain.rstrip("%"))
     assert float(cosine) > 0.95
+
+
+def test_resident_memory_does_not_grow_with_the_images():
+    """But for inputs, gradient and saved tensors; freed memory goes back to the system at once."""
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    script = Path(__file__).parents[2] / "benchmarks" / "memory.py"
+    transient = []
+    for shape in ((1, 32, 256, 256), (4, 32, 256, 256)):
+        run = [sys.executable, script, "gpl_fast-fp32", ",".join(map(str, shape)), "dense"]
+        done = subprocess.run(
+            [*run, "--workspace-mb", "32"], env=environment, stdout=subprocess.PIPE, check=True
+        )
+        found = json.loads(done.stdout)
+        if found["peak_mib"] is None:
+            pytest.skip("the system does not tell")
+        gradient = 4 * math.prod(shape)
+        transient.append(found["peak_mib"] - (gradient + found["saved_bytes"]) / 2**20)
+    assert transient[1] <= transient[0] + 2
+    assert max(transient) <= 32
