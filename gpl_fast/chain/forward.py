@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gpl_fast import ops, reference
 from gpl_fast.chain.branch import carry_target
-from gpl_fast.chain.convolution import conv, zero_outside
+from gpl_fast.chain.convolution import conv, tf32_allowed, zero_outside
 from gpl_fast.chain.stages import has_blocks, stages_on
 from gpl_fast.plan import Plan, Step, padded_channels
 
@@ -41,9 +41,7 @@ class Forward:
         self.plain = plan.spec.kind in ("features", "encode")
         self.stages = stages_on(x.device)
         # True float32 is ATen's convolutions; TF32 is the kernels' too.
-        self.blocks = has_blocks(x.device) and (
-            plan.dtype != torch.float32 or torch.backends.cudnn.allow_tf32
-        )
+        self.blocks = has_blocks(x.device) and (plan.dtype != torch.float32 or tf32_allowed())
         self.n0 = self.n1 = 0
         self.saved: dict[str, Tensor] = {
             name: x.new_empty(shape, dtype=dtype)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gpl_fast.chain.convolution import tf32_allowed
 from gpl_fast.kernels.branches import max_window, pack_bits, pack_nibbles, relu_branches
 from gpl_fast.kernels.label_conv import listed
 from gpl_fast.kernels.launch import cdiv, image_strides, launch
@@ -302,4 +303,4 @@ def _list_arguments(target: Listed | None, a: Tensor) -> tuple[list[Tensor], lis
 
 def precision(dtype: torch.dtype) -> str:
     """TF32 exactly where PyTorch's own convolutions use it."""
-    return "tf32" if dtype != torch.float32 or torch.backends.cudnn.allow_tf32 else "ieee"
+    return "tf32" if dtype != torch.float32 or tf32_allowed() else "ieee"
