@@ -3,7 +3,8 @@
 The walks run on tensors without memory, so no GPU is needed: what would be launched is recorded
 with its arguments. Bytes are those of each tensor argument, once: halos, weights that leave the
 cache and rows that other programs read again come on top. The floor is the larger of FLOPs and
-bytes at the rates given. docs/kernels.md has the tables.
+bytes at the rates given. Of convolutions by tiles, "tiles" is what all programs together load, of
+which all but the first time comes from the L2 cache. docs/kernels.md has the tables.
 
     python benchmarks/kernels.py
 """
@@ -49,6 +50,7 @@ class Launch:
     name: str
     flops: float
     bytes: float
+    tiles: float = 0.0  # bytes that its programs load, where they are a product's
 
 
 @dataclass
@@ -88,14 +90,18 @@ class Recorder(TorchDispatchMode):
             t.numel() * t.element_size() * (share if t.shape[-2:] == plane else 1.0)
             for t in tensors
         )
-        flops = 0.0
+        flops = tiled = 0.0
         if "weight_ptr" in given:
             n = given["a_ptr"].shape[0]
             pixels = n * given["rows"] * given["W_OUT"]
             branches = 2 if meta["FORM"] == 1 else 1
             flops = 2.0 * branches * pixels * given["weight_ptr"].numel()
+            steps = meta["K"] ** 2 * -(-given["C_IN"] // meta["BLOCK_K"])
+            tile = branches * meta["BLOCK_H"] * meta["BLOCK_W"] + meta["BLOCK_N"]
+            tile *= meta["BLOCK_K"] * given["weight_ptr"].element_size()
+            tiled = float(grid[0] * grid[1] * steps * tile)
         name = kernel.fn.__name__.removeprefix("_").removesuffix("_kernel")
-        self.launches.append(Launch(name, flops, moved))
+        self.launches.append(Launch(name, flops, moved, tiled))
 
 
 @contextmanager
@@ -151,8 +157,8 @@ def table(name: str, args: argparse.Namespace) -> str:
     n, c, h, w, kind, activation = WORKLOADS[name]
     lines = [
         f"### {name}: {n} x {c} x {h} x {w}, {kind}, {activation}\n",
-        "| stage | launches | GFLOP | GB | FLOP / byte | floor, ms | limit |",
-        "|---|--:|--:|--:|--:|--:|---|",
+        "| stage | launches | GFLOP | GB | tiles, GB | FLOP / byte | floor, ms | limit |",
+        "|---|--:|--:|--:|--:|--:|--:|---|",
     ]
     total = [0.0, 0.0, 0.0]
     for half, launches in zip(("forward", "backward"), step(name, args.workspace_mb), strict=True):
@@ -162,25 +168,31 @@ def table(name: str, args: argparse.Namespace) -> str:
         for stage, made in stages.items():
             flops, moved = sum(v.flops for v in made), sum(v.bytes for v in made)
             each = [max(v.flops / args.tflops / 1e12, v.bytes / args.tbps / 1e12) for v in made]
+            tiled = sum(v.tiles for v in made)
             limit = "arithmetic" if flops / args.tflops > moved / args.tbps else "memory"
             lines.append(
                 f"| {half}: {stage} | {len(made)} | {flops / 1e9:,.0f} | {moved / 1e9:.2f} "
-                f"| {flops / moved:.0f} | {1e3 * sum(each):.2f} | {limit} |"
+                f"| {f'{tiled / 1e9:.1f}' if tiled else ''} | {flops / moved:.0f} "
+                f"| {1e3 * sum(each):.2f} | {limit} |"
             )
             total = [a + b for a, b in zip(total, (flops, moved, sum(each)), strict=True)]
     lines.append(
-        f"| all | | {total[0] / 1e9:,.0f} | {total[1] / 1e9:.2f} | {total[0] / total[1]:.0f} "
+        f"| all | | {total[0] / 1e9:,.0f} | {total[1] / 1e9:.2f} | | {total[0] / total[1]:.0f} "
         f"| {1e3 * total[2]:.2f} | |\n"
     )
     return "\n".join(lines)
 
 
-def main() -> None:
+def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tflops", type=float, default=790, help="bfloat16, an H200's matmul")
     parser.add_argument("--tbps", type=float, default=4.3, help="TB/s, an H200's copy")
     parser.add_argument("--workspace-mb", type=float, default=256)
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = options().parse_args()
     for name in WORKLOADS:
         print(table(name, args), flush=True)
 

@@ -36,6 +36,19 @@ def test_the_convolutions_counted_are_those_of_explain(kind, monkeypatch):
     assert sum(v.bytes for v in backward if v.name == "softmax_bwd") > gradient
 
 
+@pytest.mark.parametrize("name", ["voc", "ade-full, labels"])
+def test_the_tables_of_the_docs_are_those_printed(name):
+    docs = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text()
+    assert kernels.table(name, kernels.options().parse_args([])) in docs
+
+
+def test_tiles_are_counted_from_the_grid(monkeypatch):
+    monkeypatch.setitem(kernels.WORKLOADS, "case", (1, 1, 32, 32, "dense", "none"))
+    block = next(v for v in kernels.step("case", 64)[0] if v.name == "conv_block_fwd")
+    # 8 programs x 9 taps x (2 maps x 128 pixels + 64 channels out) x 16 channels in x 2 bytes
+    assert block.tiles == 8 * 9 * (2 * 128 + 64) * 16 * 2
+
+
 def test_the_fastest_tile_that_runs_is_taken():
     shipped = conv_block.tile_for
     candidates = tune.CANDIDATES[:4]
