@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gpl_fast import ops
-from gpl_fast.chain.convolution import conv_transpose
+from gpl_fast.chain.convolution import conv_transpose, tf32_allowed
 from gpl_fast.chain.stages import backward_stages_on
 from gpl_fast.plan import Plan, Step
 
@@ -34,7 +34,7 @@ class Backward:
     ) -> None:
         self.plan, self.x, self.target, self.packs, self.saved = plan, x, target, packs, saved
         self.stages = backward_stages_on(x.device)
-        self.allow_tf32 = torch.backends.cudnn.allow_tf32
+        self.allow_tf32 = tf32_allowed()
         self.n0 = self.n1 = 0
         # The chain carries seeds of at most one δ; what it was divided by is applied at its end.
         c = plan.coefficients()

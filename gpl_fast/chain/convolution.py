@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,15 +25,24 @@ def conv_transpose(
     return dy.permute(0, 2, 3, 1).contiguous()
 
 
-def _fixed_order() -> AbstractContextManager[None]:
+@contextmanager
+def _fixed_order() -> Iterator[None]:
     """Some of cuDNN's data gradients add in no fixed order."""
     cudnn = torch.backends.cudnn
-    return cudnn.flags(
-        enabled=cudnn.enabled,
-        benchmark=cudnn.benchmark,
-        deterministic=True,
-        allow_tf32=cudnn.allow_tf32,
-    )
+    before, cudnn.deterministic = cudnn.deterministic, True
+    try:
+        yield
+    finally:
+        cudnn.deterministic = before
+
+
+def tf32_allowed() -> bool:
+    """Whether PyTorch's own convolutions of float32 run as TF32.
+
+    ``allow_tf32`` sets this too, but raises where it is read after ``fp32_precision`` was set.
+    """
+    conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    return bool(conv.fp32_precision == "tf32")
 
 
 def zero_outside(z: Tensor, lo: int, height: int) -> None:

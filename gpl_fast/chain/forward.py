@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from gpl_fast import ops, reference
-from gpl_fast.chain.branch import carry_target
-from gpl_fast.chain.convolution import conv, zero_outside
+from gpl_fast.chain.branch import GRID, carry_target
+from gpl_fast.chain.convolution import conv, tf32_allowed, zero_outside
 from gpl_fast.chain.stages import has_blocks, stages_on
 from gpl_fast.plan import Plan, Step, padded_channels
 
@@ -41,9 +41,7 @@ class Forward:
         self.plain = plan.spec.kind in ("features", "encode")
         self.stages = stages_on(x.device)
         # True float32 is ATen's convolutions; TF32 is the kernels' too.
-        self.blocks = has_blocks(x.device) and (
-            plan.dtype != torch.float32 or torch.backends.cudnn.allow_tf32
-        )
+        self.blocks = has_blocks(x.device) and (plan.dtype != torch.float32 or tf32_allowed())
         self.n0 = self.n1 = 0
         self.saved: dict[str, Tensor] = {
             name: x.new_empty(shape, dtype=dtype)
@@ -55,6 +53,8 @@ class Forward:
     def run(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Terms (4, N) float64 (feature, style, Σ cross-entropy, Σ its weights), and `saved`."""
         plan = self.plan
+        if not self.plain:
+            self.carried = self._carried()
         ce_rows = None
         if plan.spec.cross_entropy:
             ce_rows = self.x.new_zeros((plan.n, plan.h, 2), dtype=torch.float64)
@@ -76,8 +76,7 @@ class Forward:
         for tap in plan.spec.style_weights:
             self.saved[f"gram.{tap}"][self.n0 : self.n1].zero_()
         if not self.plain:
-            chunk = slice(self.n0, self.n1)
-            self.from_target = carry_target(plan.spec, self.x, self.target, chunk, plan.dtype)
+            self.from_target = self.carried[self.n0 : self.n1]
         level: Tensor | None = None  # (2, n, halo + h + halo, w, C): y' and δ; plain: y' alone
         for i, segment in enumerate(plan.segments):
             first, last = plan.sizes[segment[0]], plan.sizes[segment[-1]]
@@ -91,8 +90,9 @@ class Forward:
                 count = 1 if self.plain else 2
                 shape = (count, n, last.out_h + 2 * pad, last.out_w, channels)
                 following = self.x.new_empty(shape, dtype=plan.dtype)
-                following[:, :, :pad] = 0
-                following[:, :, pad + last.out_h :] = 0
+                if pad:  # on a GPU even nothing is written by a launch
+                    following[:, :, :pad] = 0
+                    following[:, :, pad + last.out_h :] = 0
                 out = following[:, :, pad : pad + last.out_h]
             else:
                 out = None
@@ -111,6 +111,18 @@ class Forward:
                 del maps  # its memory serves the next strip and level
             level = following
         self._reduce()
+
+    def _carried(self) -> Tensor:
+        """(N,) bool, `carry_target`: its many small operators once for as many images as fit."""
+        plan = self.plan
+        # About eight float32 maps of the grid are alive at a time.
+        an_image = 32 * plan.spec.in_channels * GRID[0] * GRID[1]
+        step = max(1, plan.spec.workspace_bytes // an_image)
+        parts = [
+            carry_target(plan.spec, self.x, self.target, slice(n0, n0 + step), plan.dtype)
+            for n0 in range(0, max(plan.n, 1), step)
+        ]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     # (1) prediction and target at the network's input: softmax, difference, look-up
 

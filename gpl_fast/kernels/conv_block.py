@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gpl_fast.chain.convolution import tf32_allowed
 from gpl_fast.kernels.branches import max_window, pack_bits, pack_nibbles, relu_branches
 from gpl_fast.kernels.label_conv import listed
 from gpl_fast.kernels.launch import cdiv, image_strides, launch
@@ -43,7 +44,11 @@ def _load_tile(map_ptr, h, w, c, H, W, C):
                    mask=inside[:, None] & (c < C)[None, :], other=0.0)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["row0", "code_row0", "taken_row0", "k"])
+@triton.jit(
+    do_not_specialize=["row0", "code_row0", "taken_row0", "k"],
+    # Of a chunk of images they begin anywhere, and each alignment would be another kernel.
+    do_not_specialize_on_alignment=["from_target_ptr"],
+)
 def _conv_block_fwd_kernel(
     a_ptr, d_ptr,  # (N, H_IN, W_IN, C_IN): the carried map and δ; a alone: plain, or u of a list
     weight_ptr, bias_ptr,  # (K² C_IN, C_OUT), (C_OUT,) float32
@@ -61,9 +66,12 @@ def _conv_block_fwd_kernel(
     K: tl.constexpr, STRIDE: tl.constexpr, FORM: tl.constexpr, RELU: tl.constexpr,
     POOL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_Y: tl.constexpr, HAS_DELTA: tl.constexpr,
     HAS_CODE: tl.constexpr, HAS_PARTIAL: tl.constexpr, HAS_VALID: tl.constexpr,
-    HAS_REST: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_REST: tl.constexpr, DESCRIPTORS: tl.constexpr, EIGHTS: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    if EIGHTS:
+        C_IN = C_IN // 8 * 8  # what the compiler has to know of 8 channels to load them at once
     # Programs on the same pixels are neighbours, so that their maps come from the L2 cache.
     n_blocks = tl.cdiv(C_OUT, BLOCK_N)
     n0 = (tl.program_id(0) % n_blocks) * BLOCK_N
@@ -279,7 +287,7 @@ def conv_block_fwd(
         HAS_Y=y is not None, HAS_DELTA=delta is not None, HAS_CODE=code is not None,
         HAS_PARTIAL=reduce, HAS_VALID=target is not None and target.valid is not None,
         HAS_REST=target is not None and target.rest is not None,
-        DESCRIPTORS=tile.descriptors, PRECISION=precision(a.dtype),
+        DESCRIPTORS=tile.descriptors, EIGHTS=c_in % 8 == 0, PRECISION=precision(a.dtype),
         BLOCK_H=tile.block_h, BLOCK_W=tile.block_w, BLOCK_K=tile.block_k, BLOCK_N=tile.block_n,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -302,4 +310,4 @@ def _list_arguments(target: Listed | None, a: Tensor) -> tuple[list[Tensor], lis
 
 def precision(dtype: torch.dtype) -> str:
     """TF32 exactly where PyTorch's own convolutions use it."""
-    return "tf32" if dtype != torch.float32 or torch.backends.cudnn.allow_tf32 else "ieee"
+    return "tf32" if dtype != torch.float32 or tf32_allowed() else "ieee"

@@ -79,6 +79,7 @@ def listed(
                                mask=(e >= 0)[:, None] & channel[None, :], other=0.0)  # fmt: skip
                 z, dz = _add(z, dz, rows.to(tl.float32), (e % 2 == 1)[:, None], from_target)
     else:
+        topk_k += tl.zeros((), tl.int64)
         for tap in range(0, K * K):
             at, y, x, ok, taken = _neighbour(n, h, w, tap, inside, valid_ptr, taken_ptr, H, W,
                                              taken_row0, taken_rows, K, HAS_VALID)  # fmt: skip
@@ -106,7 +107,11 @@ def listed(
     return z, dz
 
 
-@triton.jit(do_not_specialize=["row0", "taken_row0", "k"])
+@triton.jit(
+    do_not_specialize=["row0", "taken_row0", "k"],
+    # Of a chunk of images they begin anywhere, and each alignment would be another kernel.
+    do_not_specialize_on_alignment=["from_target_ptr"],
+)
 def _label_conv_fwd_kernel(
     z_ptr, dz_ptr,  # (N, rows, W, C_OUT)
     labels_ptr, values_ptr, indices_ptr, rest_ptr, valid_ptr, taken_ptr, from_target_ptr,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextvars import copy_context
 from typing import Any
 
 import torch
@@ -19,9 +20,13 @@ def launch(kernel: Any, grid: Sequence[int], x: Tensor, *args: Any, **meta: Any)
         kernel[tuple(grid)](x, *args, **meta)
         return
     with torch.cuda.device(x.device):
-        if meta.get("DESCRIPTORS"):
-            triton.set_allocator(_allocate)
-        kernel[tuple(grid)](x, *args, **meta)
+        # Triton's allocator is a context variable: one that the caller has set stays.
+        copy_context().run(_launch, kernel[tuple(grid)], x, *args, **meta)
+
+
+def _launch(kernel: Any, *args: Any, **meta: Any) -> None:
+    triton.set_allocator(_allocate)
+    kernel(*args, **meta)
 
 
 def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:

@@ -18,7 +18,7 @@ def _load(ptr, at, inside):
     return tl.load(ptr + at, mask=inside, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["from_target_ptr"])
 def _relu_fwd_kernel(
     z_ptr, dz_ptr, from_target_ptr, y_ptr, delta_ptr, mask_ptr,  # (pixels, C), mask (pixels, ⌈C/8⌉)
     pixels, image_pixels, C,
@@ -61,7 +61,7 @@ def _relu_bwd_kernel(dy_ptr, mask_ptr, dz_ptr, pixels, C, BLOCK_P: tl.constexpr,
     tl.store(dz_ptr + at, tl.where(on != 0, dy, 0.0).to(dz_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["from_target_ptr"])
 def _relu_pool_fwd_kernel(
     z_ptr, dz_ptr,  # (N, H, W, C)
     from_target_ptr,  # (N,)
@@ -84,7 +84,7 @@ def _relu_pool_fwd_kernel(
     z_ptr += n * z_n
     dz_ptr += n * dz_n
     first = (2 * i * W + 2 * j[:, None]).to(tl.int64) * C + c[None, :]
-    below = first + W.to(tl.int64) * C
+    below = ((2 * i + 1) * W + 2 * j[:, None]).to(tl.int64) * C + c[None, :]
     y = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
     delta = y
     if POOL == 0:

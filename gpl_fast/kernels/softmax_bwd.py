@@ -13,8 +13,15 @@ from gpl_fast.kernels.launch import SOFTMAX, cdiv, image_strides, launch
 
 
 @triton.jit
-def _sums(x_ptr, dy_ptr, lse, c_step, w, at_x, at_dy, x_c, C, inv_t, keep, HAS_DY: tl.constexpr,
-          BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr):  # fmt: skip
+def _load_dy(dy_ptr, at_dy, c, keep, C_PAD: tl.constexpr):
+    """(BLOCK_C, BLOCK_W) float32; whole vectors, the channels of the padding with them."""
+    inside = (c[:, None] < C_PAD) & keep[None, :]
+    return tl.load(dy_ptr + at_dy[None, :] + c[:, None], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _sums(x_ptr, dy_ptr, lse, at_x, at_dy, x_c, C, inv_t, keep, HAS_DY: tl.constexpr,
+          C_PAD: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr):  # fmt: skip
     """(1 / Σ y, Σ y dy / Σ y) over the classes with y = e^(x / T − lse): Σ y is 1 but for the
     rounding of lse, which is absolute and so not small for large logits."""
     total = tl.zeros((BLOCK_W,), tl.float32)
@@ -26,22 +33,26 @@ def _sums(x_ptr, dy_ptr, lse, c_step, w, at_x, at_dy, x_c, C, inv_t, keep, HAS_D
         y = tl.where(live, tl.exp(x.to(tl.float32) * inv_t - lse[None, :]), 0.0)
         total += tl.sum(y, axis=0)
         if HAS_DY:
-            dy = tl.load(dy_ptr + at_dy[None, :] + c[:, None], mask=live, other=0.0)
-            dot += tl.sum(y * dy.to(tl.float32), axis=0)
+            dy = _load_dy(dy_ptr, at_dy, c, keep, C_PAD)
+            dot += tl.sum(tl.where(live, y * dy, 0.0), axis=0)
     inverse = 1.0 / total
     return inverse, dot * inverse
 
 
-@triton.jit(do_not_specialize=["row0"])
+@triton.jit(
+    do_not_specialize=["row0"],
+    # Of a chunk of images they begin anywhere, and each alignment would be another kernel.
+    do_not_specialize_on_alignment=["scale_ptr", "ce_scale_ptr"],
+)
 def _softmax_bwd_kernel(
     x_ptr, dx_ptr,  # (N, C, H, W), any strides
     lse_ptr, dy_ptr, scale_ptr, valid_ptr,  # (N, H, W), (N, rows, W, C_PAD), (N,), (N, H, W)
     ce_labels_ptr, ce_lse_ptr, ce_scale_ptr, class_weight_ptr,  # (N, H, W) twice, (N,), (C,)
-    C, H, W, C_PAD, row0, inv_t, smoothing,
+    C, H, W, row0, inv_t, smoothing,
     x_n, x_c, x_h, x_w, dx_n, dx_c, dx_h, dx_w, dy_n,
     ACTIVATION: tl.constexpr, HAS_DY: tl.constexpr, HAS_VALID: tl.constexpr, HAS_CE: tl.constexpr,
     OWN_LSE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
+    C_PAD: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(W, BLOCK_W)
     r = tl.program_id(0) // tiles
@@ -66,8 +77,8 @@ def _softmax_bwd_kernel(
     if ACTIVATION == 1:
         lse = tl.load(lse_ptr + at, mask=inside, other=0.0)
         # Where a pixel is not valid the cross-entropy may still count it.
-        inverse, dot = _sums(x_ptr, dy_ptr, lse, C, w, at_x, at_dy, x_c, C, inv_t, inside, HAS_DY,
-                             BLOCK_C, BLOCK_W)  # fmt: skip
+        inverse, dot = _sums(x_ptr, dy_ptr, lse, at_x, at_dy, x_c, C, inv_t, inside, HAS_DY,
+                             C_PAD, BLOCK_C, BLOCK_W)  # fmt: skip
     label = tl.full((BLOCK_W,), -1, tl.int64)
     counted = w < 0
     ce_lse, ce_inverse = lse, inverse
@@ -87,8 +98,8 @@ def _softmax_bwd_kernel(
                 weights += tl.sum(tl.load(class_weight_ptr + c, mask=c < C, other=0.0))
         if OWN_LSE:
             ce_lse = tl.load(ce_lse_ptr + at, mask=inside, other=0.0)
-            ce_inverse, _ = _sums(x_ptr, dy_ptr, ce_lse, C, w, at_x, at_dy, x_c, C, 1.0, inside,
-                                  False, BLOCK_C, BLOCK_W)  # fmt: skip
+            ce_inverse, _ = _sums(x_ptr, dy_ptr, ce_lse, at_x, at_dy, x_c, C, 1.0, inside,
+                                  False, C_PAD, BLOCK_C, BLOCK_W)  # fmt: skip
         s = tl.load(ce_scale_ptr + n)
         on_p = s * (weight * (1.0 - smoothing) + smoothing / C * weights)
         on_weight = s * smoothing / C
@@ -103,7 +114,7 @@ def _softmax_bwd_kernel(
         if ACTIVATION == 1:
             y = tl.exp(x * inv_t - lse[None, :]) * inverse[None, :]
         if HAS_DY:
-            dy = tl.load(dy_ptr + at_dy[None, :] + c[:, None], mask=live, other=0.0).to(tl.float32)
+            dy = _load_dy(dy_ptr, at_dy, c, inside, C_PAD)
             if ACTIVATION == 1:
                 g = scale * y * (dy - dot[None, :])
             else:
@@ -156,10 +167,11 @@ def softmax_bwd(
         x, dx,
         *(x if t is None else t for t in (lse, dy, scale, valid)),
         *(x if t is None else t for t in (ce_labels, ce_lse, ce_scale, class_weight)),
-        channels, height, width, 0 if dy is None else dy.shape[3], row0,
+        channels, height, width, row0,
         1.0 / temperature, label_smoothing,
         *x.stride(), *dx.stride(), *image_strides(dy),
         ACTIVATION=activation, HAS_DY=dy is not None, HAS_VALID=valid is not None,
         HAS_CE=ce_labels is not None, OWN_LSE=own_lse, HAS_WEIGHT=class_weight is not None,
-        BLOCK_C=block_c, BLOCK_W=block_w, num_warps=8 if block_c * block_w >= 4096 else 4,
+        C_PAD=channels if dy is None else dy.shape[3], BLOCK_C=block_c, BLOCK_W=block_w,
+        num_warps=8 if block_c * block_w >= 4096 else 4,
     )  # fmt: skip

@@ -41,8 +41,8 @@ def _log_sum_exp(x_ptr, w, stride_c, stride_w, C, W, inv_t, BLOCK_C: tl.constexp
         c = c0 + tl.arange(0, BLOCK_C)
         x = _load_logits(x_ptr, c, w, stride_c, stride_w, C, W, inv_t, BLOCK_C)
         higher = tl.maximum(m, tl.max(x, axis=0))
-        # −inf − −inf where every logit so far is −inf
-        s = tl.where(m == float("-inf"), 0.0, s * tl.exp(m - higher))
+        # −inf − −inf where every logit so far is −inf: s is 0 then, or NaN
+        s = tl.where(m == float("-inf"), s, s * tl.exp(m - higher))
         s += tl.sum(tl.where(x == float("-inf"), 0.0, tl.exp(x - higher[None, :])), axis=0)
         m = higher
     return m, s
@@ -80,6 +80,7 @@ def _cross_entropy(x_ptr, ce_labels_ptr, class_weight_ptr, at, w, inside, lse, s
 def _topk_tile(values_ptr, indices_ptr, rest_ptr, first, at, c, inside, plane, k,
                HAS_REST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr):  # fmt: skip
     """The target's map from its listed classes, (BLOCK_C, BLOCK_W)."""
+    plane += tl.zeros((), tl.int64)
     t = tl.zeros((BLOCK_C, BLOCK_W), tl.float32)
     if HAS_REST:
         t += tl.load(rest_ptr + at, mask=inside, other=0.0)[None, :]
@@ -93,7 +94,11 @@ def _topk_tile(values_ptr, indices_ptr, rest_ptr, first, at, c, inside, plane, k
     return t
 
 
-@triton.jit(do_not_specialize=["row0", "core0", "core_rows", "k"])
+@triton.jit(
+    do_not_specialize=["row0", "core0", "core_rows", "k"],
+    # Of a chunk of images they begin anywhere, and each alignment would be another kernel.
+    do_not_specialize_on_alignment=["from_target_ptr"],
+)
 def _softmax_pack_fwd_kernel(
     x_ptr,  # (N, C, H, W), any strides
     target_ptr,  # (N, C, H, W) or the same as x

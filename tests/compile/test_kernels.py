@@ -6,6 +6,8 @@ tensor-core instruction with pipelined loads.
 
 from __future__ import annotations
 
+import re
+import sys
 from dataclasses import replace
 
 import pairwise
@@ -334,6 +336,96 @@ def test_other_stages(case):
     launch = small_stages(case["dtype"], case["c"])[case["stage"]]
     compiled = but_for_occupancy(compiled_once(case["capability"], launch), case["stage"])
     check(compiled, tensor_core=None, pipelined=False)
+
+
+# --------------------------------------------------------------------------------------- corners
+
+ONES = {
+    "one column": (2, 512, 1, 150, 8, 64),
+    "one row": (2, 1, 512, 150, 8, 64),
+    "one of everything": (1, 1, 1, 1, 8, 1),
+}  # N, H, W, classes, channels in and out
+
+
+@pytest.mark.parametrize("shape", ONES)
+def test_sizes_of_one_compile(shape, on, monkeypatch):
+    """Triton makes constants of them, which have fewer methods than numbers; the interpreter does
+    not."""
+    n, h, w, classes, c_in, c_out = ONES[shape]
+    for key, value in {"N": n, "H": h, "W": w, "CLASSES": classes}.items():
+        monkeypatch.setattr(f"{__name__}.{key}", value)
+    on(90)
+    stages = small_stages(FLOAT, c_out)
+    stages |= {
+        f"conv_block {form} {pool}": lambda form=form, pool=pool: conv_block(
+            form=form, dtype=BF16, pool=pool, c_in=c_in, c_out=c_out
+        )
+        for form, pool in (("diff", "max"), ("labels", "none"), ("topk and rest", "avg"))
+    }
+    maps = {"dtype": FLOAT, "maps": BF16, "channels": classes, "activation": 2, "masked": True}
+    maps |= {"layout": "nchw", "cross_entropy": "own"}
+    stages |= {
+        f"pack {kind}": lambda kind=kind: softmax_pack(kind=kind, **maps)
+        for kind in ("dense", "labels", "topk and rest")
+    }
+    stages["softmax_bwd"] = lambda: softmax_bwd(**maps)
+    with compiling_for(90) as compiled:
+        for launch in stages.values():
+            launch()
+    assert len(compiled) >= len(stages) - 4  # a pool of one row or column has no window
+
+
+def test_any_image_of_a_batch_takes_the_same_kernel(on, monkeypatch):
+    """What has one element an image begins at any address; a kernel takes seconds to compile."""
+    on(90)
+    whole = meta
+    first = 0
+
+    def shifted(*shape, dtype):
+        if len(shape) > 1:
+            return whole(*shape, dtype=dtype)
+        return whole(shape[0] + first, dtype=dtype)[first:]
+
+    monkeypatch.setattr(f"{__name__}.meta", shifted)
+    loaded = {}
+    for first in (0, 3):
+        with compiling_for(90):
+            conv_block(form="diff", dtype=BF16)
+            softmax_bwd(layout="nchw", dtype=FLOAT, maps=BF16, channels=19, activation=1,
+                        cross_entropy="shared", masked=False)  # fmt: skip
+            small_stages(FLOAT, 8)["pool_diff 0"]()
+        loaded[first] = [
+            len(kernel.device_caches[90][0])
+            for kernel in (
+                sys.modules[kernels.conv_block_fwd.__module__]._conv_block_fwd_kernel,
+                sys.modules[kernels.softmax_bwd.__module__]._softmax_bwd_kernel,
+                sys.modules[kernels.relu_pool_fwd.__module__]._relu_pool_fwd_kernel,
+            )
+        ]
+    assert loaded[0] == loaded[3]
+    assert min(loaded[0]) > 0
+
+
+def loads_and_stores(compiled: Compiled) -> set[str]:
+    return set(re.findall(r"\b(?:ld|st)\.global[\w.]*|cp\.async\.c[ag]", compiled.assembly))
+
+
+def test_maps_are_read_and_written_in_whole_vectors():
+    """Logits along a row and maps along their channels, for any number of classes: 16 bytes."""
+    options = {"layout": "nchw", "dtype": FLOAT, "maps": BF16, "channels": 150, "activation": 1}
+    options |= {"cross_entropy": "none", "masked": False}
+    back = compiled_once(80, lambda: softmax_bwd(**options))
+    assert not {"ld.global.b16", "st.global.b32"} & loads_and_stores(back)
+    pack = compiled_once(80, lambda: softmax_pack(kind="dense", **options))
+    assert not {"ld.global.b32", "st.global.b16"} & loads_and_stores(pack)
+
+
+def test_the_first_layer_of_one_channel_is_pipelined(on):
+    """8 channels are less than what Triton specialises on by itself."""
+    on(80)
+    compiled = compiled_once(80, lambda: conv_block(form="diff", dtype=BF16, c_in=8))
+    check(compiled)
+    assert "ld.global.b16" not in loads_and_stores(compiled)
 
 
 # ------------------------------------------------------------------------------- for information

@@ -167,6 +167,13 @@ def test_a_shape_is_four_positive_numbers(words, capsys):
 # ---------------------------------------------------------------------------------------- roofline
 
 
+@pytest.mark.parametrize("name", ["voc", "lvis, labels"])
+def test_the_tables_of_the_docs_are_those_printed(name):
+    docs = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text()
+    work = roofline.WORKLOADS[name]
+    assert roofline.table(name, work, roofline.GPUS["h200"]) in docs
+
+
 @pytest.mark.parametrize("kind", ["dense", "labels", "topk"])
 @pytest.mark.parametrize("workspace_mb", [24, 256])
 def test_the_flops_counted_are_those_of_explain(kind, workspace_mb):

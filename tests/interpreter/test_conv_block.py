@@ -6,7 +6,9 @@ codes and masks are float64's wherever the two best candidates differ by more th
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pairwise
 import pytest
@@ -17,7 +19,7 @@ from saved import unpack_code, unpack_mask, windows
 from torch import Tensor
 
 from gpl_fast import kernels, ops
-from gpl_fast.kernels import conv_block
+from gpl_fast.kernels import conv_block, tiles
 from gpl_fast.kernels.tiles import Tile
 from gpl_fast.plan import padded_channels
 
@@ -530,3 +532,25 @@ def test_nothing_is_launched_for_nothing(shape, monkeypatch):
     )  # fmt: skip
     assert partial.shape[0] == shape[0]
     assert not partial.any()
+
+
+def test_the_tuner_writes_rows_that_are_chosen(monkeypatch):
+    """Without a GPU all but its clock: launches of both forms, the fastest tile, its row."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    tune = importlib.import_module("tune")
+    monkeypatch.setattr(tune, "layers", lambda classes: [(16, 24, 8)])
+    tried = [Tile(4, 8, 16, 16, 4, 2, False), Tile(8, 8, 16, 16, 4, 2, True)]
+    clock = iter((2.0, 1.0, 2.0, 1.0))
+
+    def time(run):
+        run()
+        return next(clock)
+
+    rows = tune.tune(19, BF16, "cpu", time, tried)
+    assert [row["form"] for row in rows] == ["diff", "plain"]
+    assert "1.0000 ms" in rows[0]["measured"]
+    monkeypatch.setattr(tiles, "rows", lambda: rows)
+    tiles.choose.cache_clear()
+    chosen = [tiles.choose(80, "bfloat16", row["form"], 16, 24, 1) for row in rows]
+    tiles.choose.cache_clear()
+    assert chosen == [tried[1], tried[1]]

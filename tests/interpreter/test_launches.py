@@ -5,20 +5,23 @@ A fake tensor has no values: whoever asked for one, which on a GPU waits for the
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from gpl_fast import LossNet, chain, plan
 from gpl_fast.chain import stages
-from gpl_fast.kernels import conv_block, tiles
+from gpl_fast.kernels import conv_block, launch, tiles
 
 FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
 # The functions of the same names stand before some of these modules.
@@ -229,3 +232,48 @@ def test_no_images_launch_nothing(kind, pool, launches):
     assert terms.shape == (4, 0)
     assert {k: (tuple(t.shape), t.dtype) for k, t in saved.items()} == p.saved()
     assert dx.shape == (0, 19, 37, 51)
+
+
+def test_the_allocator_is_pytorchs_for_the_launch_alone(monkeypatch):
+    """The caller may have set one for kernels of its own."""
+    allocator = importlib.import_module("triton.runtime._allocation")._allocator
+    seen, entered = [], []
+
+    @contextlib.contextmanager
+    def device(of):
+        entered.append(of)
+        yield
+
+    def kernel(*args, **meta):
+        seen.append((allocator.get(), args, meta))
+
+    def mine(size, alignment, stream):
+        raise AssertionError("asked the caller's")
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    x = SimpleNamespace(is_cuda=True, device=CUDA)
+    before = allocator.get()
+    triton.set_allocator(mine)
+    try:
+        launch.launch({(4, 2): kernel}, [4, 2], x, 5, BLOCK=8)
+        assert allocator.get() is mine
+    finally:
+        triton.set_allocator(before)
+    assert seen == [(launch._allocate, (x, 5), {"BLOCK": 8})]
+    assert entered == [CUDA]
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_either_switch_of_pytorch_says_tf32(newer, launches):
+    """Reading the older one raises where the newer one was set."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision
+    for on in (False, True):
+        if newer:
+            cudnn.conv.fp32_precision = "tf32" if on else "ieee"
+        else:
+            cudnn.allow_tf32 = on
+        launches.clear()
+        walks("dense", (1, 19, 32, 32), dtype=FLOAT)
+        assert (BLOCK in [launch.kernel for launch in launches]) == on
+    cudnn.conv.fp32_precision = before

@@ -243,3 +243,31 @@ def test_look_ups_into_images_that_are_far_apart(sparse):
         labels, None, table, table[0], BRANCH.expand(3).contiguous(), taken, 0, 0, z, dz
     )
     assert torch.equal(dz[2, -1], -table[0][labels[2, -1]].to(BF16))
+
+
+def test_lists_whose_ranks_are_far_apart(sparse):
+    """The third value and index of a pixel begin at 2^31."""
+
+    def listed(dtype: torch.dtype) -> Tensor:
+        planes = sparse(3, 2, 4, dtype=dtype, image_stride=FAR // 2)
+        return planes.as_strided((1, 3, 2, 4), (8, *planes.stride()))
+
+    values, indices = listed(FLOAT), listed(torch.int64)
+    values[0, 2], indices[0, 2] = torch.rand(2, 4), torch.randint(3, (2, 4))
+    table, taken = torch.randn(1, 3, 8), torch.zeros(1, 2, 4, dtype=BYTE)
+    z, dz = torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 4, 8)
+    kernels.topk_conv_fwd(values, indices, None, None, table, None, BRANCH, taken, 0, 0, z, dz)
+    want = -values[0, 2, -1, :, None] * table[0][indices[0, 2, -1]]
+    torch.testing.assert_close(dz[0, -1], want)
+    assert want.any()
+
+    x, y = torch.randn(1, 3, 2, 4), torch.zeros(1, 2, 4, 8)
+    kernels.softmax_pack_fwd(
+        x, None, None, None, None, values, indices, None, 0, 0, 1.0, None, None, 0.0, 0, 2, 0, 2,
+        y, None, taken, None, None, None,
+    )  # fmt: skip
+    target = torch.zeros(3, 4).scatter_add_(0, indices[0, 2, -1:], values[0, 2, -1:])
+    row = x[0, :, -1]
+    near = (row - target).square().sum(0) < row.square().sum(0)
+    assert torch.equal(taken[0, -1].bool(), near)
+    torch.testing.assert_close(y[0, -1, :, :3], (row - near * target).t())

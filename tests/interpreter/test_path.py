@@ -52,7 +52,8 @@ def wide_tile(a: Tensor, c_in: int, c_out: int, stride: int, form: int) -> Tile:
     """The interpreter counts programs and steps, not elements."""
     rows = min(max(1 << (a.shape[1] - 1).bit_length(), 2), 16)
     channels = min(max(1 << (c_out - 1).bit_length(), 8), 256)
-    return Tile(rows, 32, 64, channels, 4, 1, False)
+    depth = min(max(1 << (c_in - 1).bit_length(), 16), 256)
+    return Tile(rows, 32, depth, channels, 4, 1, False)
 
 
 @pytest.fixture
@@ -269,7 +270,7 @@ def test_saved_tensors_are_the_contract(dtype, kind, pool):
 
 
 @pytest.mark.parametrize("kind", ["labels", "teacher"])
-@pytest.mark.parametrize(("c", "raised"), [(19, 8.0), (150, 12.0)])
+@pytest.mark.parametrize(("c", "raised"), [(19, 8.0), (150, 12.0), (1203, 14.0)])
 def test_bfloat16_holds_on_peaked_maps(c, raised, kind):
     logits, labels = fast_tests.peaked(c, raised, 8)
     logits, labels = logits[..., :32, :32].bfloat16().contiguous(), labels[..., :32, :32]
@@ -280,8 +281,34 @@ def test_bfloat16_holds_on_peaked_maps(c, raised, kind):
     exact = GenericPerceptualLoss(c, net, backend="reference")
     truth, grad64 = value_and_grad(exact, logits.double(), fast_tests.doubled(target))
     value, grad = value_and_grad(GenericPerceptualLoss(c, net, backend="fast"), logits, target)
-    assert error(value, truth) < 0.05
+    assert error(value, truth) < (0.1 if c == 1203 else 0.05)
     assert fast_tests.cosine(grad, grad64) >= 0.95
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 5])
+def test_the_branch_is_the_same_however_many_images_are_looked_at(at_once, monkeypatch):
+    near, labels = fast_tests.peaked(19, 8.0, 8)
+    logits = torch.cat([near, torch.randn_like(near), near])[..., :32, :32].contiguous()
+    target = labels[..., :32, :32].repeat(3, 1, 1)
+    loss = fast_tests.fast(19, "1", compute_dtype=BF16)
+    carried, looked = [], []
+    shipped, whole = chain.forward.carry_target, chain.Forward._chunk
+
+    def carry_target(spec, x, target, images, dtype):
+        looked.append(images)
+        return shipped(spec, x, target, images, dtype)
+
+    def chunk(self, ce_rows):
+        whole(self, ce_rows)
+        carried.extend(self.from_target.tolist())
+
+    monkeypatch.setattr(chain.forward, "carry_target", carry_target)
+    monkeypatch.setattr(chain.forward, "GRID", (256 * 2**20 // (32 * 19 * at_once), 1))
+    monkeypatch.setattr(chain.Forward, "_chunk", chunk)
+    with torch.no_grad():
+        loss(logits, target)
+    assert carried == [True, False, True]
+    assert [images.start for images in looked] == list(range(0, 3, at_once))
 
 
 @pytest.mark.usefixtures("shipped_tiles")
@@ -371,7 +398,7 @@ def test_nothing_else_has_the_classes(kind, dtype, monkeypatch):
     assert {t.dtype for t in maps} == {dtype}
     rest = [t for t in wide if PADDED not in t.shape]
     # bfloat16 looks which branch to carry, on a grid of each image.
-    assert all(t.numel() <= C * GRID[0] * 26 for t in rest)
+    assert all(t.numel() <= 3 * C * GRID[0] * 26 for t in rest)
     assert dtype == BF16 or not rest
 
 

@@ -164,3 +164,36 @@ def test_taken_has_the_operators_bits_where_the_halves_are_clear():
         return (taken.where((probability - 0.5).abs() > 1e-5, 0),)
 
     both(run)
+
+
+# ------------------------------------------------------------------- several blocks of classes
+
+
+@pytest.mark.parametrize("first", [float("nan"), -float("inf")])
+def test_a_block_of_classes_without_a_number(first):
+    """64 classes are looked at together: what the first ones are, the last ones must not forget."""
+    x = torch.randn(1, 150, 1, 5)
+    x[:, :64, :, 2] = first
+    x[:, 3, :, 2] = float("nan") if first != first else -float("inf")
+    y, lse = operators.poisoned(1, 1, 5, 160), operators.poisoned(1, 1, 5)
+    kernels.softmax_pack_fwd(
+        x, None, None, None, None, None, None, None, SOFTMAX, SOFTMAX, 1.0, None, None, 0.0,
+        0, 1, 0, 1, y, None, None, lse, None, None,
+    )  # fmt: skip
+    want = x.softmax(1).permute(0, 2, 3, 1)
+    torch.testing.assert_close(y[..., :150], want, equal_nan=True)
+    torch.testing.assert_close(lse, x.logsumexp(1), equal_nan=True)
+    assert not y[..., 150:].any()
+
+
+def test_padding_of_the_gradient_is_not_read_as_classes():
+    x, dy = torch.randn(1, 19, 2, 5), torch.randn(1, 2, 5, 32)
+    dy[..., 19:] = float("nan")
+    dx = operators.poisoned(1, 19, 2, 5)
+    kernels.softmax_bwd(
+        x, x.logsumexp(1), dy, torch.ones(1), None, SOFTMAX, 1.0, None, None, None, None, 0.0,
+        0, 2, dx,
+    )  # fmt: skip
+    leaf = x.clone().requires_grad_()
+    leaf.softmax(1).backward(dy[..., :19].permute(0, 3, 1, 2))
+    torch.testing.assert_close(dx, leaf.grad)
