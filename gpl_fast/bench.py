@@ -213,7 +213,8 @@ def needed_bytes(loss: gpl_fast.GenericPerceptualLoss, shape: Shape, kind: str, 
     logits = torch.zeros((), device=device).expand(shape)
     labels = torch.zeros((), dtype=torch.long, device=device).expand(n, h, w)
     explained = loss.explain(logits, logits if kind == "dense" else labels)
-    listed = {"labels": 8, "dense": 4 * c, "topk": 12 * TOP}[kind]
+    # Labels and lists are checked into a copy, a list's values divided by their sum.
+    listed = {"labels": 2 * 8, "dense": 4 * c, "topk": (2 * 12 + 4) * TOP}[kind]
     transient = explained.workspace_bytes or 0
     return n * h * w * (2 * 4 * c + listed) + explained.bytes_saved + transient
 
