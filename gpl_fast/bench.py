@@ -25,6 +25,7 @@ Shape = tuple[int, int, int, int]
 QUICK: tuple[Shape, ...] = ((1, 19, 128, 128), (1, 150, 128, 128))
 FULL: tuple[Shape, ...] = ((1, 19, 256, 256), (1, 150, 256, 256), (1, 847, 256, 256))
 TARGETS = ("labels", "dense", "topk")
+HELD = 16 * 2**20  # bytes that allocators and libraries hold on to besides a step's own
 BASELINE = "reference"  # plain PyTorch with autograd, float32
 DTYPES = {BASELINE: torch.float32, "fast": torch.float32, "fast-bf16": torch.bfloat16}
 TOP = 8  # classes listed in a pixel of a top-k target
@@ -216,7 +217,7 @@ def needed_bytes(loss: gpl_fast.GenericPerceptualLoss, shape: Shape, kind: str, 
     # Labels and lists are checked into a copy, a list's values divided by their sum.
     listed = {"labels": 2 * 8, "dense": 4 * c, "topk": (2 * 12 + 4) * TOP}[kind]
     transient = explained.workspace_bytes or 0
-    return n * h * w * (2 * 4 * c + listed) + explained.bytes_saved + transient
+    return n * h * w * (2 * 4 * c + listed) + explained.bytes_saved + transient + HELD
 
 
 def naive_bytes(net: LossNet, shape: Shape, per_class: int) -> int:
@@ -225,7 +226,7 @@ def naive_bytes(net: LossNet, shape: Shape, per_class: int) -> int:
     n, c, h, w = shape
     sizes = net.shapes(h, w)
     outputs = sum(torch.Size(sizes[x.name]).numel() for x in net.layers if x.kind == "conv")
-    return n * (per_class * c * h * w + 16 * outputs)
+    return n * (per_class * c * h * w + 16 * outputs) + HELD
 
 
 # ----------------------------------------------------------------------------------------- report
