@@ -252,7 +252,7 @@ def test_softmax_pack(case):
     options = dict(case)
     capability = options.pop("capability")
     compiled = compiled_once(capability, lambda: softmax_pack(**options))
-    check(compiled, tensor_core=None, pipelined=False)
+    check(but_for_occupancy(compiled, case["kind"]), tensor_core=None, pipelined=False)
 
 
 BWD = {key: PACK[key] for key in PACK if key != "kind"}

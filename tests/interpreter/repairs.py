@@ -23,6 +23,7 @@ def install() -> None:
     _bf16_reductions()
     _dot()
     _nan_in_maximum()
+    _boolean_masks()
     _run_time_range()
     _patch_language_once()
 
@@ -156,6 +157,25 @@ def _nan_in_maximum() -> None:
     """Unless told to propagate it, max and min on a GPU drop a NaN; 3.6 and 3.7 return it."""
     Builder.create_maxnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmax)
     Builder.create_minnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmin)
+
+
+def _boolean_masks() -> None:
+    """Integers where a scalar took part in the mask, which 3.9 refuses."""
+    shipped_load, shipped_store = Builder.create_masked_load, Builder.create_masked_store
+
+    def boolean(mask: Handle) -> Handle:
+        return Handle(np.asarray(mask.data) != 0, tl.int1)
+
+    def create_masked_load(self, ptrs, mask, *rest, **options):
+        return shipped_load(self, ptrs, boolean(mask), *rest, **options)
+
+    def create_masked_store(self, ptrs, value, mask, *rest):
+        return shipped_store(self, ptrs, value, boolean(mask), *rest)
+
+    Builder.create_masked_load, Builder.create_masked_store = (
+        create_masked_load,
+        create_masked_store,
+    )
 
 
 # ----------------------------------------------------------------------------------- the machinery

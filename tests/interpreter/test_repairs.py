@@ -266,3 +266,18 @@ def test_a_tensor_that_is_mostly_a_hole(tmp_path, sanitizer):
     assert (tmp_path / "hole").stat().st_blocks * 512 < 2**20
     (shadow,) = sanitizer.shadows.values()
     assert isinstance(shadow.written, np.memmap)  # or 20 GB of address space
+
+
+@triton.jit
+def _scalar_mask_kernel(x_ptr, on_ptr, z_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    on = (i < N - 1) & (tl.load(on_ptr) != 0)
+    tl.store(z_ptr + i, tl.load(x_ptr + i, mask=on, other=7.0), mask=on | (i == 0))
+
+
+@pytest.mark.parametrize("on", [0, 1])
+def test_a_mask_that_a_scalar_takes_part_in(on):
+    x, z = torch.randn(8), torch.zeros(8)
+    _scalar_mask_kernel[(1,)](x, torch.tensor([on], dtype=torch.int32), z, 8)
+    want = torch.cat([x[:7], torch.zeros(1)]) if on else torch.tensor([7.0] + 7 * [0.0])
+    assert torch.equal(z, want)
