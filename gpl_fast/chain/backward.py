@@ -60,6 +60,8 @@ class Backward:
 
     def _chunk(self) -> None:
         plan, n = self.plan, self.n1 - self.n0
+        labels = self._of("ce_labels")
+        self.labels = None if labels is None else labels.long()
         d_out = self._seed(self.ends[-1], 0, plan.tap_shape(self.ends[-1])[1], None)
         for i in reversed(range(len(plan.segments))):
             segment = plan.segments[i]
@@ -67,16 +69,17 @@ class Backward:
             alone = len(segment) == 1 and self._is_block(plan.steps[segment[0]])
             if alone and not (i == 0 and plan.front):
                 rows = size.h  # nothing is made between the two gradients
-            d_in = None
-            if i:
+            strips = rows < size.h
+            d_in: Tensor | None = None
+            if i and strips:
                 channels = plan.steps[segment[0]].in_channels
                 d_in = self.x.new_empty((n, size.h, size.w, channels), dtype=plan.dtype)
             for r0 in range(0, max(size.h, 1), max(rows, 1)):
                 r1 = min(r0 + rows, size.h)
                 into = None if d_in is None else d_in[:, r0:r1]
-                self._segment(segment, d_out, (r0, r1), rows < size.h, into)
-            if d_in is not None:
-                tap = self.ends[i - 1]
+                dy = self._segment(segment, d_out, (r0, r1), strips, into)
+            if i:
+                tap, d_in = self.ends[i - 1], dy if d_in is None else d_in
                 d_out = self._seed(tap, 0, size.h, d_in) if tap in plan.taps else d_in
 
     def _segment(
@@ -86,8 +89,9 @@ class Backward:
         core: tuple[int, int],
         strips: bool,
         into: Tensor | None,
-    ) -> None:
-        """The gradient at rows ``core`` of the segment's input, into `into` or on to the logits."""
+    ) -> Tensor:
+        """The gradient at rows ``core`` of the segment's input, in `into` where that is given; of
+        the first segment it has gone on to the logits."""
         plan, (r0, r1) = self.plan, core
         reach = plan.halo(segment)
         dy: Tensor = d_out  # first of the last step's whole output, then of rows [lo, hi)
@@ -103,7 +107,7 @@ class Backward:
                     dy = self._add_tap(step.relu, dy, lo, hi, size.conv_h)
                 if i == 0 and not plan.front:
                     self._block(step, dy, dy_row0, size.h, (r0, r1), None)
-                    return
+                    return dy
                 rows = (r0 - reach, r1 + reach) if strips else (0, size.h)
                 dx = into if first else None
                 if dx is None:
@@ -126,10 +130,11 @@ class Backward:
                         2 * (size.conv_w - 1) - 2 * p + step.kernel_size)  # fmt: skip
                 extra = (size.h - full[0], size.w - full[1])
             dy = conv_transpose(dz, w, step.stride, (pad_h, p), extra)
-        if into is None:
+        if segment[0] == 0:
             self._first_maps(dy, r0, r1)
-        elif dy is not into:
+        elif into is not None and dy is not into:
             into.copy_(dy)
+        return dy
 
     def _is_block(self, step: Step) -> bool:
         """Whether one kernel goes from the gradient of the step's output to that of its input."""
@@ -245,8 +250,7 @@ class Backward:
     def _logits(self) -> tuple[Any, ...]:
         """x, lse, scale, and the other arguments of (5) and the cross-entropy, of this chunk."""
         spec, chunk = self.plan.spec, slice(self.n0, self.n1)
-        labels, ce_lse = self._of("ce_labels"), self.saved.get("ce_lse")
-        lse = self.saved.get("lse")
+        lse, ce_lse = self.saved.get("lse"), self.saved.get("ce_lse")
         return (
             self.x[chunk],
             None if lse is None else lse[chunk],
@@ -254,9 +258,9 @@ class Backward:
             self._of("valid"),
             ops.ACTIVATIONS[spec.activation],
             spec.temperature,
-            None if labels is None else labels.long(),
+            self.labels,
             None if ce_lse is None else ce_lse[chunk],
-            None if labels is None else self.ce_scale[chunk],
+            None if self.labels is None else self.ce_scale[chunk],
             self.target.get("class_weight"),
             spec.label_smoothing,
         )
