@@ -6,9 +6,6 @@ PY     := $(VENV)/bin/python
 # torch itself is looked up there.
 TORCH_INDEX ?=
 
-# nvcc takes minutes over operators that the loss does not use yet: 1 builds them.
-export GPL_FAST_FORCE_CUDA ?= 0
-
 # Everything that a run leaves behind stays in this folder.
 export XDG_CACHE_HOME := $(CURDIR)/.cache
 export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/inductor
@@ -24,13 +21,14 @@ READY   := $(VENV)/.ready
 LIBRARY := gpl_fast/libgpl_fast.so
 CSRC    := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: help venv build demo test test-cuda sanitize lint bench bench-gpu gpu-report toy wheel clean
+.PHONY: help venv build demo test test-cpu test-interpreter test-compile test-cuda sanitize lint
+.PHONY: bench bench-gpu gpu-report toy wheel clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo   train with and without the loss; pictures and a report in demo_out/"
 	@echo "make test   the test suite"
-	@echo "make test-cuda  the CUDA kernels, run on the CPU and through nvcc"
+	@echo "make test-cpu, test-interpreter, test-compile, test-cuda  its parts"
 	@echo "make sanitize  the CPU kernels under AddressSanitizer and UBSan"
 	@echo "make lint   ruff, mypy, clang-format"
 	@echo "make bench  time and memory on this machine, about ten minutes on two cores"
@@ -61,15 +59,20 @@ $(LIBRARY): $(CSRC) setup.py | $(READY)
 demo: $(LIBRARY)
 	$(PY) -m gpl_fast demo --out demo_out
 
-# Three processes: Triton either interprets or compiles in one.
-test: $(LIBRARY)
+# Four processes: Triton either interprets or compiles in one. `make -j2 test` runs two at a time.
+test: test-cpu test-interpreter test-compile test-cuda
+
+test-cpu: $(LIBRARY)
 	$(PY) -m pytest
+
+test-interpreter: $(LIBRARY)
 	$(PY) -m pytest tests/interpreter
-	$(PY) -m pytest tests/compile --ignore tests/compile/test_nvcc.py
+
+test-compile: $(LIBRARY)
+	$(PY) -m pytest tests/compile
 
 test-cuda: $(LIBRARY)
 	$(PY) -m pytest tests/cuda_on_cpu
-	$(PY) -m pytest tests/compile/test_nvcc.py
 
 # A build of its own, anew each time: the library that the package has would take its place.
 sanitize: export PYTHONSAFEPATH = 1

@@ -40,6 +40,10 @@ X86_BUILDS = {
 # every other GPU.
 ARCHITECTURES = ("8.0+PTX", "8.6", "8.9", "9.0", "10.0", "12.0")
 
+# The largest source takes most of the time: its architectures in parallel.
+NVCC_FLAGS = f"-std=c++17 -O3 --threads {os.environ.get('MAX_JOBS') or os.cpu_count()}"
+NVCC_FLAGS += " -Xfatbin -compress-all -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
+
 NINJA = """\
 ninja_required_version = 1.5
 cxx = {cxx}
@@ -55,7 +59,7 @@ rule compile
   description = compile $out
 
 rule compile_cuda
-  command = $nvcc -MMD -MF $out.d $nvccflags -c $in -o $out
+  command = $nvcc -MMD -MF $out.d $nvccflags $flags -c $in -o $out
   depfile = $out.d
   deps = gcc
   description = compile $out
@@ -119,6 +123,11 @@ def find_cuda() -> Cuda | None:
     known = set(re.findall(r"compute_(\d+)", _output(nvcc, "--list-gpu-arch")))
     if not (version and toolkit and known):
         sys.exit(f"{nvcc} does not answer like nvcc: set CUDACXX or CUDA_HOME to a CUDA toolkit")
+    if int(version[1].split(".")[0]) < 12:  # the first to know Hopper's tensor maps
+        sys.exit(
+            f"{nvcc} is of CUDA {version[1]}, expected 12.0 or newer: set CUDACXX or CUDA_HOME to "
+            "one, or GPL_FAST_FORCE_CUDA=0 to install the CPU operators only"
+        )
     return Cuda(nvcc, Path(toolkit[1]).resolve(), version[1], architectures(listed, known))
 
 
@@ -144,11 +153,13 @@ def architectures(listed: str | None, known: set[str]) -> tuple[str, ...]:
     return tuple(out.values())
 
 
-def nvcc_flags(cuda: Cuda) -> list[str]:
-    """Machine code for every architecture, PTX where asked for."""
-    flags = ["-std=c++17", "-O3", "--threads", "2", "-Xfatbin", "-compress-all"]
-    flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
-    for entry in cuda.architectures:
+def nvcc_targets(source: Path, architectures: tuple[str, ...]) -> list[str]:
+    """Machine code for every architecture, PTX where asked for; of a `*_sm90.cu`, whose kernels are
+    empty elsewhere, for sm_90a alone."""
+    if source.stem.endswith("_sm90"):
+        architectures = tuple(a for a in architectures if a.startswith("90a")) or architectures
+    flags = []
+    for entry in architectures:
         number = entry.removesuffix("+PTX")
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if entry.endswith("+PTX"):
@@ -199,7 +210,8 @@ def build_ninja(library: Path) -> str:
         torch_flags += f""" '-DGPL_FAST_CUDA="{cuda.description}"'"""
     for source in sorted((csrc / "cuda").glob("*.cu")) if cuda else []:
         objects.append(f"{source.stem}.cuda.o")
-        edges.append(f"build {objects[-1]}: compile_cuda {escape(source)}\n")
+        flags = " ".join(nvcc_targets(source, cuda.architectures))
+        edges.append(f"build {objects[-1]}: compile_cuda {escape(source)}\n  flags = {flags}\n")
     compile_edge(csrc / "ops.cpp", "ops.o", torch_flags)
     compile_edge(csrc / "cpu" / "dispatch.cpp", "dispatch.o", "")
     for build, march in builds.items():
@@ -214,7 +226,7 @@ def build_ninja(library: Path) -> str:
         cxxflags=" ".join([*common, os.environ.get("CXXFLAGS", "")]).strip(),
         ldflags=" ".join([*linked, os.environ.get("LDFLAGS", "")]).strip(),
         nvcc=cuda.nvcc if cuda else "",
-        nvccflags=" ".join(nvcc_flags(cuda)) if cuda else "",
+        nvccflags=NVCC_FLAGS,
         edges="\n".join(edges),
         library=escape(library),
     )
@@ -228,6 +240,8 @@ class Build(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         build_dir = Path(self.build_temp).resolve()
+        if self.editable_mode:  # whose folder is temporary; the next build needs the objects
+            build_dir = ROOT / "build" / f"temp.{self.plat_name}-{sys.implementation.cache_tag}"
         build_dir.mkdir(parents=True, exist_ok=True)
         library = Path(self.get_ext_fullpath(ext.name)).resolve()
         library.parent.mkdir(parents=True, exist_ok=True)

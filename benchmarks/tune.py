@@ -1,10 +1,13 @@
-"""Finds the fastest tile of `conv_block_fwd` for each layer on the GPU that is there.
+"""Finds the fastest tile of `conv_block_fwd`, or the faster of the two ways of the data gradient,
+for each layer on the GPU that is there.
 
-Writes rows as gpl_fast/kernels/tiles.json has them, each with its measurement, to a file of your
-own that ``GPL_FAST_TILES`` names from then on; nothing is tuned at run time.
+Writes rows as gpl_fast/kernels/tiles.json or gpl_fast/chain/data_gradient.json has them, each with
+its measurement, to a file of your own that ``GPL_FAST_TILES`` or ``GPL_FAST_DATA_GRADIENT`` names
+from then on; nothing is tuned at run time.
 
     python benchmarks/tune.py --classes 150 --out my-tiles.json
-    GPL_FAST_TILES=my-tiles.json python train.py
+    python benchmarks/tune.py --backward --classes 19 150 --out my-data-gradient.json
+    GPL_FAST_TILES=my-tiles.json GPL_FAST_DATA_GRADIENT=my-data-gradient.json python train.py
 """
 
 from __future__ import annotations
@@ -20,6 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpl_fast import ops
+from gpl_fast.chain import data_gradient
+from gpl_fast.chain.convolution import conv_transpose
 from gpl_fast.kernels import conv_block, conv_block_fwd, tiles
 from gpl_fast.plan import padded_channels
 
@@ -110,10 +116,104 @@ def tune(
     return rows
 
 
+# ------------------------------------------------------------------------------ the data gradient
+
+
+def two_ways(
+    c_in: int, c_out: int, size: int, dtype: torch.dtype, first: bool, device: str
+) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """`conv_block_bwd`, and un-pool, ATen's convolution and softmax, on one image's random maps.
+
+    Each returns dx (1, size, size, C_in), in the first layer the gradient of logits
+    (1, C_in, size, size).
+    """
+    padded = padded_channels(c_in) if first else c_in
+    w = torch.randn(c_out, c_in, 3, 3, device=device).div(c_in**0.5 * 3).to(dtype)
+    packed = w.flip(2, 3).permute(2, 3, 0, 1).flatten(0, 1)
+    packed = torch.nn.functional.pad(packed, (0, -c_in % 8, 0, -c_out % 64)).contiguous()
+    w = torch.nn.functional.pad(w, (0, 0, 0, 0, 0, padded - c_in))
+    w = w.contiguous(memory_format=torch.channels_last)
+    dy = torch.randn(1, size // 2, size // 2, c_out, device=device).to(dtype)
+    winners = torch.randint(5, (1, size // 2, size // 2, c_out), device=device).byte()
+    code = winners[..., ::2] | winners[..., 1::2] << 4
+    dz = dy.new_empty(1, size, size, c_out)
+    block = (dy, code, packed, ops.POOLS["max"], 1, 0, dtype == torch.float32)
+    if first:
+        x = torch.randn(1, c_in, size, size, device=device)
+        logits = (x, x.logsumexp(1), torch.ones(1, device=device))
+        rest = (None, ops.ACTIVATIONS["softmax"], 1.0, None, None, None, None, 0.0, 0, size)
+
+    def by_kernel() -> Tensor:
+        if first:
+            dx = torch.empty_like(x)
+            operators.conv_block_logits_bwd(*block, *logits, *rest, dx)
+        else:
+            dx = dy.new_empty(1, size, size, c_in)
+            operators.conv_block_bwd(*block, size, 0, dx)
+        return dx
+
+    def by_aten() -> Tensor:
+        operators.relu_pool_bwd(dy, code, ops.POOLS["max"], size, size, 0, dz)
+        dx = conv_transpose(dz, w, 1, (1, 1), (0, 0))
+        if not first:
+            return dx
+        gradient = torch.empty_like(x)
+        operators.softmax_bwd(*logits[:2], dx, logits[2], *rest, gradient)
+        return gradient
+
+    return by_kernel, by_aten
+
+
+operators: Any = ops  # tests put those in its place that run the kernels on the CPU
+
+
+def measure_data_gradients(
+    classes: list[int],
+    dtype: torch.dtype,
+    device: str,
+    time: Callable[[Callable[[], Any]], float],
+    largest: int = 512,
+) -> list[data_gradient.Row]:
+    """A row for each layer, and for the first with each number of classes; none where the two ways
+    do not agree."""
+    rows: list[data_gradient.Row] = []
+    arch = tiles.architecture(torch.device(device))
+    name = torch.cuda.get_device_name(device) if device != "cpu" else "emulation"
+    found = [(c, WIDTHS[0], 512, True) for c in classes]
+    found += [(*layer, False) for layer in list(layers(classes[0]))[1:]]
+    for c_in, c_out, size, first in found:
+        size = min(size, largest)
+        by_kernel, by_aten = two_ways(c_in, c_out, size, dtype, first, device)
+        ours, plain = by_kernel().float(), by_aten().float()
+        if not (ours - plain).abs().max() <= 0.02 * plain.abs().max():
+            print(f"data gradient {c_in} -> {c_out}: the two ways do not agree", file=sys.stderr)
+            continue
+        kernel_ms, aten_ms = time(by_kernel), time(by_aten)
+        rows.append(
+            {
+                "arch": arch,
+                "dtype": str(dtype).removeprefix("torch."),
+                "first": first,
+                "in_channels": c_in,
+                "out_channels": c_out,
+                "kernel_size": 3,
+                "stride": 1,
+                "kernel_ms": round(kernel_ms, 4),
+                "aten_ms": round(aten_ms, 4),
+                "measured": f"{name}, 1 x {size} x {size}",
+            }
+        )
+        print(c_in, c_out, f"kernel {kernel_ms:.4f} ms, ATen {aten_ms:.4f} ms", flush=True)
+    return rows
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--classes", type=int, default=150)
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    """Measure and write; 1 without a GPU, or where not one row came out."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--classes", type=int, nargs="+", default=[150])
+    dtypes = ("bfloat16", "float16", "float32")
+    parser.add_argument("--dtype", choices=dtypes, nargs="+", default=["bfloat16"])
+    parser.add_argument("--backward", action="store_true", help="the data gradient's two ways")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -121,10 +221,18 @@ def main() -> int:
         return 1
     from triton.testing import do_bench
 
-    dtype = getattr(torch, args.dtype)
-    rows = tune(args.classes, dtype, "cuda:0", lambda run: float(do_bench(run)), CANDIDATES)
+    torch.backends.cudnn.allow_tf32 = True  # float32's rows are TF32's
+    rows: list[Any] = []
+    for dtype in (getattr(torch, name) for name in args.dtype):
+        if args.backward:
+            rows += measure_data_gradients(
+                args.classes, dtype, "cuda:0", lambda run: float(do_bench(run))
+            )
+        else:
+            for classes in args.classes:
+                rows += tune(classes, dtype, "cuda:0", lambda run: float(do_bench(run)), CANDIDATES)
     args.out.write_text(json.dumps(rows, indent=1) + "\n")
-    return 0
+    return int(not rows)
 
 
 if __name__ == "__main__":

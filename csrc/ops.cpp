@@ -410,6 +410,7 @@ ConvBlockBwd conv_block_args(const Tensor& dy, const MaybeTensor& code, const Te
                                            {a.N, conv_h, conv_w, ceil_div(a.C_out, 8)});
   a.dy = dy.data_ptr(), a.code = (const uint8_t*)data(code);
   a.w = contiguous(w, "w", dtype, {w.size(0), padded_to(a.C_out, 64), padded_to(C_in, 8)});
+  STD_TORCH_CHECK((uintptr_t)a.w % 16 == 0, "gpl_fast: w must start at a multiple of 16 bytes");
   return a;
 }
 

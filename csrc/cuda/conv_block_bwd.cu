@@ -2,6 +2,9 @@
 // is the gradient of the logits' map.
 #include "conv_block_bwd.cuh"
 
+#include <cstdlib>
+#include <cstring>
+
 namespace gpl_fast::cuda {
 
 ConvBlockArgs conv_block_args(const ConvBlockBwd& a, int channels) {
@@ -34,6 +37,12 @@ int device_attribute(cudaDeviceAttr attribute) {
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&value, attribute, device);
   return value;
+}
+
+// GPL_FAST_SM90A=0 takes sm_80's kernels on sm_90 too, to compare the two.
+bool sm90a_allowed() {
+  const char* text = std::getenv("GPL_FAST_SM90A");
+  return !text || std::strcmp(text, "0") != 0;
 }
 
 // False where shared memory does not hold it.
@@ -78,7 +87,8 @@ bool launch_tile(const ConvBlockBwd& a, cudaStream_t stream) {
 void conv_block_bwd(const ConvBlockBwd& a, void* stream_ptr) {
   const cudaStream_t stream = (cudaStream_t)stream_ptr;
   if (a.N * a.strip.rows * a.W * a.C_in == 0) return;
-  if (device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 && conv_block_bwd_sm90(a, stream)) {
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 && sm90a_allowed() &&
+      conv_block_bwd_sm90(a, stream)) {
     return;
   }
   const bool launched = a.dtype == DType::kBFloat16  ? launch_tile<Math::kBFloat16>(a, stream)

@@ -23,10 +23,14 @@ using TensorMap = CUtensorMap;
 inline TensorMap tensor_map(const void* p, bool bfloat16, int64_t rows, int64_t columns,
                             int box_rows, int box_columns) {
   static const auto encode = [] {
-    void* f = nullptr;
+    void* f = nullptr;  // through the runtime: the library loads without a driver
     cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
     cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault,
                                      &found);
+#else
+    cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &f, cudaEnableDefault, &found);
+#endif
     return (decltype(&cuTensorMapEncodeTiled))f;
   }();
   if (!encode) throw std::runtime_error("gpl_fast: the driver has no cuTensorMapEncodeTiled");

@@ -1,100 +1,142 @@
-"""What nvcc makes of conv_block_bwd for each GPU: spills, registers, instructions."""
+"""What nvcc made of the CUDA kernels in the library that is built: spills, registers, shared
+memory, instructions, for every GPU."""
 
 from __future__ import annotations
 
-import collections
 import functools
-import re
-import shutil
 import subprocess
-import time
+import sys
 from pathlib import Path
 
 import pytest
 
-if (nvcc := shutil.which("nvcc")) is None:
-    pytest.skip("nvcc is not there", allow_module_level=True)
+from gpl_fast import ops
 
-CUDA = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import registers  # noqa: E402
+
+if registers.cuobjdump() is None:
+    pytest.skip("cuobjdump is not there", allow_module_level=True)
+if not ops.LIBRARY.exists() or not registers.usage():
+    pytest.skip("the library that is built has no CUDA operators", allow_module_level=True)
+
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
-FILES = ("conv_block_bwd", "conv_block_bwd_sm90")
-SECONDS = 600  # for all of it, also on a busy machine
-STATIC_SHARED = 1024  # bytes at most: the barriers of sm_90a
-OPCODES = r"\b(HMMA|LDSM|LDGSTS|HGMMA|UTMALDG|LDL|STL|RED|ATOMG)\b"
+# KiB of shared memory that a block may have.
+LIMIT = {"80": 163, "86": 99, "89": 99, "90a": 227, "100": 227, "120": 99}
+OPCODES = ("HMMA", "LDSM", "LDGSTS", "HGMMA", "UTMALDG", "USETMAXREG", "WARPGROUP.DEPBAR", "FFMA",
+           "LDL", "STL", "RED", "ATOM")  # fmt: skip
+GENERAL, HOPPER = "conv_block_bwd_kernel", "conv_block_bwd_sm90_kernel"
+LOGITS = "conv_block_logits_bwd_kernel"
 
 
-def cuobjdump() -> str:
-    """From the toolkit or Triton's wheel."""
-    found = shutil.which("cuobjdump")
-    if found is None:
-        triton = pytest.importorskip("triton")
-        found = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
-    return found
+def kernels(*prefixes: str) -> list[str]:
+    return [name for name in registers.usage() if name.startswith(prefixes or ("",))]
 
 
 @functools.cache
-def compiled(folder: Path) -> tuple[dict[str, str], float]:
-    """What ptxas says of each file, and the seconds of all; objects stay in `folder`."""
-    said, start = {}, time.monotonic()
-    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
-    for name in FILES:
-        command = [nvcc, "-std=c++17", "-O3", "--threads", "2", "-Xptxas", "-v", *targets, "-c",
-                   str(CUDA / f"{name}.cu"), "-o", str(folder / f"{name}.o")]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        said[name] = done.stderr
-    return said, time.monotonic() - start
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("nvcc")
-
-
-@functools.cache
-def instructions(folder: Path, name: str, architecture: str) -> collections.Counter[str]:
-    compiled(folder)
-    command = [cuobjdump(), "-sass", "-arch", f"sm_{architecture}", str(folder / f"{name}.o")]
+def instructions(architecture: str) -> dict[str, dict[str, int]]:
+    """Kernel -> how often an instruction of each of `OPCODES` is in its machine code."""
+    command = [registers.cuobjdump(), "-sass", "-arch", f"sm_{architecture}", str(ops.LIBRARY)]
     sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return collections.Counter(re.findall(OPCODES, sass))
+    texts = sass.split("Function : ")[1:]
+    names = "\n".join(text.split(maxsplit=1)[0] for text in texts)
+    found = subprocess.run(["c++filt"], input=names, capture_output=True, text=True, check=True)
+    short = map(registers.short_name, found.stdout.splitlines())
+    return {
+        name: {opcode: text.count(f" {opcode}") for opcode in OPCODES}
+        for name, text in zip(short, texts, strict=True)
+    }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FILES)
-def test_no_spills(folder, name):
-    said, seconds = compiled(folder)
-    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", said[name])
-    kernels = {"conv_block_bwd": 23, "conv_block_bwd_sm90": 12}[name]
-    assert len(frames) == kernels * len(ARCHITECTURES)
-    assert set(frames) == {("0", "0")}
-    assert seconds < SECONDS
+def test_every_kernel_is_there_for_every_gpu():
+    build = ops.parse_cuda_build(ops.torch.ops.gpl_fast.cuda_build()) if not ops.load() else None
+    assert build is not None
+    if build.architectures != ARCHITECTURES:
+        pytest.skip(f"the library was built for {build.architectures} only")
+    assert len(kernels(GENERAL)) == 8
+    assert len(kernels(LOGITS)) == 15
+    assert len(kernels(HOPPER)) == 12
+    for name, each in registers.usage().items():
+        assert set(each) == ({"90a"} if name.startswith(HOPPER) else set(ARCHITECTURES)), name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FILES)
-def test_registers_and_static_shared_memory(folder, name):
-    said = compiled(folder)[0][name]
-    registers = [int(r) for r in re.findall(r"Used (\d+) registers", said)]
-    # Threads of a block times registers stay within the 64 Ki of a multiprocessor.
-    assert max(registers) <= (255 if name == "conv_block_bwd" else 168)
-    assert all(int(b) <= STATIC_SHARED for b in re.findall(r"(\d+) bytes smem", said))
+def test_no_spills():
+    spilled = {
+        (name, a)
+        for name, each in registers.usage().items()
+        for a, u in each.items()
+        if u.stack or u.local
+    }
+    assert not spilled
 
 
-@pytest.mark.slow
-def test_products_of_sm90a_are_not_serialized(folder):
-    assert "serialized" not in compiled(folder)[0]["conv_block_bwd_sm90"]
+def test_registers_fit_the_blocks():
+    """Threads of a block times registers stay within the 64 Ki of a multiprocessor."""
+    for name in kernels(GENERAL, LOGITS, HOPPER):
+        threads, _ = registers.dynamic_shared(name, kernel_size=3)
+        for architecture, u in registers.usage()[name].items():
+            assert threads * (u.registers + -u.registers % 8) <= 64 * 1024, (name, architecture)
+    # What setmaxnreg redistributes: 384 threads of 168 = 128 of 72 and 256 of 216.
+    assert {u.registers for name in kernels(HOPPER) for u in registers.usage()[name].values()} == {
+        168
+    }
 
 
-@pytest.mark.slow
+def test_the_smallest_layouts_fit_shared_memory():
+    """Of each arithmetic one tile of channels with one dZ tile, for kernels of 1 to 7."""
+    for prefix in (GENERAL, LOGITS):
+        for architecture, limit in LIMIT.items():
+            least: dict[str, int] = {}
+            for name in kernels(prefix):
+                arithmetic = name.split("<")[1].split(",")[0]
+                static = max(u.shared for u in registers.usage()[name].values())
+                bytes_ = registers.dynamic_shared(name, kernel_size=7, dz_tiles=1)[1] + static
+                least[arithmetic] = min(bytes_, least.get(arithmetic, bytes_))
+            assert max(least.values()) <= limit * 1024, (prefix, architecture)
+    for name in kernels(HOPPER):
+        static = registers.usage()[name]["90a"].shared
+        assert registers.dynamic_shared(name, kernel_size=7)[1] + static <= LIMIT["90a"] * 1024
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_tensor_core_and_copy_instructions(folder, architecture):
-    found = instructions(folder, "conv_block_bwd", architecture)
-    assert min(found["HMMA"], found["LDSM"], found["LDGSTS"]) > 0
-    assert not found["RED"] + found["ATOMG"]  # deterministic
+def test_tensor_core_and_copy_instructions(architecture):
+    found = instructions(architecture)
+    if not found:
+        pytest.skip(f"the library was not built for sm_{architecture}")
+    for name in kernels(GENERAL, LOGITS):
+        count = found[name]
+        assert count["LDGSTS"] > 0, name
+        if "<fp32" in name:
+            assert count["FFMA"] > 0, name
+            assert not count["HMMA"], name  # not TF32
+        else:
+            assert min(count["HMMA"], count["LDSM"]) > 0, name
+    for name, count in found.items():
+        assert not count["LDL"] + count["STL"], name
+        assert not count["RED"] + count["ATOM"], name  # deterministic
 
 
-@pytest.mark.slow
-def test_sm90a_has_wgmma_and_tma(folder):
-    found = instructions(folder, "conv_block_bwd_sm90", "90a")
-    assert min(found["HGMMA"], found["UTMALDG"], found["LDSM"]) > 0
-    assert not found["RED"] + found["ATOMG"]
+def test_sm90a_has_wgmma_and_tma():
+    found = instructions("90a")
+    if not found:
+        pytest.skip("the library was not built for sm_90a")
+    for name in kernels(HOPPER):
+        count = found[name]
+        assert min(count["HGMMA"], count["UTMALDG"], count["LDSM"]) > 0, name
+        assert count["USETMAXREG"] == 2, name
+        # Four products, one wait: the compiler has not serialized them.
+        assert count["HGMMA"] == 4 * count["WARPGROUP.DEPBAR"], name
+
+
+def test_the_page_lists_every_kernel():
+    """docs/kernels.md has this table's rows; its figures are those of the nvcc that it names."""
+    page = (ROOT / "docs" / "kernels.md").read_text()
+    rows = registers.table(registers.usage())
+    for row in rows[2:]:
+        assert row.split("|")[1] in page, f"python benchmarks/registers.py: {row}"
+    build = ops.parse_cuda_build(ops.torch.ops.gpl_fast.cuda_build()) if not ops.load() else None
+    assert build is not None
+    if f"nvcc {build.nvcc}" in page and build.architectures == ARCHITECTURES:
+        for row in rows:
+            assert row in page, f"python benchmarks/registers.py: {row}"

@@ -245,7 +245,7 @@ def build_script(monkeypatch, **environment):
     return runpy.run_path(str(ROOT / "setup.py"))
 
 
-def fake_nvcc(folder, known=("80", "86", "90", "120")):
+def fake_nvcc(folder, known=("80", "86", "90", "120"), version="12.9"):
     """A toolkit whose nvcc answers questions and compiles nothing."""
     (folder / "bin").mkdir(parents=True)
     (folder / "lib64").mkdir()
@@ -254,7 +254,7 @@ def fake_nvcc(folder, known=("80", "86", "90", "120")):
     listed = "".join(f"compute_{number}\n" for number in known)
     nvcc.write_text(
         "#!/bin/sh\ncase $1 in\n"
-        "--version) echo 'Cuda compilation tools, release 12.9, V12.9.1';;\n"
+        f"--version) echo 'Cuda compilation tools, release {version}, V{version}.1';;\n"
         f"--dryrun) echo '#$ TOP={folder}' >&2;;\n"
         f"--list-gpu-arch) printf '{listed}';;\nesac\n"
     )
@@ -282,6 +282,12 @@ def test_a_wrong_cudacxx_is_an_error(monkeypatch, tmp_path):
         script["find_cuda"]()
 
 
+def test_an_old_nvcc_is_an_error_with_a_way_out(monkeypatch, tmp_path):
+    script = build_script(monkeypatch, CUDACXX=fake_nvcc(tmp_path, version="11.8"))
+    with pytest.raises(SystemExit, match=r"CUDA 11.8, expected 12.0 .* GPL_FAST_FORCE_CUDA=0"):
+        script["find_cuda"]()
+
+
 def test_nvcc_is_found_by_each_name(monkeypatch, tmp_path):
     toolkits = [tmp_path / name for name in ("named", "home", "path")]
     named, home, path = (fake_nvcc(toolkit) for toolkit in toolkits)
@@ -300,13 +306,12 @@ def test_the_architectures_are_those_that_torch_would_read(monkeypatch, tmp_path
     script = build_script(monkeypatch, CUDACXX=nvcc, TORCH_CUDA_ARCH_LIST="7.5 8.0;9.0+PTX,12.0")
     cuda = script["find_cuda"]()
     assert cuda.architectures == ("80", "90a+PTX", "120")
-    flags = script["nvcc_flags"](cuda)
-    assert [f for f in flags if f.startswith("-gencode")] == [
-        "-gencode=arch=compute_80,code=sm_80",
-        "-gencode=arch=compute_90a,code=sm_90a",
-        "-gencode=arch=compute_90a,code=compute_90a",
-        "-gencode=arch=compute_120,code=sm_120",
-    ]
+    hopper = ["-gencode=arch=compute_90a,code=sm_90a", "-gencode=arch=compute_90a,code=compute_90a"]
+    others = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_120,code=sm_120"]
+    targets = script["nvcc_targets"]
+    assert targets(Path("relu.cu"), cuda.architectures) == [others[0], *hopper, others[1]]
+    assert targets(Path("conv_sm90.cu"), cuda.architectures) == hopper
+    assert targets(Path("conv_sm90.cu"), ("80", "120")) == others
     for wrong in ("Hopper", "9", "10.0", "7.0"):
         script = build_script(monkeypatch, CUDACXX=nvcc, TORCH_CUDA_ARCH_LIST=wrong)
         with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST"):

@@ -122,6 +122,21 @@ def test_no_bank_conflicts(kernels, dtype):
             assert counters["ldmatrix_phases"] == counters["ldmatrix"]
 
 
+def test_the_kernel_of_sm_80_on_sm_90(built, monkeypatch):
+    """GPL_FAST_SM90A=0 takes it, so that one GPU runs both."""
+    built.play(90, 227)
+    block = Block(c_in=72, c_out=136)
+    hopper = block.run(built)
+    assert built.counters()["tma"] > 0
+    monkeypatch.setenv("GPL_FAST_SM90A", "0")
+    other = block.run(built)
+    counters = built.counters()
+    assert (counters["tma"], counters["cp_async"] > 0) == (0, True)
+    check(hopper, other, block.dx(torch.float64), block.dtype)
+    built.play(80, 163)
+    assert torch.equal(block.run(built), other)
+
+
 def test_work_is_the_products_of_the_tiles(kernels):
     """No tap, chunk or tile is multiplied twice: 128 pixels x 64 channels x 9 x 64."""
     Block(c_in=64, c_out=64, h=8, w=16).run(kernels)

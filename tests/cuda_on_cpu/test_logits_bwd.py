@@ -105,6 +105,15 @@ def test_orders_agree_bit_for_bit(kernels, order, classes, monkeypatch):
     logits.check(expected)
 
 
+@pytest.mark.parametrize("classes", [19, 64, 150, 256])
+def test_no_bank_conflicts(kernels, classes):
+    """Of every tile of classes: each 8x8 matrix that ldmatrix reads takes one pass."""
+    Logits(Block(c_in=classes, c_out=128, h=8, w=16)).run(kernels)
+    counters = kernels.counters()
+    assert counters["ldmatrix"] > 0
+    assert counters["ldmatrix_phases"] == counters["ldmatrix"]
+
+
 @pytest.mark.parametrize("classes", [19, 300])
 def test_strips(kernels, classes):
     """The rows of a strip, and no others, are written."""

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import concurrent.futures
+import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import emulate
 import pytest
 
+pytestmark = pytest.mark.timeout(1800)  # minutes of compiling on a machine that has other work too
 HERE = Path(__file__).resolve().parent
 FLAGS = ("-O1", "-mavx2", "-mfma", "-mf16c")
+# Importing torch and what the tests need takes longer than most of them: once, then by fork.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch", "pytest", "hypothesis", "gpl_fast"])
 BLOCK, LOGITS = "test_conv_block_bwd.py::test_", "test_logits_bwd.py::test_"
 
 
@@ -98,35 +101,51 @@ def outcome(folder: Path, mutation: Mutation | None, tests: list[str], **made: P
         assert mutation.old in text, mutation.name
         path.write_text(text.replace(mutation.old, mutation.new))
     built = emulate.build(folder, FLAGS, csrc, made)
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--timeout=120", *tests]
-    env = os.environ | {"GPL_FAST_TEST_KERNELS": str(built)}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=HERE)
-    return done.stdout + done.stderr
+    process = FORKS.Process(target=run_tests, args=(built, tests, folder / "output"))
+    process.start()
+    process.join()
+    return (folder / "output").read_text(errors="replace")
+
+
+def run_tests(built: Path, tests: list[str], output: Path) -> None:
+    """In a process of its own, which a mutation may crash."""
+    with output.open("w") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    os.environ["GPL_FAST_TEST_KERNELS"] = str(built)
+    os.chdir(HERE)
+    pytest.main(["-p", "no:cacheprovider", "--timeout=120", *tests])
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    """Of every mutation, and of none under None."""
-    root = tmp_path_factory.mktemp("mutations")
-    outcomes = {None: outcome(root / "none", None, sorted({m.test for m in MUTATIONS}))}
+def unchanged(tmp_path_factory):
+    """The folder of the kernels without mutation, and the output of the named tests on them."""
+    folder = tmp_path_factory.mktemp("mutations") / "none"
+    return folder, outcome(folder, None, sorted({m.test for m in MUTATIONS}))
+
+
+@pytest.fixture(scope="module")
+def outcomes(unchanged):
+    """The output of the named test, to come, of every mutation: they are made side by side."""
+    folder, _ = unchanged
 
     def one(i: int, m: Mutation) -> str:
         # The named test's GPU tells which of the two kernels has to be compiled again.
         other = "conv_block_bwd.cu" if "[90" in m.test else "conv_block_bwd_sm90.cu"
-        made = {name: root / "none" / f"{Path(name).stem}.o" for name in (other, "binding.cpp")}
-        return outcome(root / f"m{i}", m, [m.test], **made)
+        made = {name: folder / f"{Path(name).stem}.o" for name in (other, "binding.cpp")}
+        return outcome(folder.parent / f"m{i}", m, [m.test], **made)
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        texts = pool.map(one, range(len(MUTATIONS)), MUTATIONS)
-        return outcomes | {m.name: text for m, text in zip(MUTATIONS, texts, strict=True)}
+        yield {m.name: pool.submit(one, i, m) for i, m in enumerate(MUTATIONS)}
+        pool.shutdown(cancel_futures=True)
 
 
-def test_named_tests_pass_without_mutation(outcomes):
+def test_named_tests_pass_without_mutation(unchanged):
     named = {m.test for m in MUTATIONS}
-    assert f"{len(named)} passed" in outcomes[None], outcomes[None][-3000:]
+    assert f"{len(named)} passed" in unchanged[1], unchanged[1][-3000:]
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
 def test_mutation_is_caught(outcomes, mutation):
-    text = outcomes[mutation.name]
+    text = outcomes[mutation.name].result()
     assert f"FAILED {mutation.test}" in text or "Fatal Python error" in text, text[-3000:]

@@ -6,10 +6,10 @@ Routing and packed arrays are compared bit for bit, what is computed to twice th
 from __future__ import annotations
 
 import functools
-import importlib
 
 import pytest
 import torch
+from operands import codes, huge, implementation, nan, to
 
 from gpl_fast import ops
 
@@ -22,31 +22,8 @@ BACKWARD = ("relu_bwd", "relu_pool_bwd", "softmax_bwd")
 SOFTMAX, SIGMOID, MAX, AVG = 1, 2, 0, 1
 
 
-def implementation(kind, name, device):
-    """A compiled operator, or a Triton kernel's launcher of the same arguments."""
-    if kind == "compiled":
-        if device.type == "cuda" and (why := ops.cuda_obstacle(device)) is not None:
-            pytest.fail(why)
-        key = device.type.upper()
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"gpl_fast::{name}", key):
-            pytest.skip(f"{name} has no compiled kernel for {key}")
-        return getattr(ops, name)
-    if device.type != "cuda":
-        pytest.skip("Triton's kernels have tests of their own without a GPU")
-    return getattr(importlib.import_module("gpl_fast.kernels"), name)
-
-
-def nan(*shape, dtype=torch.float32):
-    return torch.full(shape, float("nan"), dtype=dtype)
-
-
 def byte(*shape):
     return torch.full(shape, 255, dtype=torch.uint8)
-
-
-def codes(n, h, w, c):
-    winner = torch.randint(5, (n, h, w, c + c % 2)).byte()
-    return winner[..., ::2] | winner[..., 1::2] << 4
 
 
 def calls(dtype, n=2, h=13, w=27, c=19):
@@ -105,10 +82,6 @@ def calls(dtype, n=2, h=13, w=27, c=19):
 
 
 CALLS = sorted(calls(torch.float32))
-
-
-def to(device, arguments):
-    return [a.to(device) if isinstance(a, torch.Tensor) else a for a in arguments]
 
 
 def compare(name, got, want):
@@ -211,16 +184,6 @@ def test_small_tensors_of_two_devices_are_refused(cuda):
 # ------------------------------------------------------------------------------- beyond 2^31
 
 
-def huge(device, big, small, bytes_needed):
-    """`big` on a GPU with room for it, `small` on the CPU."""
-    if device.type != "cuda":
-        return small
-    free = torch.cuda.mem_get_info(device)[0]
-    if free < bytes_needed:
-        pytest.skip(f"needs {bytes_needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free")
-    return big
-
-
 def test_relu_bwd_beyond_2_31_elements(device):
     pixels = huge(device, 2**26 + 3, 300, 12e9)
     dy = torch.randn(1, 1, pixels, 40, device=device, dtype=torch.bfloat16)
@@ -267,66 +230,3 @@ def test_softmax_bwd_beyond_2_31_elements(device, kind):
     y, d = x[-1].float().softmax(0), dy[-1].permute(2, 0, 1).float()
     want = scale[-1] * y * (d - (y * d).sum(0))
     torch.testing.assert_close(alone[0].float(), want, rtol=2**-7, atol=1e-6)
-
-
-# ----------------------------------------------------------------------------------- conv_block
-
-
-def block_case(device, dtype, pool, c_in, c_out, k, h, w):
-    """dy, code, the weight (C_out, C_in, K, K), its pack, and dZ (N, C_out, H, W) by eq. (3)."""
-    weight = (torch.randn(c_out, c_in, k, k) * (2 / (c_in * k * k)) ** 0.5).to(dtype)
-    packed = weight.flip(2, 3).permute(2, 3, 0, 1).flatten(0, 1)
-    packed = torch.nn.functional.pad(packed, (0, -c_in % 8, 0, -c_out % 64)).contiguous()
-    dy = torch.randn(2, h // 2, w // 2, c_out).to(dtype)
-    code = codes(2, h // 2, w // 2, c_out)
-    if pool == AVG:
-        code = torch.randint(256, (2, h, w, (c_out + 7) // 8)).byte()
-    dz = nan(2, h, w, c_out, dtype=dtype)
-    ops.relu_pool_bwd(dy, code, pool, h, w, 0, dz)
-    return to(device, (dy, code, weight, packed, dz.permute(0, 3, 1, 2)))
-
-
-def data_gradient(weight, dz, dtype):
-    """Eq. (4) by PyTorch."""
-    return torch.nn.functional.conv_transpose2d(
-        dz.to(dtype), weight.to(dtype), padding=weight.shape[2] // 2
-    )
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("pool", [MAX, AVG])
-@pytest.mark.parametrize(("c_in", "c_out", "k"), [(64, 128, 3), (19, 70, 5), (256, 512, 3)])
-def test_small_conv_block_bwd(device, dtype, pool, c_in, c_out, k):
-    run = implementation("compiled", "conv_block_bwd", device)
-    for h, w in ((9, 19), (32, 48)):
-        dy, code, weight, packed, dz = block_case(device, dtype, pool, c_in, c_out, k, h, w)
-        dx = nan(2, h, w, c_in, dtype=dtype).to(device)
-        run(dy, code, packed, pool, 1, 0, False, h, 0, dx)
-        truth, plain = (data_gradient(weight, dz, t) for t in (torch.float64, dtype))
-        bound = 2 * (plain.double() - truth).abs().max() + 1e-5 * truth.abs().max()
-        assert (dx.permute(0, 3, 1, 2).double() - truth).abs().max() <= bound
-        first = dx.clone()
-        for _ in range(20):
-            run(dy, code, packed, pool, 1, 0, False, h, 0, dx.fill_(float("nan")))
-            assert torch.equal(dx, first)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("c", [3, 19, 150, 256, 257])
-def test_small_conv_block_logits_bwd(device, dtype, c):
-    """As the block's gradient, then the softmax's, one after the other."""
-    run = implementation("compiled", "conv_block_logits_bwd", device)
-    dy, code, _, packed, _ = block_case(device, dtype, MAX, c, 64, 3, 18, 40)
-    labels, valid = torch.randint(-1, c, (2, 18, 40)), torch.rand(2, 18, 40) > 0.2
-    scale, weight = torch.rand(2) + 0.5, torch.rand(c)
-    labels, valid, scale, weight = to(device, (labels, valid, scale, weight))
-    between = nan(2, 18, 40, c, dtype=dtype).to(device)
-    ops.conv_block_bwd(dy, code, packed, MAX, 1, 0, False, 18, 0, between)
-    for layout in (torch.contiguous_format, torch.channels_last):
-        x = (3 * torch.randn(2, c, 18, 40)).to(device).contiguous(memory_format=layout)
-        tail = (valid, SOFTMAX, 1.0, labels, None, scale + 1, weight, 0.1, 0, 18)
-        want, got = (torch.full_like(x, float("nan")) for _ in range(2))
-        lse = x.logsumexp(1)
-        ops.softmax_bwd(x, lse, between, scale, *tail, want)
-        run(dy, code, packed, MAX, 1, 0, False, x, lse, scale, *tail, got)
-        torch.testing.assert_close(got, want, rtol=0.02, atol=RTOL[dtype])

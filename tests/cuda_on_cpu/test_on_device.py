@@ -1,0 +1,80 @@
+"""What waits for a GPU, once on the CPU's emulation of one: tests/gpu and the tuner."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import operators
+import pytest
+import torch
+
+from gpl_fast import ops
+from gpl_fast.chain import data_gradient
+
+if (reason := ops.load()) is not None:
+    pytest.skip(reason, allow_module_level=True)
+
+ROOT = Path(__file__).resolve().parents[2]
+CHOSEN = "not dtype0 and not dtype2"  # bfloat16
+
+
+@pytest.fixture(scope="module")
+def emulated(built, tmp_path_factory):
+    return operators.load(Path(built.__file__).parent, tmp_path_factory.mktemp("on_device"))
+
+
+@pytest.mark.timeout(1800)
+def test_the_tests_of_a_gpu(emulated):
+    (library,) = [path for path in torch.ops.loaded_libraries if "emulated" in path]
+    command = [sys.executable, "-m", "pytest", "-c", "tests/gpu/pytest.ini", "-m", "gpu", "-p",
+               "no:cacheprovider", "tests/gpu/test_conv_block_bwd.py", "-k", CHOSEN]  # fmt: skip
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    given = {"GPL_FAST_TEST_DEVICE": "cpu", "GPL_FAST_TEST_OPERATORS": library, "PYTHONPATH": paths}
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=os.environ | given, check=False
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert int(done.stdout.split(" passed")[0].split()[-1]) >= 30, done.stdout[-2000:]
+
+
+@pytest.fixture
+def tune(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import tune
+
+    monkeypatch.setattr(tune, "WIDTHS", (64, 70))
+    return tune
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_two_ways_of_the_data_gradient(emulated, tune, dtype, monkeypatch):
+    def count(run):
+        ran.append(run())
+        return float(len(ran))
+
+    ran = []
+    monkeypatch.setattr(tune, "operators", emulated)
+    rows = tune.measure_data_gradients([19, 3], dtype, "cpu", count, largest=16)
+    layers = [(row["first"], row["in_channels"], row["out_channels"]) for row in rows]
+    assert layers == [(True, 19, 64), (True, 3, 64), (False, 64, 70)]
+    assert [(row["kernel_ms"], row["aten_ms"]) for row in rows] == [(1, 2), (3, 4), (5, 6)]
+    for row in rows:
+        assert set(row) == set(data_gradient.Row.__annotations__)
+
+
+def test_a_wrong_kernel_gets_no_row(emulated, tune, monkeypatch, capsys):
+    def zeros(*arguments):
+        arguments[-1].zero_()
+
+    wrong = SimpleNamespace(
+        conv_block_bwd=zeros, conv_block_logits_bwd=zeros,
+        relu_pool_bwd=emulated.relu_pool_bwd, softmax_bwd=emulated.softmax_bwd,
+    )  # fmt: skip
+    monkeypatch.setattr(tune, "operators", wrong)
+    assert not tune.measure_data_gradients([3], torch.bfloat16, "cpu", lambda run: 1.0, largest=16)
+    assert "do not agree" in capsys.readouterr().err
