@@ -3,7 +3,7 @@
 Trains the demo's student and two nets of 150 and 1200 classes, and counts what each tile of pixels
 could leave out. docs/class_blocks.md has the criteria, the tables and what follows from them.
 
-    python benchmarks/class_blocks.py                    # half an hour of one core
+    python benchmarks/class_blocks.py                    # about twenty minutes of one core
     python benchmarks/class_blocks.py --nets 150 --out shares.csv
 """
 
@@ -44,7 +44,8 @@ PAIRS = (IMAGE, DESIGN, BUILT, ("pixel", "pixel"))
 BFLOAT16, FLOAT16 = 2.0**-9, 2.0**-12
 TOLERANCES = (2.0**-3, 2.0**-5, 2.0**-7, BFLOAT16, FLOAT16)
 # (order, classes of a block) shown beside each other; blocks of 1 are gathered columns.
-SHOWN = (("given", 64), ("clusters", 64), ("clusters", 16), ("given", 1))
+SHOWN = (("given", 64), ("frequency", 64), ("clusters", 64), ("clusters", 16), ("given", 1))
+GAINS = (1.1, 1.3, 1.7, 2.6, 4, 1000)  # of the first layer
 COLUMN_TILES = 7  # every so many tiles are looked at where a block is one class; prime to a row
 CALIBRATION = 4  # scenes that set the order by clusters
 Orders = dict[tuple[str, int], Tensor]  # (C,) classes in order, by name and size of a block
@@ -273,17 +274,28 @@ class Tables:
             if isinstance(r, Shares)
         }
 
-    def cell(
+    def left(
         self, stage: Stage, target: str, order: str, size: int, tile: tuple[int, int],
-        pair: Sequence[str] = DESIGN, tolerance: float = BFLOAT16,
-    ) -> str:  # fmt: skip
-        """Shares forward and backward, and the gain of the first layer."""
+        pair: Sequence[str], tolerance: float,
+    ) -> tuple[float, float]:  # fmt: skip
+        """Shares forward and backward."""
         key = (stage.net, stage.step, target, order, size, f"{tile[0]}x{tile[1]}")
         forward = self.at[(*key, pair[0], tolerance)].forward
         if pair == BUILT:
-            backward = self.at[(*key, "pixel", tolerance)].foreseen
-        else:
-            backward = self.at[(*key, pair[1], tolerance)].backward
+            return forward, self.at[(*key, "pixel", tolerance)].foreseen
+        return forward, self.at[(*key, pair[1], tolerance)].backward
+
+    def cell(
+        self, stages: Sequence[Stage], target: str, order: str, size: int, tile: tuple[int, int],
+        pair: Sequence[str] = DESIGN, tolerance: float = BFLOAT16,
+    ) -> str:  # fmt: skip
+        """Shares and the gain of the first layer; of several stages, over the steps between."""
+        left = [self.left(s, target, order, size, tile, pair, tolerance) for s in stages]
+        forward, backward = left[0]
+        if len(stages) > 1:
+            steps = torch.tensor([float(s.step) for s in stages])
+            area = torch.trapezoid(torch.tensor(left), steps, dim=0) / (steps[-1] - steps[0])
+            forward, backward = area.tolist()
         return f"{forward:.0%}, {backward:.0%}: {layer_gain(target, forward, backward):.2f}x"
 
     def text(self) -> str:
@@ -291,19 +303,27 @@ class Tables:
         columns = [f"{order}, {size}" if size > 1 else "columns" for order, size in SHOWN]
         stages = [
             [s.net, s.step, f"{s.accuracy:.0%}", f"{s.entropy:.2f}", target]
-            + [self.cell(s, target, *shown, TILES[0]) for shown in SHOWN]
+            + [self.cell([s], target, *shown, TILES[0]) for shown in SHOWN]
             for s in self.stages
             for target in ("labels", "teacher")
         ]
+        for net in dict.fromkeys(s.net for s in self.stages if s.step == 0):
+            course = [s for s in self.stages if s.net == net]
+            stages += [
+                [net, f"all, {', '.join(pair)}", "", "", target]
+                + [self.cell(course, target, *shown, TILES[0], pair) for shown in SHOWN]
+                for target in ("labels", "teacher")
+                for pair in (DESIGN, IMAGE)
+            ]
         scopes = [
             [s.net, ", ".join(pair), power(tolerance)]
-            + [self.cell(s, "labels", *shown, TILES[0], pair, tolerance) for shown in SHOWN]
+            + [self.cell([s], "labels", *shown, TILES[0], pair, tolerance) for shown in SHOWN]
             for s in last
             for pair in PAIRS
             for tolerance in TOLERANCES[1:]
         ]
         sizes = [
-            [s.net, order, size] + [self.cell(s, "labels", order, size, tile) for tile in TILES]
+            [s.net, order, size] + [self.cell([s], "labels", order, size, tile) for tile in TILES]
             for s in last
             for order, size in dict.fromkeys(key[3:5] for key in self.at)
         ]
@@ -311,7 +331,7 @@ class Tables:
             [e.net, e.target, e.what, f"{e.value:.3%}", f"{e.gradient:.3%}"] for e in self.errors
         ]
         gains = [
-            [classes, target, *(f"{loss_gain(target, classes, g):.2f}x" for g in (1.3, 2, 4, 1e9))]
+            [classes, target, *(f"{loss_gain(target, classes, g):.2f}x" for g in GAINS)]
             for classes in (150, 1203)
             for target in ("labels", "teacher")
         ]
@@ -320,7 +340,7 @@ class Tables:
             ("By scope and tolerance", ["net", "scope", "tolerance", *columns], scopes),
             ("By tile", ["net", "order", "block", *(f"{h}x{w}" for h, w in TILES)], sizes),
             ("Errors", ["net", "target", "what", "value", "gradient"], wrong),
-            ("All convolutions", ["C", "target", "1.3x", "2x", "4x", "free"], gains),
+            ("All convolutions", ["C", "target", *(f"{g}x" for g in GAINS)], gains),
         ]  # fmt: skip
         return "\n\n".join(f"{title}\n\n{_table(head, rows)}" for title, head, rows in parts)
 

@@ -116,7 +116,7 @@ def composed_task(
 
 def many_classes() -> Task:
     # A look at 1200 classes costs a minute: one scene, and not before something is learned.
-    task = composed_task(hues=20, fills=5, measured=1, steps=(800, 500), stride=3)
+    task = composed_task(hues=20, fills=5, measured=1, steps=(2000, 800), stride=3)
     return replace(task, moments=(0.4, 1))
 
 
