@@ -172,7 +172,8 @@ class Report:
             return
         out = self.folder / "data_gradient.json"
         command = [sys.executable, "benchmarks/tune.py", "--backward", "--out", str(out)]
-        command += ["--classes", "150", "19", "1", "847", "1203", "--dtype", "bfloat16", "float32"]
+        command += ["--classes", "150", "19", "1", "847", "1203"]
+        command += ["--dtype", "bfloat16", "float16", "float32"]
         if self.run("choices", command).status == "ok":
             self.environment["GPL_FAST_DATA_GRADIENT"] = str(out)
 

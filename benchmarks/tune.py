@@ -141,7 +141,8 @@ def two_ways(
     if first:
         x = torch.randn(1, c_in, size, size, device=device)
         logits = (x, x.logsumexp(1), torch.ones(1, device=device))
-        rest = (None, ops.ACTIVATIONS["softmax"], 1.0, None, None, None, None, 0.0, 0, size)
+        activation = ops.ACTIVATIONS["softmax" if c_in > 1 else "sigmoid"]
+        rest = (None, activation, 1.0, None, None, None, None, 0.0, 0, size)
 
     def by_kernel() -> Tensor:
         if first:

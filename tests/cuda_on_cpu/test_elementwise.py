@@ -19,7 +19,6 @@ from gpl_fast import ops
 if (reason := ops.load()) is not None:
     pytest.skip(reason, allow_module_level=True)
 KERNELS = ("relu.cu", "relu_pool.cu", "softmax_bwd.cu")
-SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NUMBER = {dtype: i for i, dtype in enumerate(DTYPES)}
 NONE, SOFTMAX, SIGMOID = 0, 1, 2
@@ -298,7 +297,7 @@ def test_under_sanitizers(tmp_path):
         [os.environ.get("CXX", "c++"), "-print-file-name=libasan.so"],
         capture_output=True, text=True, check=True,
     ).stdout.strip()  # fmt: skip
-    library = build(tmp_path, *SANITIZE)
+    library = build(tmp_path, *emulate.SANITIZE)
     environment = {
         **os.environ, "GPL_FAST_TEST_KERNELS": str(library), "LD_PRELOAD": asan,
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
