@@ -19,9 +19,9 @@ from gpl_fast.lossnet import LossNet, constant_in_graphs
 
 MIB = 2**20
 # Buffers of about this size stay in the allocator's free lists and close to the last-level cache;
-# larger ones are fresh pages from the kernel at every call.
+# larger ones are fresh pages from the kernel at every call. Fewer rows than these are mostly halo.
 PREFERRED_STRIP_BYTES = 24 * MIB
-PREFERRED_ROWS = 32
+PREFERRED_ROWS = 8
 
 
 @dataclass(frozen=True)
