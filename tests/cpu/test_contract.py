@@ -3,7 +3,9 @@ costs, and both halves apart."""
 
 from __future__ import annotations
 
+import ctypes
 import math
+import mmap
 import re
 
 import pytest
@@ -576,3 +578,24 @@ def test_transient_memory_of_the_total_is_planned(kind):
         lambda x, t: total(x, labels, teacher=t), logits, teacher if "teacher" in kind else None
     )
     assert transient <= 1.05 * planned.bytes_transient()
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="Linux")
+@pytest.mark.parametrize(("classes", "large"), [(150, True), (19, False)])
+def test_a_large_gradient_asks_for_huge_pages(classes, large, monkeypatch):
+    asked = []
+
+    class Library:
+        def madvise(self, start, length, advice):
+            asked.append((start.value, length.value, advice))
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Library())
+    x = torch.randn(1, classes, 256, 256, requires_grad=True)
+    loss = GenericPerceptualLoss(classes, "1", widths=(8,), backend="fast")
+    loss(x, torch.zeros(1, 256, 256, dtype=torch.long)).backward()
+    assert len(asked) == large
+    for start, length, advice in asked:
+        assert start % mmap.PAGESIZE == 0
+        assert 0 <= start - x.grad.data_ptr() < mmap.PAGESIZE
+        assert start + length == x.grad.data_ptr() + x.grad.nbytes
+        assert advice == mmap.MADV_HUGEPAGE
