@@ -78,9 +78,11 @@ def _cross_entropy(x_ptr, ce_labels_ptr, class_weight_ptr, at, w, inside, lse, s
 
 @triton.jit
 def _topk_tile(values_ptr, indices_ptr, rest_ptr, first, at, c, inside, plane, k,
-               HAS_REST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr):  # fmt: skip
+               HAS_REST: tl.constexpr, FAR: tl.constexpr, BLOCK_C: tl.constexpr,
+               BLOCK_W: tl.constexpr):  # fmt: skip
     """The target's map from its listed classes, (BLOCK_C, BLOCK_W)."""
-    plane += tl.zeros((), tl.int64)
+    if FAR:  # in 32 bits the list's registers are fewer
+        plane += tl.zeros((), tl.int64)
     t = tl.zeros((BLOCK_C, BLOCK_W), tl.float32)
     if HAS_REST:
         t += tl.load(rest_ptr + at, mask=inside, other=0.0)[None, :]
@@ -111,7 +113,8 @@ def _softmax_pack_fwd_kernel(
     x_n, x_c, x_h, x_w, t_n, t_c, t_h, t_w, topk_n, topk_k, y_n, delta_n,
     ACTIVATION: tl.constexpr, TARGET_ACTIVATION: tl.constexpr,
     KIND: tl.constexpr,  # 0 none, 1 dense, 2 labels, 3 top-k
-    HAS_VALID: tl.constexpr, HAS_REST: tl.constexpr, HAS_LSE: tl.constexpr, HAS_CE: tl.constexpr,
+    HAS_VALID: tl.constexpr, HAS_REST: tl.constexpr, FAR: tl.constexpr,  # ranks beyond 2^31
+    HAS_LSE: tl.constexpr, HAS_CE: tl.constexpr,
     OWN_LSE: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, HAS_MAPS: tl.constexpr,
     C_PAD: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
@@ -180,7 +183,7 @@ def _softmax_pack_fwd_kernel(
                     if ACTIVATION == 1:
                         y *= factor[None, :]
                     t = _topk_tile(values_ptr, indices_ptr, rest_ptr, first, at, c, keep, topk_k,
-                                   k, HAS_REST, BLOCK_C, BLOCK_W)  # fmt: skip
+                                   k, HAS_REST, FAR, BLOCK_C, BLOCK_W)  # fmt: skip
                     gain += tl.sum(tl.where(c[:, None] < C, t * ((y - t) + y), 0.0), axis=0)
                 take = keep & (gain > 0)
             if KIND >= 2:
@@ -207,7 +210,7 @@ def _softmax_pack_fwd_kernel(
                     y -= tl.where((c[:, None] == label[None, :]) & take[None, :], 1.0, 0.0)
                 if KIND == 3:
                     t = _topk_tile(values_ptr, indices_ptr, rest_ptr, first, at, c, keep, topk_k,
-                                   k, HAS_REST, BLOCK_C, BLOCK_W)  # fmt: skip
+                                   k, HAS_REST, FAR, BLOCK_C, BLOCK_W)  # fmt: skip
                     y = tl.where(take[None, :], y - t, y)
                 y = tl.where(live, y, 0.0)
                 out = (r * W + w[None, :]).to(tl.int64) * C_PAD + c[:, None]
@@ -278,7 +281,9 @@ def softmax_pack_fwd(
         *x.stride(), *(x if target is None else target).stride(), *topk_strides,
         *image_strides(y, delta),
         ACTIVATION=activation, TARGET_ACTIVATION=target_activation, KIND=kind,
-        HAS_VALID=valid is not None, HAS_REST=topk_rest is not None, HAS_LSE=lse is not None,
+        HAS_VALID=valid is not None, HAS_REST=topk_rest is not None,
+        FAR=topk_values is not None and topk_values.shape[1] * topk_strides[1] >= 2**31,
+        HAS_LSE=lse is not None,
         HAS_CE=ce_labels is not None, OWN_LSE=own_lse, HAS_WEIGHT=class_weight is not None,
         SMOOTH=label_smoothing != 0.0, HAS_MAPS=y is not None,
         C_PAD=c_pad, BLOCK_C=block_c, BLOCK_W=block_w,
