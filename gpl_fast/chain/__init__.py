@@ -1,7 +1,8 @@
 """The fast path's two walks over the network: forward in the difference form, and backward.
 
 Both go through images in chunks and through each segment in strips of rows (`gpl_fast.plan`).
-Convolutions are ATen's; everything between them is one of the stage operators of `gpl_fast.ops`.
+On the CPU convolutions are ATen's and everything between them is one of the stage operators of
+`gpl_fast.ops`; on a GPU one kernel may do a whole step (`stages`, `data_gradient`).
 Maps are NHWC, prediction and target carried as ``y'`` and ``δ = y' − y`` (eq. 6 of
 docs/derivation.md), or as ``y`` and δ (`branch`). What the forward leaves for the backward is
 `Plan.saved`.
