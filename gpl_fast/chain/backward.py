@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +10,7 @@ from torch import Tensor
 
 from gpl_fast import ops
 from gpl_fast.chain.convolution import conv_transpose, tf32_allowed
+from gpl_fast.chain.memory import prefer_huge_pages
 from gpl_fast.chain.stages import backward_stages_on
 from gpl_fast.plan import Plan, Step
 
@@ -291,19 +290,3 @@ def empty_gradient(x: Tensor) -> Tensor:
     nhwc = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     layout = torch.channels_last if nhwc else torch.contiguous_format
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
-
-
-# glibc maps such memory anew at every call.
-MAPPED_BYTES = 2**25
-
-
-def prefer_huge_pages(t: Tensor) -> None:
-    """Ask Linux for pages of 2 MiB under a large new `t`: with many classes, faults of 4 KiB each
-    take as long as the gradient's arithmetic. Elsewhere, and of less memory, nothing."""
-    advice = getattr(mmap, "MADV_HUGEPAGE", None)
-    if advice is None or t.device.type != "cpu" or t.nbytes < MAPPED_BYTES:
-        return
-    start = -(-t.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = t.data_ptr() + t.nbytes - start
-    # Whether it is heard or not, the memory is the same.
-    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice)

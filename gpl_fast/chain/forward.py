@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from gpl_fast import ops, reference
 from gpl_fast.chain.branch import GRID, carry_target
 from gpl_fast.chain.convolution import conv, tf32_allowed, zero_outside
+from gpl_fast.chain.memory import prefer_huge_pages
 from gpl_fast.chain.stages import has_blocks, stages_on
 from gpl_fast.plan import Plan, Step, padded_channels
 
@@ -77,6 +79,7 @@ class Forward:
             self.saved[f"gram.{tap}"][self.n0 : self.n1].zero_()
         if not self.plain:
             self.from_target = self.carried[self.n0 : self.n1]
+        self.strip: Tensor | None = None
         level: Tensor | None = None  # (2, n, halo + h + halo, w, C): y' and δ; plain: y' alone
         for i, segment in enumerate(plan.segments):
             first, last = plan.sizes[segment[0]], plan.sizes[segment[-1]]
@@ -109,6 +112,7 @@ class Forward:
                     del both
                 self._segment(segment, maps, (lo, hi), (r0, r1), strips, out)
                 del maps  # its memory serves the next strip and level
+            self.strip = None
             level = following
         self._reduce()
 
@@ -138,7 +142,7 @@ class Forward:
         shape = (self.n1 - self.n0, hi - lo, plan.w, padded_channels(spec.in_channels))
         dense, listed = spec.kind == "dense", spec.kind in ("labels", "topk")
         taken = x.new_empty(shape[:3], dtype=torch.uint8) if listed else None
-        pair = x.new_empty((2 if dense else 1, *shape), dtype=plan.dtype)
+        pair = self._strip_of((2 if dense else 1, *shape))
         self.stages.softmax_pack_fwd(
             x,
             self._rows("valid", a, b),
@@ -167,6 +171,17 @@ class Forward:
         )
         self.taken = taken, lo
         return self._front(pair, lo, hi) if plan.front else pair
+
+    def _strip_of(self, shape: tuple[int, ...]) -> Tensor:
+        """Uninitialised memory for a strip's maps: the same for every strip of a chunk, since an
+        allocator that maps so much anew takes as long for it as the softmax."""
+        plan, count = self.plan, math.prod(shape)
+        if plan.front:  # which leaves maps of its own
+            return self.x.new_empty(shape, dtype=plan.dtype)
+        if self.strip is None or self.strip.numel() < count:
+            self.strip = self.x.new_empty(shape, dtype=plan.dtype)
+            prefer_huge_pages(self.strip)
+        return self.strip.view(-1)[:count].view(shape)
 
     def _dense_rows(self, a: int, b: int) -> Tensor:
         """Rows [a, b) of the dense target, resized bilinearly where it has another size."""
