@@ -30,6 +30,8 @@ inline LogSumExp log_sum_exp(const float* x, int64_t C) {
   return {shift, log(sum)};
 }
 
+GPL_INLINE Vf sigmoid(Vf x) { return fill(1.0f) / (fill(1.0f) + exp<false>(fill(0.0f) - x)); }
+
 struct Activated {
   Vf factor;      // the activation is the tile's values times this
   LogSumExp lse;  // of x / T, softmax only
@@ -49,8 +51,7 @@ inline Activated activate(Activation activation, float* x, int64_t C, float inv_
   }
   if (activation == Activation::kSigmoid) {
     each_channel(C, lines, [&](int64_t c) __attribute__((always_inline)) {
-      Vf e = exp<false>(load(x + c * 16) * fill(-inv_t));
-      store(x + c * 16, fill(1.0f) / (fill(1.0f) + e));
+      store(x + c * 16, sigmoid(load(x + c * 16) * fill(inv_t)));
     });
     return {fill(1.0f), {}};
   }

@@ -76,13 +76,13 @@ void softmax_group(const SoftmaxBwd& a, const Pixels& px, float* x, const float*
 
 // In place, sigmoid: x becomes scale y' (1 - y') dy / T; none: scale dy / T                    (5)
 void elementwise_group(const SoftmaxBwd& a, const Pixels& px, float* x, const float* dy, Vi keep) {
-  const Vf inv_t = fill(1.0f / a.temperature), one = fill(1.0f);
+  const Vf inv_t = fill(1.0f / a.temperature);
   const Vf scale = fill(a.scale[px.image]) * inv_t;
   for (int64_t c = 0; c < a.C; ++c) {
     Vf g = scale * load(dy + c * 16);
     if (a.activation == Activation::kSigmoid) {
-      Vf y = one / (one + exp<false>(fill(0.0f) - load(x + c * 16) * inv_t));
-      g = g * (y * (one - y));
+      const Vf at = load(x + c * 16) * inv_t;
+      g = g * (sigmoid(at) * sigmoid(fill(0.0f) - at));  // 1 - y' without its cancellation
     }
     store(x + c * 16, select(keep, g, fill(0.0f)));
   }

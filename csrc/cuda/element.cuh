@@ -41,6 +41,8 @@ __device__ __forceinline__ T narrow(float x) {
   }
 }
 
+__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
 // kVec neighbouring elements, moved as one piece of at most 16 bytes where T and kVec allow it.
 template <class T, int kVec>
 struct alignas(kVec * sizeof(T) < 16 ? kVec * sizeof(T) : 16) Vec {

@@ -72,8 +72,8 @@ class LogitsPixel {
       y = expf(fmaf(x, inv_t_, -lse_)) / sums.y;
       g = scale_ * y * (dy - sums.y_dy / sums.y);
     } else if (a_.activation == Activation::kSigmoid) {
-      y = 1.0f / (1.0f + expf(-x * inv_t_));
-      g *= y * (1.0f - y);
+      y = sigmoid(x * inv_t_);
+      g *= y * sigmoid(-x * inv_t_);  // 1 - y without its cancellation
     }
     if (!keep_) g = 0.0f;
     if (label_ >= 0) {

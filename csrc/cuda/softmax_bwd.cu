@@ -220,8 +220,7 @@ __global__ void __launch_bounds__(kThreads, 3)
           if (softmax) {
             g = scale * y * (d - dot);
           } else if (a.activation == Activation::kSigmoid) {
-            const float s = 1.0f / (1.0f + expf(-v * inv_t));
-            g = scale * d * (s * (1.0f - s));
+            g = scale * d * (sigmoid(v * inv_t) * sigmoid(-v * inv_t));
           } else {
             g = scale * d;
           }

@@ -12,6 +12,7 @@ from torch import Tensor
 
 NONE, SOFTMAX, SIGMOID = 0, 1, 2
 MAX, AVG = 0, 1
+CLASSES = 64  # of a tile of logits, at most
 
 
 def launch(kernel: Any, grid: Sequence[int], x: Tensor, *args: Any, **meta: Any) -> None:

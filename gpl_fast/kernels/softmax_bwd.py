@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpl_fast.kernels.launch import SOFTMAX, cdiv, image_strides, launch
+from gpl_fast.kernels.launch import CLASSES, SOFTMAX, cdiv, image_strides, launch
 
 
 @triton.jit
@@ -120,8 +120,8 @@ def _softmax_bwd_kernel(
             else:
                 g = scale * dy
                 if ACTIVATION == 2:
-                    p = 1.0 / (1.0 + tl.exp(0.0 - x * inv_t))
-                    g *= p * (1.0 - p)
+                    # y' (1 − y') without the cancellation
+                    g *= 1.0 / (1.0 + tl.exp(0.0 - x * inv_t)) / (1.0 + tl.exp(x * inv_t))
             g = tl.where(keep[None, :], g, 0.0)
         if HAS_CE:
             # s (p_c (w_t (1 − e) + e/C Σ w) − e/C w_c) − [c = t] s (1 − e) w_t
@@ -159,7 +159,7 @@ def softmax_bwd(
     if n * channels * width * rows == 0:
         return
     own_lse = activation != SOFTMAX or temperature != 1.0
-    block_c = min(triton.next_power_of_2(channels), 64)
+    block_c = min(triton.next_power_of_2(channels), CLASSES)
     block_w = min(triton.next_power_of_2(width), 64 if block_c >= 32 else 256)
     launch(
         _softmax_bwd_kernel,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpl_fast.kernels.launch import SOFTMAX, image_strides, launch
+from gpl_fast.kernels.launch import CLASSES, SOFTMAX, image_strides, launch
 
 
 @triton.jit
@@ -207,7 +207,11 @@ def _softmax_pack_fwd_kernel(
                     tl.store(delta_ptr + n * delta_n + out, d.to(delta_ptr.dtype.element_ty),
                              mask=inside_map)  # fmt: skip
                 if KIND == 2:
-                    y -= tl.where((c[:, None] == label[None, :]) & take[None, :], 1.0, 0.0)
+                    one = (c[:, None] == label[None, :]) & take[None, :]
+                    less = y - 1.0
+                    if ACTIVATION == 2:  # where x is large, nothing of 1 − y' is left in y'
+                        less = -_activate(-x, m[None, :], ACTIVATION)
+                    y = tl.where(one, less, y)
                 if KIND == 3:
                     t = _topk_tile(values_ptr, indices_ptr, rest_ptr, first, at, c, keep, topk_k,
                                    k, HAS_REST, FAR, BLOCK_C, BLOCK_W)  # fmt: skip
@@ -262,7 +266,7 @@ def softmax_pack_fwd(
         else 0
     )
     c_pad = channels if y is None else y.shape[3]
-    block_c = min(triton.next_power_of_2(c_pad), 64)
+    block_c = min(triton.next_power_of_2(c_pad), CLASSES)
     block_w = min(triton.next_power_of_2(width), 64 if block_c >= 32 else 256)
     own_lse = activation != SOFTMAX or temperature != 1.0
     topk_strides = (0, 0) if topk_values is None else topk_values.stride()[:2]

@@ -345,6 +345,21 @@ def test_a_prediction_equal_to_its_target_gives_zero(pool, activation, dtype, ro
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, BF16])
+@pytest.mark.parametrize("c", [1, 3])
+def test_a_confident_sigmoid_keeps_its_difference_to_labels(c, dtype):
+    """Where 1 - y' is below the rounding of y', float32 PyTorch has no gradient left."""
+    labels = torch.randint(max(c, 2), (2, 8, 10))
+    one = labels.unsqueeze(1) == (1 if c == 1 else torch.arange(c).view(1, c, 1, 1))
+    pred = torch.where(one, 1.0, -1.0) * (17 + 3 * torch.rand(one.shape))
+    options = {"activation": "sigmoid", "pool": "avg", "kernel_size": 1}
+    exact = GenericPerceptualLoss(c, "1", widths=NARROW, backend="reference", **options)
+    truth = value_and_grad(exact, pred.double(), labels)
+    tolerance = 1e-4 if dtype == FLOAT else 0.02
+    close(value_and_grad(fast(c, "1", compute_dtype=dtype, **options), pred, labels),
+          truth, tolerance)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, BF16])
 @pytest.mark.parametrize("masked", [False, True])
 def test_encode_is_the_reference_in_chunks(masked, dtype):
     net = LossNet.vgg(5, (2, 1), widths=(64, 40))
