@@ -11,6 +11,8 @@ from torch import Tensor
 
 from gpl_fast.kernels.launch import cdiv, image_strides, launch
 
+PIXELS = 32  # of a program: few enough for all to lie inside one region of labels
+
 
 @triton.jit
 def _neighbour(n, h, w, tap, inside, valid_ptr, taken_ptr, H, W, taken_row0, taken_rows,
@@ -108,7 +110,7 @@ def listed(
 
 
 @triton.jit(
-    do_not_specialize=["row0", "taken_row0", "k"],
+    do_not_specialize=["row0", "rows", "taken_row0", "k"],
     # Of a chunk of images they begin anywhere, and each alignment would be another kernel.
     do_not_specialize_on_alignment=["from_target_ptr"],
 )
@@ -116,25 +118,23 @@ def _label_conv_fwd_kernel(
     z_ptr, dz_ptr,  # (N, rows, W, C_OUT)
     labels_ptr, values_ptr, indices_ptr, rest_ptr, valid_ptr, taken_ptr, from_target_ptr,
     table_ptr, interior_ptr, rest_table_ptr,
-    H, W, C, C_OUT, k, topk_n, topk_k, row0, taken_row0, taken_rows, z_n, dz_n,
+    H, W, C, C_OUT, k, topk_n, topk_k, row0, rows, taken_row0, taken_rows, z_n, dz_n,
     LABELS: tl.constexpr, HAS_VALID: tl.constexpr, HAS_REST: tl.constexpr, K: tl.constexpr,
-    BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_W pixels of one row of a strip; zeros in a row outside the image."""
-    tiles = tl.cdiv(W, BLOCK_W)
-    r = tl.program_id(0) // tiles
-    w = (tl.program_id(0) % tiles) * BLOCK_W + tl.arange(0, BLOCK_W)
+    """BLOCK_P pixels of a strip; zeros in a row outside the image."""
+    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     n = tl.program_id(2).to(tl.int64)
-    h = row0 + r + tl.zeros_like(w)
-    in_image = (h >= 0) & (h < H)
-    in_map = (w < W)[:, None] & (c < C_OUT)[None, :]
-    at = (r * W + w[:, None]).to(tl.int64) * C_OUT + c[None, :]
+    h, w = row0 + p // W, p % W
+    in_image = (p < rows * W) & (h >= 0) & (h < H)
+    in_map = (p < rows * W)[:, None] & (c < C_OUT)[None, :]
+    at = p[:, None].to(tl.int64) * C_OUT + c[None, :]
     live = in_map & in_image[:, None]
     q = tl.load(dz_ptr + n * dz_n + at, mask=live, other=0.0).to(tl.float32)
     from_target = tl.load(from_target_ptr + n) != 0
     z, dz = listed(
-        q, n, h, w, (w < W) & in_image, c, from_target, labels_ptr, values_ptr, indices_ptr,
+        q, n, h, w, in_image, c, from_target, labels_ptr, values_ptr, indices_ptr,
         rest_ptr, valid_ptr, taken_ptr, table_ptr, interior_ptr, rest_table_ptr, H, W, C, C_OUT, k,
         topk_n, topk_k, taken_row0, taken_rows, LABELS, HAS_VALID, HAS_REST, K,
     )  # fmt: skip
@@ -201,15 +201,14 @@ def _launch(
         return
     taps, channels, _ = tables[0].shape if tables[0] is not None else (1, 0, 0)
     block_c = min(triton.next_power_of_2(c_out), 64)
-    block_w = min(triton.next_power_of_2(w), 32)
     launch(
         _label_conv_fwd_kernel,
-        (rows * cdiv(w, block_w), cdiv(c_out, block_c), n),
+        (cdiv(rows * w, PIXELS), cdiv(c_out, block_c), n),
         z, dz,
         *(z if t is None else t for t in (*lists, valid)), taken, from_target,
         *(z if t is None else t for t in tables),
-        target.shape[-2], w, channels, c_out, *topk, row0, taken_row0, taken.shape[1],
+        target.shape[-2], w, channels, c_out, *topk, row0, rows, taken_row0, taken.shape[1],
         *image_strides(z, dz),
         LABELS=lists[0] is not None, HAS_VALID=valid is not None, HAS_REST=lists[3] is not None,
-        K=round(taps**0.5), BLOCK_W=block_w, BLOCK_C=block_c, num_warps=4,
+        K=round(taps**0.5), BLOCK_P=PIXELS, BLOCK_C=block_c, num_warps=4,
     )  # fmt: skip

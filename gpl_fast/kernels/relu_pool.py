@@ -129,33 +129,31 @@ def _relu_pool_fwd_kernel(
         tl.store(delta_ptr + n * delta_n + out, delta.to(delta_ptr.dtype.element_ty), mask=window)
 
 
-@triton.jit(do_not_specialize=["row0"])
+@triton.jit(do_not_specialize=["row0", "rows"])
 def _relu_pool_bwd_kernel(
     dy_ptr, code_ptr, dz_ptr,  # (N, H // 2, W // 2, C), as the forward's, (N, rows, W, C)
-    H, W, C, row0, dy_n, code_n, dz_n,
-    POOL: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    H, W, C, row0, rows, dy_n, code_n, dz_n,
+    POOL: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_W pixels of one full-resolution row; zeros where no window reaches.            (3)"""
-    tiles = tl.cdiv(W, BLOCK_W)
-    r, w0 = tl.program_id(0) // tiles, (tl.program_id(0) % tiles) * BLOCK_W
+    """BLOCK_P pixels of full resolution; zeros where no window reaches.                    (3)"""
     n = tl.program_id(2).to(tl.int64)
-    w = w0 + tl.arange(0, BLOCK_W)
+    p = (tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P))[:, None]
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    h = row0 + r
-    in_map = (w[:, None] < W) & (c[None, :] < C)
-    inside = in_map & (h >= 0) & (h < H // 2 * 2) & (w[:, None] < W // 2 * 2)
-    pooled = (h // 2 * (W // 2) + w[:, None] // 2).to(tl.int64)
+    h, w = row0 + p // W, p % W
+    in_map = (p < rows * W) & (c[None, :] < C)
+    inside = in_map & (h >= 0) & (h < H // 2 * 2) & (w < W // 2 * 2)
+    pooled = (h // 2 * (W // 2) + w // 2).to(tl.int64)
     dy = _load(dy_ptr + n * dy_n, pooled * C + c[None, :], inside)
     if POOL == 0:
         byte = pooled * tl.cdiv(C, 2) + c[None, :] // 2
         code = tl.load(code_ptr + n * code_n + byte, mask=inside, other=68).to(tl.int32)
-        won = ((code >> (c[None, :] % 2 * 4)) & 15) == h % 2 * 2 + w[:, None] % 2
+        won = ((code >> (c[None, :] % 2 * 4)) & 15) == h % 2 * 2 + w % 2
     else:
-        byte = (h * W + w[:, None]).to(tl.int64) * tl.cdiv(C, 8) + c[None, :] // 8
+        byte = (h * W + w).to(tl.int64) * tl.cdiv(C, 8) + c[None, :] // 8
         mask = tl.load(code_ptr + n * code_n + byte, mask=inside, other=0).to(tl.int32)
         won = ((mask >> (c[None, :] % 8)) & 1) != 0
         dy *= 0.25
-    out = (r * W + w[:, None]).to(tl.int64) * C + c[None, :]
+    out = p.to(tl.int64) * C + c[None, :]
     dz = tl.where(won & inside, dy, 0.0)
     tl.store(dz_ptr + n * dz_n + out, dz.to(dz_ptr.dtype.element_ty), mask=in_map)
 
@@ -260,11 +258,10 @@ def relu_pool_bwd(
     n, rows, _, c = dz.shape
     if dz.numel() == 0:
         return
-    block_w, block_c = _blocks(c)
-    block_w = min(block_w, triton.next_power_of_2(width))
+    block_p, block_c = _blocks(c)
     launch(
         _relu_pool_bwd_kernel,
-        (rows * cdiv(width, block_w), cdiv(c, block_c), n),
-        dy, code, dz, height, width, c, row0, *image_strides(dy, code, dz),
-        POOL=pool, BLOCK_W=block_w, BLOCK_C=block_c, num_warps=4,
+        (cdiv(rows * width, block_p), cdiv(c, block_c), n),
+        dy, code, dz, height, width, c, row0, rows, *image_strides(dy, code, dz),
+        POOL=pool, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4,
     )  # fmt: skip

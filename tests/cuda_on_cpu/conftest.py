@@ -5,9 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+os.environ["TRITON_INTERPRET"] = "1"  # test_chained goes through both halves
+
 import emulate
+import operators
 import pytest
+import repairs
 import torch
+
+repairs.install()
 
 SHARED_KIB = {80: 163, 90: 227}
 
@@ -32,6 +38,12 @@ def built(tmp_path_factory):
         return emulate.load(Path(given))
     folder = tmp_path_factory.mktemp("kernels", numbered=False)
     return emulate.load(emulate.build(folder, ("-O2", "-mavx2", "-mfma", "-mf16c")))
+
+
+@pytest.fixture(scope="session")
+def emulated(built, tmp_path_factory):
+    """torch.ops.gpl_fast_emulated."""
+    return operators.load(Path(built.__file__).parent, tmp_path_factory.mktemp("operators"))
 
 
 @pytest.fixture(params=sorted(SHARED_KIB))

@@ -1,13 +1,11 @@
 """What runs on a GPU from module to gradient: Triton's kernels forward, CUDA's backward.
 
-The forward is interpreted, the shipped .cu files run on the CPU (tests/cuda_on_cpu); they meet in
+The forward is interpreted (tests/interpreter), the shipped .cu files run on the CPU; they meet in
 the saved tensors. The bounds are those of `test_path`.
 """
 
 from __future__ import annotations
 
-import emulate
-import operators
 import pytest
 import test_path
 import torch
@@ -17,14 +15,11 @@ from gpl_fast.chain import backward, data_gradient
 FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
 fast_tests, triton_path = test_path.fast_tests, test_path.triton_path
 
-pytestmark = pytest.mark.usefixtures("one_thread", "triton_path")
-
-
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("kernels")
-    emulate.build(folder, ("-O1", "-mavx2", "-mfma", "-mf16c"))
-    return operators.load(folder, tmp_path_factory.mktemp("operators"))
+pytestmark = [
+    pytest.mark.usefixtures("one_thread", "triton_path"),
+    # A GPU is silent on infinities and NaN.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -80,5 +75,11 @@ def test_total_against_float64(total):
 
 
 def test_bfloat16_holds_on_peaked_maps(launched):
-    fast_tests.test_bfloat16_holds_from_flat_to_peaked_maps(19, 8.0, 8, 0.05, "labels")
+    test_path.test_bfloat16_holds_on_peaked_maps(19, 8.0, "labels")
+    assert "conv_block_logits_bwd" in launched
+
+
+@pytest.mark.parametrize("c", [1, 3])
+def test_a_confident_sigmoid_keeps_its_difference_to_labels(c, launched):
+    fast_tests.test_a_confident_sigmoid_keeps_its_difference_to_labels(c, BF16)
     assert "conv_block_logits_bwd" in launched

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import operators
 import pytest
 import torch
 from block import AVG, MAX, NO_POOL, Block, nhwc, pack_weights
@@ -15,12 +12,6 @@ if (reason := ops.load()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
 SOFTMAX = 1
-
-
-@pytest.fixture(scope="module")
-def emulated(built, tmp_path_factory):
-    """torch.ops.gpl_fast_emulated."""
-    return operators.load(Path(built.__file__).parent, tmp_path_factory.mktemp("dispatch"))
 
 
 def nan_like(t):

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import operators
 import pytest
 import torch
 
@@ -20,11 +19,6 @@ if (reason := ops.load()) is not None:
 
 ROOT = Path(__file__).resolve().parents[2]
 CHOSEN = "not dtype0 and not dtype2"  # bfloat16
-
-
-@pytest.fixture(scope="module")
-def emulated(built, tmp_path_factory):
-    return operators.load(Path(built.__file__).parent, tmp_path_factory.mktemp("on_device"))
 
 
 @pytest.mark.timeout(1800)

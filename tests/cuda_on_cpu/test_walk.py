@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
-import operators
 import pytest
 import torch
 from cases import ATOL, NARROW, error, make_target
@@ -22,11 +20,6 @@ if (reason := ops.load()) is not None:
 FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
 TF32 = {FLOAT: 2e-3}  # the kernel's; ATen's on the CPU is float32
 C, SIZE = 11, (21, 26)
-
-
-@pytest.fixture(scope="module")
-def emulated(built, tmp_path_factory):
-    return operators.load(Path(built.__file__).parent, tmp_path_factory.mktemp("walk"))
 
 
 def chain_of_modules(pool):
