@@ -87,15 +87,17 @@ def dynamic_shared(name: str, kernel_size: int, dz_tiles: int = 2) -> tuple[int,
     if kernel == "conv_block_bwd_sm90_kernel":
         slabs, piece = -(-bn // 64), min(bn, 64)
         ring = (3 if bn == 256 else 4) * slabs * 64 * PIXEL_BYTES
-        rows = TILE_W * (piece + 1) * 4 + TILE_W * 2 * LOGITS_SUMS
+        pitch = piece if found[4] == "true" else piece + 8
+        rows = TILE_W * pitch * 4 + TILE_W * 2 * LOGITS_SUMS
         return 384, ring + 2 * dz + 8 * rows + 16
     size = 4 if arithmetic in ("tf32", "fp32") else 2
     warps_m, warps_n = {32: (4, 1), 64: (2, 2)}.get(bn, (2, 4))
     threads, pixels = 32 * warps_m * warps_n, warps_m * TILE_W
     stage = 16 // size * 4 * (-(-bn * size // 128) * 128)
-    ring = max((3 if bn > 128 else 4) * stage, (pixels * (bn + 1) + 3) // 4 * 16)
+    logits = "logits" in kernel
+    ring = max((3 if bn > 128 else 4) * stage, pixels * (bn if logits else bn + 8) * 4)
     sums = TILE_H * TILE_W * (threads // pixels) * LOGITS_SUMS + 16
-    return threads, dz_tiles * dz + ring + (sums if "logits" in kernel else 0)
+    return threads, dz_tiles * dz + ring + (sums if logits else 0)
 
 
 def table(found: dict[str, dict[str, Usage]]) -> list[str]:

@@ -52,10 +52,53 @@ __device__ __forceinline__ Place place_of(const ConvBlockArgs& a, const Tile& t,
   return p;
 }
 
-// One row of eight channels of the tile; rows outside the image become zeros.
+// Pixels x C channels of dx on their way through shared memory. A warp puts its fragments in; out
+// come a pixel's channels eight at a time or, for the logits, a channel of many pixels or some of
+// few. Both without bank conflicts, by a pitch or by a swizzle.
+template <int C, bool kLogits>
+struct DxRows {
+  static constexpr int kPitch = kLogits ? C : C + 8;  // in elements; C is a multiple of 32
+
+  __host__ __device__ static constexpr int bytes(int pixels) { return pixels * kPitch * 4; }
+
+  static __device__ __forceinline__ int place(int pixel, int c) {
+    // Its lowest five bits, in the order in which the patterns above use up the banks.
+    if constexpr (kLogits) {
+      c ^= (pixel & 3) << 3 | (pixel & 4) | (pixel >> 2 & 2) | (pixel >> 4 & 1);
+    }
+    return pixel * kPitch + c;
+  }
+  // Channels c and c + 1, c even.
+  static __device__ __forceinline__ void put(float* rows, int pixel, int c, float first,
+                                             float second) {
+    const bool swapped = kLogits && (pixel >> 4 & 1);
+    Vec<float, 2> both;
+    both.v[0] = swapped ? second : first, both.v[1] = swapped ? first : second;
+    ptx::store_shared(rows + (place(pixel, c) & ~1), both);
+  }
+  static __device__ __forceinline__ float at(const float* rows, int pixel, int c) {
+    return ptx::load_shared<float>(rows + place(pixel, c));
+  }
+  // Eight channels from c on; `thread` of those that read neighbouring ones together.
+  static __device__ __forceinline__ void eight(const float* rows, int pixel, int c, int thread,
+                                               float (&out)[8]) {
+    static_assert(!kLogits);
+    const float* from = rows + place(pixel, c);
+    const int order = thread >> 2 & 1;  // the halves of every second four threads, swapped
+    const auto first = ptx::load_shared<Vec<float, 4>>(from + order * 4);
+    const auto second = ptx::load_shared<Vec<float, 4>>(from + (order ^ 1) * 4);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      out[e] = order ? second.v[e] : first.v[e];
+      out[e + 4] = order ? first.v[e] : second.v[e];
+    }
+  }
+};
+
+// Eight channels of the tile; pixels outside the image become zeros.
 template <class T>
 __device__ __forceinline__ void store_dx(const ConvBlockArgs& a, int n, const Place& p, int c,
-                                         const float* row) {
+                                         const float (&row)[8]) {
   if (!p.in_strip || c >= a.conv.C_in) return;
   T* dx = (T*)a.conv.dx + n * a.conv.dx_image_stride +
           ((p.h - a.conv.strip.row0) * a.conv.W + p.w) * a.conv.C_in + c;

@@ -48,7 +48,7 @@ bool sm90a_allowed() {
 // False where shared memory does not hold it.
 template <bool kLogits, Math kMath, int BN>
 bool launch(const ConvBlockBwd& a, cudaStream_t stream) {
-  using L = Layout<kMath, BN>;
+  using L = Layout<kMath, BN, kLogits>;
   const int limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   ConvBlockArgs args = conv_block_args(a, BN);
   args.dz_tiles = a.C_out > DzTile<Element<kMath>>::kChunk && L::bytes(a, 2) <= limit ? 2 : 1;

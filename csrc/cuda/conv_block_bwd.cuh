@@ -7,22 +7,19 @@
 namespace gpl_fast::cuda {
 
 // Shared memory: dZ tiles | ring of weights, later the tile of dx | sums of the logits' pixels.
-template <Math kMath, int BN>
+template <Math kMath, int BN, bool kLogits>
 struct Layout {
   using S = Shape<kMath, BN>;
+  using Dx = DxRows<BN, kLogits>;
   static constexpr int kPixels = S::kWarpsM * kTileW;  // of dx in shared memory at a time
-  static constexpr int kDxPitch = BN + 1;              // odd: columns touch all banks
   static constexpr int kLanes = S::kThreads / kPixels;
-  static constexpr int kRing = S::kStages * S::kStageBytes > kPixels * kDxPitch * 4
+  static constexpr int kRing = S::kStages * S::kStageBytes > Dx::bytes(kPixels)
                                    ? S::kStages * S::kStageBytes
-                                   : (kPixels * kDxPitch + 3) / 4 * 16;
+                                   : Dx::bytes(kPixels);
   static constexpr int kSums = kTileH * kTileW * kLanes * (int)sizeof(LogitsSums);
 
-  __host__ __device__ static int dz_bytes(int K) {
-    return (kTileH + K - 1) * (kTileW + K - 1) * kPixelBytes;
-  }
   static int bytes(const ConvBlockBwd& a, int dz_tiles) {
-    return dz_tiles * dz_bytes((int)a.K) + kRing + (a.logits ? kSums + 16 : 0);
+    return dz_tiles * dz_bytes((int)a.K) + kRing + (kLogits ? kSums + 16 : 0);
   }
 };
 
@@ -69,7 +66,7 @@ __device__ void multiply_tile(const ConvBlockArgs& a, const Tile& t, int n0, boo
   warp.clear();
   if (total == 0) return;
   const Dz tile(a.conv, t, a.aligned, a.tf32);
-  const int dz_bytes = Layout<kMath, BN>::dz_bytes((int)a.conv.K);
+  const int tile_bytes = dz_bytes((int)a.conv.K);
 
   // (1) the first chunk of dZ, the first stages of the weights
   Cursor ahead;
@@ -98,8 +95,8 @@ __device__ void multiply_tile(const ConvBlockArgs& a, const Tile& t, int n0, boo
     }
     ptx::cp_async_commit();
 
-    unsigned char* now = dz + (two ? at.chunk & 1 : 0) * dz_bytes;
-    unsigned char* next = dz + (~at.chunk & 1) * dz_bytes;
+    unsigned char* now = dz + (two ? at.chunk & 1 : 0) * tile_bytes;
+    unsigned char* next = dz + (~at.chunk & 1) * tile_bytes;
     int item = step * share * S::kThreads + tid;
     const int end = min(tile.items(), (step + 1) * share * S::kThreads);
     const bool expand = two && at.chunk + 1 < chunks && item < end;
@@ -127,39 +124,41 @@ __device__ void multiply_tile(const ConvBlockArgs& a, const Tile& t, int n0, boo
   __syncthreads();
 }
 
-// Rows i of all the warps' accumulators -> dx [kPixels][kDxPitch] in shared memory.
-template <Math kMath, int BN>
+// Rows i of all the warps' accumulators -> dx in shared memory.
+template <class L, Math kMath, int BN>
 __device__ void stage_rows(const WarpTile<kMath, BN>& warp, int i, float* dx) {
   using S = Shape<kMath, BN>;
   const int lane = threadIdx.x & 31, id = threadIdx.x / 32;
   const int row = id / S::kWarpsN * kTileW + lane / 4;
-  float* at = dx + row * Layout<kMath, BN>::kDxPitch + id % S::kWarpsN * S::NJ * 8 + lane % 4 * 2;
+  const int column = id % S::kWarpsN * S::NJ * 8 + lane % 4 * 2;
 #pragma unroll
   for (int m = 0; m < S::MI; ++m) {
     if (m != i) continue;
 #pragma unroll
     for (int j = 0; j < S::NJ; ++j) {
 #pragma unroll
-      for (int q = 0; q < 4; ++q) {
-        at[q / 2 * 8 * Layout<kMath, BN>::kDxPitch + j * 8 + q % 2] = warp.acc[m][j][q];
+      for (int q = 0; q < 4; q += 2) {
+        const float (&acc)[4] = warp.acc[m][j];
+        L::Dx::put(dx, row + q / 2 * 8, column + j * 8, acc[q], acc[q + 1]);
       }
     }
   }
 }
 
-template <Math kMath, int BN>
+template <class L, Math kMath, int BN>
 __device__ void store_tile(const ConvBlockArgs& a, const Tile& t, int n0,
                            const WarpTile<kMath, BN>& warp, float* dx) {
   using S = Shape<kMath, BN>;
-  using L = Layout<kMath, BN>;
 #pragma unroll 1
   for (int i = 0; i < S::MI; ++i) {
-    stage_rows<kMath, BN>(warp, i, dx);
+    stage_rows<L>(warp, i, dx);
     __syncthreads();
     for (int k = threadIdx.x; k < L::kPixels * (BN / 8); k += S::kThreads) {
       const int pixel = k / (BN / 8), c = k % (BN / 8) * 8;
       const Place p = place_of(a, t, pixel / kTileW * S::MI + i, pixel % kTileW);
-      store_dx<typename S::T>(a, t.n, p, n0 + c, dx + pixel * L::kDxPitch + c);
+      float row[8];
+      L::Dx::eight(dx, pixel, c, k, row);
+      store_dx<typename S::T>(a, t.n, p, n0 + c, row);
     }
     __syncthreads();
   }
@@ -171,10 +170,10 @@ __global__ void __launch_bounds__(Shape<kMath, BN>::kThreads, 1)
   DYN_SMEM(smem);
   int channel_tile;
   const Tile t = tile_of_block(a, channel_tile);
-  unsigned char* ring = smem + a.dz_tiles * Layout<kMath, BN>::dz_bytes((int)a.conv.K);
+  unsigned char* ring = smem + a.dz_tiles * dz_bytes((int)a.conv.K);
   WarpTile<kMath, BN> warp;
   multiply_tile<kMath, BN>(a, t, channel_tile * BN, false, smem, ring, warp);
-  store_tile<kMath, BN>(a, t, channel_tile * BN, warp, (float*)ring);
+  store_tile<Layout<kMath, BN, false>>(a, t, channel_tile * BN, warp, (float*)ring);
 }
 
 // The first block. Up to BN classes: dy' stays in registers. More: two passes in place, the first
@@ -183,12 +182,12 @@ template <Math kMath, int BN>
 __global__ void __launch_bounds__(Shape<kMath, BN>::kThreads, 1)
     conv_block_logits_bwd_kernel(const ConvBlockArgs a) {
   using S = Shape<kMath, BN>;
-  using L = Layout<kMath, BN>;
+  using L = Layout<kMath, BN, true>;
   DYN_SMEM(smem);
   int none;
   const Tile t = tile_of_block(a, none);
   const bool one_chunk = a.conv.C_out <= DzTile<typename S::T>::kChunk;
-  unsigned char* ring = smem + a.dz_tiles * L::dz_bytes((int)a.conv.K);
+  unsigned char* ring = smem + a.dz_tiles * dz_bytes((int)a.conv.K);
   float* dx = (float*)ring;
   LogitsSums* sums = (LogitsSums*)(ring + L::kRing);  // [MI][kPixels][kLanes]
   const float weights = class_weights(a.logits, (float*)(ring + L::kRing + L::kSums));
@@ -207,15 +206,15 @@ __global__ void __launch_bounds__(Shape<kMath, BN>::kThreads, 1)
     multiply_tile<kMath, BN>(a, t, n0, tile > 0 && one_chunk, smem, ring, warp);
 #pragma unroll 1
     for (int i = 0; i < S::MI; ++i) {
-      stage_rows<kMath, BN>(warp, i, dx);
+      stage_rows<L>(warp, i, dx);
       const LogitsPixel px = pixel_of(i);
       LogitsSums own = {};
       if (tile > 0 && summed) own = slots(i)[share.lane];
       __syncthreads();
-      const float* dy = dx + share.pixel * L::kDxPitch;
+      auto dy = [&](int c) { return L::Dx::at(dx, share.pixel, c); };
       if (summed && px.inside()) {
         for (int c = share.lane; c < columns; c += share.lanes) {
-          px.add(own, n0 + c, in_place ? px.put_dy(n0 + c, dy[c]) : dy[c]);
+          px.add(own, n0 + c, in_place ? px.put_dy(n0 + c, dy(c)) : dy(c));
         }
       }
       if (summed) slots(i)[share.lane] = own;
@@ -223,7 +222,7 @@ __global__ void __launch_bounds__(Shape<kMath, BN>::kThreads, 1)
         __syncthreads();
         const LogitsSums total = summed ? total_of(slots(i), L::kLanes) : LogitsSums{};
         for (int c = share.lane; c < columns && px.inside(); c += share.lanes) {
-          px.finish(total, n0 + c, dy[c]);
+          px.finish(total, n0 + c, dy(c));
         }
       }
       __syncthreads();

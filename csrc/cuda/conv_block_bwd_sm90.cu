@@ -22,7 +22,7 @@ bool launch(const ConvBlockBwd& a, cudaStream_t stream) {
   const auto kernel = conv_block_bwd_sm90_kernel<T, BN, kLogits>;
   static const bool there = compiled_for_sm90a(kernel);
   if (!there) return false;
-  const int bytes = HopperLayout<BN>::bytes((int)a.K);
+  const int bytes = HopperLayout<BN, kLogits>::bytes((int)a.K);
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   const ConvBlockArgs args = conv_block_args(a, BN);
   const TensorMap weights = tensor_map(a.w, std::is_same_v<T, __nv_bfloat16>,

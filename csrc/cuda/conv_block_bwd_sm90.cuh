@@ -14,17 +14,19 @@ constexpr int kSlabBytes = 64 * kPixelBytes;  // 64 rows of 64 channels of the w
 
 // Shared memory: ring of weights | two dZ tiles | rows of dx, a warp's each | sums.
 template <int BN>
-struct HopperLayout {
+struct HopperRing {
   static constexpr int kSlabs = (BN + 63) / 64, kStageBytes = kSlabs * kSlabBytes;
   static constexpr int kStages = BN == 256 ? 3 : 4, kRing = kStages * kStageBytes;
+};
+template <int BN, bool kLogits>
+struct HopperLayout : HopperRing<BN> {
   static constexpr int kPiece = BN < 64 ? BN : 64, kPieces = (BN + 63) / 64;  // of a row of dx
-  static constexpr int kDxPitch = kPiece + 1;
-  static constexpr int kDx = kTileW * kDxPitch * 4, kLanes = 32 / kTileW;
+  using Dx = DxRows<kPiece, kLogits>;
+  static constexpr int kDx = Dx::bytes(kTileW), kLanes = 32 / kTileW;
   static constexpr int kSums = kTileW * kLanes * (int)sizeof(LogitsSums);
-  __host__ __device__ static int dz_bytes(int K) {
-    return (kTileH + K - 1) * (kTileW + K - 1) * kPixelBytes;
+  static int bytes(int K) {
+    return HopperLayout::kRing + 2 * dz_bytes(K) + kConsumerWarps * (kDx + kSums) + 16;
   }
-  static int bytes(int K) { return kRing + 2 * dz_bytes(K) + kConsumerWarps * (kDx + kSums) + 16; }
 };
 
 // Place and phase in a ring of n.
@@ -56,8 +58,8 @@ struct HopperBarriers {
 template <int BN>
 __device__ void bring_weights(const ConvBlockArgs& a, const Tile& t, const TensorMap* weights,
                               int n0, int chunks, unsigned char* ring,
-                              HopperBarriers<HopperLayout<BN>::kStages>& bars) {
-  using L = HopperLayout<BN>;
+                              HopperBarriers<HopperRing<BN>::kStages>& bars) {
+  using L = HopperRing<BN>;
   const int stride = (int)a.conv.stride;
   RingPlace r;
   for (int tile = 0; tile < a.class_tiles; ++tile) {
@@ -82,13 +84,13 @@ __device__ void bring_weights(const ConvBlockArgs& a, const Tile& t, const Tenso
 // 96 threads: all chunks of dZ, again for each tile of classes where there are several.
 template <int BN, class T>
 __device__ void expand_dz(const ConvBlockArgs& a, const Tile& t, int chunks, int thread,
-                          unsigned char* dz, HopperBarriers<HopperLayout<BN>::kStages>& bars) {
+                          unsigned char* dz, HopperBarriers<HopperRing<BN>::kStages>& bars) {
   const DzTile<T> tile(a.conv, t, a.aligned, false);
   const int times = chunks == 1 ? 1 : a.class_tiles;
   RingPlace r;
   for (int k = 0; k < times * chunks; ++k) {
     ptx::mbarrier_wait(bars.dz_empty + r.at, r.phase ^ 1);
-    unsigned char* to = dz + r.at * HopperLayout<BN>::dz_bytes((int)a.conv.K);
+    unsigned char* to = dz + r.at * dz_bytes((int)a.conv.K);
     for (int i = thread; i < tile.items(); i += kExpanders) {
       tile.store(tile.load(i, k % chunks), i, to);
     }
@@ -106,9 +108,9 @@ struct ConsumerState {
 template <int BN, class T>
 __device__ void multiply_row(const ConvBlockArgs& a, const Tile& t, int chunks, bool have_dz,
                              bool keep_dz, unsigned char* ring, unsigned char* dz, int warp,
-                             HopperBarriers<HopperLayout<BN>::kStages>& bars, ConsumerState& state,
+                             HopperBarriers<HopperRing<BN>::kStages>& bars, ConsumerState& state,
                              float (&acc)[BN / 2]) {
-  using L = HopperLayout<BN>;
+  using L = HopperRing<BN>;
   const int lane = threadIdx.x & 31, columns = kTileW + t.columns.count - 1;
   const int taps = t.rows.count * t.columns.count, total = taps * chunks;
 #pragma unroll
@@ -116,7 +118,7 @@ __device__ void multiply_row(const ConvBlockArgs& a, const Tile& t, int chunks, 
   int row = 0, column = 0, tap = 0;
   for (int k = 0; k < total; ++k) {
     if (tap == 0 && !have_dz) ptx::mbarrier_wait(bars.dz_full + state.dz.at, state.dz.phase);
-    unsigned char* tile = dz + state.dz.at * L::dz_bytes((int)a.conv.K);
+    unsigned char* tile = dz + state.dz.at * dz_bytes((int)a.conv.K);
     const int pixel = (warp + row) * columns + column + (lane & 15);
     uint32_t pixels[4][4];
 #pragma unroll
@@ -150,12 +152,10 @@ __device__ void multiply_row(const ConvBlockArgs& a, const Tile& t, int chunks, 
   }
 }
 
-// Channels [64 piece, 64 piece + kPiece) of the warp's accumulators -> dx [16][kDxPitch].
-template <int BN>
+// Channels [64 piece, 64 piece + kPiece) of the warp's accumulators -> its rows of dx.
+template <int BN, class L>
 __device__ void stage_piece(const float (&acc)[BN / 2], int piece, float* dx) {
-  using L = HopperLayout<BN>;
-  const int lane = threadIdx.x & 31;
-  float* at = dx + lane / 4 * L::kDxPitch + lane % 4 * 2;
+  const int lane = threadIdx.x & 31, row = lane / 4, column = lane % 4 * 2;
   __syncwarp();
 #pragma unroll
   for (int p = 0; p < L::kPieces; ++p) {
@@ -163,8 +163,9 @@ __device__ void stage_piece(const float (&acc)[BN / 2], int piece, float* dx) {
 #pragma unroll
     for (int j = p * 8; j < BN / 8 && j < p * 8 + 8; ++j) {
 #pragma unroll
-      for (int q = 0; q < 4; ++q) {
-        at[q / 2 * 8 * L::kDxPitch + (j - p * 8) * 8 + q % 2] = acc[j * 4 + q];
+      for (int q = 0; q < 4; q += 2) {
+        L::Dx::put(dx, row + q / 2 * 8, column + (j - p * 8) * 8, acc[j * 4 + q],
+                   acc[j * 4 + q + 1]);
       }
     }
   }
@@ -174,16 +175,17 @@ __device__ void stage_piece(const float (&acc)[BN / 2], int piece, float* dx) {
 template <int BN, class T>
 __device__ void store_row(const ConvBlockArgs& a, const Tile& t, int n0, int row,
                           const float (&acc)[BN / 2], float* dx) {
-  using L = HopperLayout<BN>;
+  using L = HopperLayout<BN, false>;
   const int lane = threadIdx.x & 31;
 #pragma unroll 1
   for (int piece = 0; piece < L::kPieces; ++piece) {
-    stage_piece<BN>(acc, piece, dx);
+    stage_piece<BN, L>(acc, piece, dx);
     const int groups = min(L::kPiece, BN - piece * 64) / 8;
     for (int k = lane; k < kTileW * groups; k += 32) {
       const int pixel = k / groups, c = k % groups * 8;
-      store_dx<T>(a, t.n, place_of(a, t, row, pixel), n0 + piece * 64 + c,
-                  dx + pixel * L::kDxPitch + c);
+      float channels[8];
+      L::Dx::eight(dx, pixel, c, k, channels);
+      store_dx<T>(a, t.n, place_of(a, t, row, pixel), n0 + piece * 64 + c, channels);
     }
   }
 }
@@ -192,7 +194,7 @@ __device__ void store_row(const ConvBlockArgs& a, const Tile& t, int n0, int row
 template <int BN>
 class LogitsRow {
  public:
-  using L = HopperLayout<BN>;
+  using L = HopperLayout<BN, true>;
 
   __device__ LogitsRow(const ConvBlockArgs& a, const Tile& t, int row, float weights, float* dx,
                        LogitsSums* sums)
@@ -240,10 +242,10 @@ class LogitsRow {
   __device__ void each(int n0, const float (&acc)[BN / 2], const F& f) {
 #pragma unroll 1
     for (int piece = 0; piece < L::kPieces; ++piece) {
-      stage_piece<BN>(acc, piece, dx_);
+      stage_piece<BN, L>(acc, piece, dx_);
       const int first = n0 + piece * 64, columns = min(L::kPiece, (int)a_.logits.C - first);
       for (int c = share_.lane; c < columns && pixel_.inside(); c += share_.lanes) {
-        f(first + c, dx_[share_.pixel * L::kDxPitch + c]);
+        f(first + c, L::Dx::at(dx_, share_.pixel, c));
       }
     }
   }
@@ -261,11 +263,11 @@ template <class T, int BN, bool kLogits>
 __global__ void __launch_bounds__(kHopperThreads, 1)
     conv_block_bwd_sm90_kernel(const ConvBlockArgs a, GRID_CONSTANT TensorMap weights) {
 #if defined(CUDA_ON_CPU) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using L = HopperLayout<BN>;
+  using L = HopperLayout<BN, kLogits>;
   DYN_SMEM(smem);
   __shared__ HopperBarriers<L::kStages> bars;
   unsigned char *ring = smem, *dz = ring + L::kRing;
-  unsigned char* rows = dz + 2 * L::dz_bytes((int)a.conv.K);
+  unsigned char* rows = dz + 2 * dz_bytes((int)a.conv.K);
   int channel_tile;
   const Tile t = tile_of_block(a, channel_tile);
   const int n0 = channel_tile * BN, chunks = (int)(a.conv.C_out + 63) / 64;

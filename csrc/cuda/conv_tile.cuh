@@ -102,8 +102,8 @@ struct WarpTile {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int row = k * 8 + h * 4 + lane % 4;
-        b[j][h] =
-            ptx::to_tf32(((const float*)(weights + weight_unit<S>(row, column / 4)))[column % 4]);
+        const unsigned char* unit = weights + weight_unit<S>(row, column / 4);
+        b[j][h] = ptx::to_tf32(ptx::load_shared<float>(unit + column % 4 * 4));
       }
     }
   }

@@ -11,6 +11,10 @@ constexpr int kTileH = 8, kTileW = 16;  // pixels of dx that a block makes
 constexpr int kPixelBytes = 128;        // of a pixel's chunk of channels in shared memory
 constexpr int kUnits = kPixelBytes / 16;
 
+__host__ __device__ inline int dz_bytes(int K) {
+  return (kTileH + K - 1) * (kTileW + K - 1) * kPixelBytes;
+}
+
 // The taps of one axis that meet the rows of dx with h % stride == phase, by flipped index: first,
 // first + stride, ... Tap i of them reads row h / stride + offset + i of dZ.
 struct Taps {
@@ -106,7 +110,7 @@ class DzTile {
       Vec<Bits, kUnit> out;
 #pragma unroll
       for (int e = 0; e < kUnit; ++e) out.v[e] = r.keep >> (8 * q + e) & 1 ? r.v.v[e] : Bits(0);
-      *(Vec<Bits, kUnit>*)unit_at(tile, row * columns_ + column, unit) = out;
+      ptx::store_shared(unit_at(tile, row * columns_ + column, unit), out);
     }
   }
 

@@ -69,6 +69,16 @@ __device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&r)[2], const void* 
                : "memory");
 }
 
+// As plain accesses; the CPU's side counts what they cost.
+template <class T>
+__device__ __forceinline__ T load_shared(const void* p) {
+  return *(const T*)p;
+}
+template <class T>
+__device__ __forceinline__ void store_shared(void* p, const T& v) {
+  *(T*)p = v;
+}
+
 // 16 bytes, zeros where !read.
 __device__ __forceinline__ void cp_async16(void* shared, const void* global, bool read) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),

@@ -85,6 +85,8 @@ py::dict counters() {
   py::dict d;
   d["mma"] = t.mma, d["ldmatrix"] = t.ldmatrix, d["ldmatrix_phases"] = t.ldmatrix_phases;
   d["cp_async"] = t.cp_async, d["tma"] = t.tma, d["barriers"] = t.barriers;
+  d["shared"] = t.shared, d["shared_phases"] = t.shared_phases;
+  d["dynamic_shared_bytes"] = cudacpu::dynamic_shared;
   return d;
 }
 
@@ -98,5 +100,8 @@ void play(int capability, size_t shared_kib) {
 PYBIND11_MODULE(kernels, m) {
   m.def("conv_block_bwd", &conv_block_bwd);
   m.def("counters", &counters, "Of the last launch.");
+  m.def(
+      "count_shared", [](bool on) { cudacpu::counts_shared = on; },
+      "Whether accesses to shared memory are counted, which takes a while.");
   m.def("play", &play, "The GPU whose limits are played: capability and KiB of shared memory.");
 }

@@ -40,6 +40,22 @@ def built(tmp_path_factory):
     return emulate.load(emulate.build(folder, ("-O2", "-mavx2", "-mfma", "-mf16c")))
 
 
+@pytest.fixture
+def phases(kernels):
+    """Function: (passes over shared memory of the last launch, the fewest there can be)."""
+
+    def counted():
+        found = kernels.counters()
+        assert found["ldmatrix"] > 0
+        assert found["shared"] > 0
+        least = found["ldmatrix"] + found["shared"]
+        return found["ldmatrix_phases"] + found["shared_phases"], least
+
+    kernels.count_shared(True)
+    yield counted
+    kernels.count_shared(False)
+
+
 @pytest.fixture(scope="session")
 def emulated(built, tmp_path_factory):
     """torch.ops.gpl_fast_emulated."""

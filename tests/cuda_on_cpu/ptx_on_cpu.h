@@ -114,6 +114,17 @@ void ldmatrix(uint32_t* r, const void* p) {
   });
 }
 
+template <class T>
+T load_shared(const void* p, int line = __builtin_LINE()) {
+  shared_access(p, sizeof(T), line);
+  return *(const T*)p;
+}
+template <class T>
+void store_shared(void* p, const T& v, int line = __builtin_LINE()) {
+  shared_access(p, sizeof(T), line);
+  *(T*)p = v;
+}
+
 // Zeros where !read. The copy happens at the wait; until then the place holds NaN.
 inline void cp_async16(void* dst, const void* src, bool read) {
   if (((uintptr_t)dst | (read ? (uintptr_t)src : 0)) & 15) {
@@ -145,7 +156,9 @@ inline void cp_async_wait(int keep) {
 
 namespace gpl_fast::cuda::ptx {
 
+using cudacpu::load_shared;
 using cudacpu::Operand;
+using cudacpu::store_shared;
 
 template <Operand kOperand, int MI, int NJ>
 void mma_tile(float (&d)[MI][NJ][4], const uint32_t (&a)[MI][4], const uint32_t (&b)[NJ][2]) {

@@ -5,6 +5,8 @@ The bound is err(ours, float64) <= 2 err(PyTorch in the same dtype, float64) + a
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from block import AVG, DTYPES, MAX, NO_POOL, Block, check
@@ -111,15 +113,29 @@ def test_empty(kernels):
     assert Block(n=0).run(kernels).numel() == 0
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:])
-def test_no_bank_conflicts(kernels, dtype):
-    """Every 8x8 matrix that ldmatrix reads takes one pass over the banks."""
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_bank_conflicts(kernels, phases, dtype):
+    """Each 8x8 matrix, and each 128 bytes of a warp's other accesses, takes one pass over the
+    banks: dZ as it is expanded, both operands, dx on its way out."""
     for c_in in (64, 128):
         for k in (3, 5):
-            Block(c_in=c_in, c_out=128, h=16, w=32, k=k, dtype=dtype).run(kernels)
-            counters = kernels.counters()
-            assert counters["ldmatrix"] > 0
-            assert counters["ldmatrix_phases"] == counters["ldmatrix"]
+            tf32 = dtype == torch.float32
+            Block(c_in=c_in, c_out=128, h=16, w=32, k=k, dtype=dtype, tf32=tf32).run(kernels)
+            taken, least = phases()
+            assert taken == least
+
+
+@pytest.mark.parametrize("k", [3, 7])
+@pytest.mark.parametrize("channels", [64, 128])
+def test_shared_memory_is_what_docs_kernels_says(built, channels, k, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    from registers import dynamic_shared
+
+    for capability, name in ((80, "kernel<bf16, {}>"), (90, "sm90_kernel<bf16, {}, false>")):
+        built.play(capability, 227)
+        Block(c_in=channels, c_out=72, k=k).run(built)
+        _, expected = dynamic_shared("conv_block_bwd_" + name.format(channels), k)
+        assert built.counters()["dynamic_shared_bytes"] == expected
 
 
 def test_the_kernel_of_sm_80_on_sm_90(built, monkeypatch):

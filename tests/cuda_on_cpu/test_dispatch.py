@@ -100,6 +100,7 @@ def test_no_images(emulated):
     [
         ({"w": torch.zeros(8, 64, 24)}, "w must hold K \\* K taps, K odd, got 8"),
         ({"w": torch.zeros(9, 70, 24)}, r"w must have the shape \[9, 64, 24\]"),
+        ({"w": torch.zeros(13825)[1:].view(9, 64, 24)}, "w must start at a multiple of 16"),
         ({"pool": 3}, "pool must be 0"),
         ({"stride": 3}, "stride must be 1 or 2, got 3"),
         ({"code": None}, "a pool needs its code"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from block import AVG, DTYPES, MAX, NO_POOL, NONE, SIGMOID, SOFTMAX, Block, Logits
@@ -105,13 +107,27 @@ def test_orders_agree_bit_for_bit(kernels, order, classes, monkeypatch):
     logits.check(expected)
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("classes", [19, 64, 150, 256])
-def test_no_bank_conflicts(kernels, classes):
-    """Of every tile of classes: each 8x8 matrix that ldmatrix reads takes one pass."""
-    Logits(Block(c_in=classes, c_out=128, h=8, w=16)).run(kernels)
-    counters = kernels.counters()
-    assert counters["ldmatrix"] > 0
-    assert counters["ldmatrix_phases"] == counters["ldmatrix"]
+def test_no_bank_conflicts(kernels, phases, classes, channels_last):
+    """Of every tile of classes, as in `test_conv_block_bwd`."""
+    Logits(Block(c_in=classes, c_out=128, h=8, w=16), channels_last=channels_last).run(kernels)
+    taken, least = phases()
+    assert taken == least
+
+
+@pytest.mark.parametrize("classes", [19, 64, 150, 256])
+def test_shared_memory_is_what_docs_kernels_says(built, classes, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    from registers import dynamic_shared
+
+    tile = {19: 32, 64: 64, 150: 160, 256: 256}[classes]
+    names = {80: f"logits_bwd_kernel<bf16, {tile}>", 90: f"bwd_sm90_kernel<bf16, {tile}, true>"}
+    for capability, name in names.items():
+        built.play(capability, 227)
+        Logits(Block(c_in=classes, c_out=72, h=2, w=2)).run(built)
+        _, expected = dynamic_shared(f"conv_block_{name}", 3)
+        assert built.counters()["dynamic_shared_bytes"] == expected
 
 
 @pytest.mark.parametrize("classes", [19, 300])

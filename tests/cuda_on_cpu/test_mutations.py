@@ -31,7 +31,7 @@ class Mutation:
 
 
 DZ, TILE, SM80, SM90 = "dz_tile", "conv_tile", "conv_block_bwd", "conv_block_bwd_sm90"
-PUT = "in_place ? px.put_dy(n0 + c, dy[c])"
+PUT = "in_place ? px.put_dy(n0 + c, dy(c))"
 # fmt: off
 MUTATIONS = [
     Mutation("no barrier in the ring", SM80, "    ptx::cp_async_wait<S::kStages - 2>();\n    __syncthreads();", "    ptx::cp_async_wait<S::kStages - 2>();", BLOCK + "sizes[80-0-size4]"),  # noqa: E501
@@ -41,14 +41,17 @@ MUTATIONS = [
     Mutation("left and right winners swapped", DZ, "1u << (8 * winner + e)", "1u << (8 * (winner ^ 1) + e)", BLOCK + "sizes[80-0-size4]"),  # noqa: E501
     Mutation("no predicate at the left border", DZ, "j < 0 || ", "", BLOCK + "sizes[80-0-size4]"),
     Mutation("no predicate at the right border", "conv_block", "p.in_strip = p.w < a.conv.W && ", "p.in_strip = ", BLOCK + "sizes[80-0-size4]"),  # noqa: E501
-    Mutation("no swizzle of dZ", DZ, "((unit ^ (pixel & 7)) << 4)", "(unit << 4)", BLOCK + "no_bank_conflicts[80-dtype0]"),  # noqa: E501
-    Mutation("no swizzle of the weights", TILE, "((unit ^ (S::kUnit == 8 ? row & 7 : (row & 3) << 1)) << 4)", "(unit << 4)", BLOCK + "no_bank_conflicts[80-dtype0]"),  # noqa: E501
+    Mutation("no swizzle of dZ", DZ, "((unit ^ (pixel & 7)) << 4)", "(unit << 4)", BLOCK + "no_bank_conflicts[80-dtype1]"),  # noqa: E501
+    Mutation("no swizzle of the weights", TILE, "((unit ^ (S::kUnit == 8 ? row & 7 : (row & 3) << 1)) << 4)", "(unit << 4)", BLOCK + "no_bank_conflicts[80-dtype1]"),  # noqa: E501
+    Mutation("no pitch of dx", "conv_block", "kLogits ? C : C + 8", "kLogits ? C : C + 4", BLOCK + "no_bank_conflicts[80-dtype1]"),  # noqa: E501
+    Mutation("no swizzle of the logits' dx", "conv_block", " | (pixel >> 4 & 1);", ";", LOGITS + "no_bank_conflicts[80-19-False]"),  # noqa: E501
+    Mutation("the halves of dx not swapped", "conv_block", "order ? second.v[e] : first.v[e]", "first.v[e]", BLOCK + "sizes[80-0-size4]"),  # noqa: E501
     Mutation("a whole instead of a quarter", DZ, "scale(r, 0.25f)", "scale(r, 1.0f)", BLOCK + "sizes[80-1-size4]"),  # noqa: E501
     Mutation("the next chunk over this one", SM80, "(~at.chunk & 1)", "(at.chunk & 1)", BLOCK + "orders_agree_bit_for_bit[80-0-dtype0]"),  # noqa: E501
-    Mutation("dx read before it is staged", SM80, "stage_rows<kMath, BN>(warp, i, dx);\n    __syncthreads();", "stage_rows<kMath, BN>(warp, i, dx);", BLOCK + "sizes[80-0-size4]"),  # noqa: E501
+    Mutation("dx read before it is staged", SM80, "stage_rows<L>(warp, i, dx);\n    __syncthreads();", "stage_rows<L>(warp, i, dx);", BLOCK + "sizes[80-0-size4]"),  # noqa: E501
     Mutation("an old dZ for the next classes", SM80, "tile > 0 && one_chunk", "tile > 0", LOGITS + "orders_agree_bit_for_bit[80-0-257]"),  # noqa: E501
     Mutation("sums of one lane", "conv_block", "for (int l = 1; l < lanes; ++l)", "for (int l = 1; l < 1; ++l)", LOGITS + "orders_agree_bit_for_bit[80-0-19]"),  # noqa: E501
-    Mutation("sums of unrounded values", SM80, PUT, "in_place ? (px.put_dy(n0 + c, dy[c]), dy[c])", LOGITS + "sums_take_the_stored_gradient[80]"),  # noqa: E501
+    Mutation("sums of unrounded values", SM80, PUT, "in_place ? (px.put_dy(n0 + c, dy(c)), dy(c))", LOGITS + "sums_take_the_stored_gradient[80]"),  # noqa: E501
     Mutation("a mask that multiplies", "logits_bwd", "if (!keep_) g = 0.0f;", "g *= keep_;", LOGITS + "masked_pixels_may_hold_nan[80-19-1]"),  # noqa: E501
     Mutation("the label's neighbour", "logits_bwd", "c == label_ ?", "c == label_ + 1 ?", LOGITS + "cross_entropy_and_masks[80-False-1-19]"),  # noqa: E501
     Mutation("the expected bytes of one slab", SM90, "bars.full + r.at, L::kStageBytes", "bars.full + r.at, kSlabBytes", BLOCK + "orders_agree_bit_for_bit[90-0-dtype0]"),  # noqa: E501
