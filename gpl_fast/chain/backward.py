@@ -10,7 +10,6 @@ from torch import Tensor
 
 from gpl_fast import ops
 from gpl_fast.chain.convolution import conv_transpose, tf32_allowed
-from gpl_fast.chain.memory import prefer_huge_pages
 from gpl_fast.chain.stages import backward_stages_on
 from gpl_fast.plan import Plan, Step
 
@@ -51,7 +50,6 @@ class Backward:
         self.ends = [_output(plan.steps[segment[-1]]) for segment in plan.segments]
         self.ce_scale = g[2].float().contiguous()
         self.dx = empty_gradient(x)
-        prefer_huge_pages(self.dx)
 
     def run(self) -> Tensor:
         """The gradient of the prediction, (N, C, H, W), in its dtype and memory format."""

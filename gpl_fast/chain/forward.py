@@ -12,7 +12,6 @@ from torch import Tensor
 from gpl_fast import ops, reference
 from gpl_fast.chain.branch import GRID, carry_target
 from gpl_fast.chain.convolution import conv, tf32_allowed, zero_outside
-from gpl_fast.chain.memory import prefer_huge_pages
 from gpl_fast.chain.stages import has_blocks, stages_on
 from gpl_fast.plan import Plan, Step, padded_channels
 
@@ -180,7 +179,6 @@ class Forward:
             return self.x.new_empty(shape, dtype=plan.dtype)
         if self.strip is None or self.strip.numel() < count:
             self.strip = self.x.new_empty(shape, dtype=plan.dtype)
-            prefer_huge_pages(self.strip)
         return self.strip.view(-1)[:count].view(shape)
 
     def _dense_rows(self, a: int, b: int) -> Tensor:
