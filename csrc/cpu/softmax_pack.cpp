@@ -92,7 +92,7 @@ void prediction(const SoftmaxPackFwd& a, Vi keep, float* x, Vf fx) {
 }
 
 // 1 - sigmoid(x_label / T) of 16 pixels: where x is large, nothing is left of it in y'.
-Vf sigmoid_left(const SoftmaxPackFwd& a, const Pixels& px, const float* x) {
+Vf one_minus_sigmoid(const SoftmaxPackFwd& a, const Pixels& px, const float* x) {
   float x_label[16] = {};
   for (int64_t p = 0; p < px.n; ++p) {
     const int64_t label = a.labels[px.at + p];
@@ -102,9 +102,10 @@ Vf sigmoid_left(const SoftmaxPackFwd& a, const Pixels& px, const float* x) {
 }
 
 // x less the target's one-hot map where that leaves less of it: where y'_label > 1/2.
-void take_labels(const SoftmaxPackFwd& a, const Pixels& px, float* x, Vf left, uint8_t* taken) {
+void take_labels(const SoftmaxPackFwd& a, const Pixels& px, float* x, Vf one_minus_y,
+                 uint8_t* taken) {
   float rest[16];
-  store(rest, left);
+  store(rest, one_minus_y);
   for (int64_t p = 0; p < px.n; ++p) {
     const int64_t label = a.labels[px.at + p];
     const bool kept = !a.valid || a.valid[px.at + p];
@@ -146,8 +147,8 @@ void maps(const SoftmaxPackFwd& a, const Pixels& px, float* x, float* t, Lines& 
   PixelLoss loss;
   const bool shared = has_ce && !a.ce.own_lse;
   if (shared) loss = PixelLoss(a.ce, px, x, a.C, weights);
-  const bool one_less = a.y && a.labels && a.activation == Activation::kSigmoid;
-  const Vf left = one_less ? sigmoid_left(a, px, x) : fill(0.0f);
+  const bool needed = a.y && a.labels && a.activation == Activation::kSigmoid;
+  const Vf one_minus_y = needed ? one_minus_sigmoid(a, px, x) : fill(0.0f);
   const Activated yp = activate(a.activation, x, a.C, inv_t, x_lines);
   if (shared) loss.add(yp.lse, ce_sums);
   if (px.core && a.lse) store_upto(a.lse + px.at, yp.lse.value(), px.n);
@@ -158,7 +159,7 @@ void maps(const SoftmaxPackFwd& a, const Pixels& px, float* x, float* t, Lines& 
     return dense_difference(a, px, keep, x, yp.factor, t, factor);
   }
   prediction(a, keep, x, yp.factor);
-  if (a.labels) take_labels(a, px, x, left, taken);
+  if (a.labels) take_labels(a, px, x, one_minus_y, taken);
   if (a.topk_values) {
     topk_target(a, px, t);
     take_topk(a, px, keep, x, t, taken);
