@@ -36,6 +36,17 @@ inline DType float_dtype(const Tensor& t, const char* name) {
                                      : DType::kFloat16;
 }
 
+// What float32 arithmetic on maps of another dtype put out need not be rounded to that.
+inline DType same_or_float32(const Tensor& t, const char* name, const Tensor& other,
+                             const char* other_name) {
+  const ScalarType s = t.scalar_type();
+  STD_TORCH_CHECK(s == other.scalar_type() || s == ScalarType::Float, "gpl_fast: ", name,
+                  " must have the dtype of ", other_name, ", ",
+                  torch::headeronly::toString(other.scalar_type()), ", or float32, got ",
+                  torch::headeronly::toString(s));
+  return float_dtype(t, name);
+}
+
 inline void check_shape(const Tensor& t, const char* name, Shape shape) {
   bool same = t.dim() == (int64_t)shape.size();
   for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == shape.begin()[i];

@@ -83,7 +83,7 @@ struct SoftmaxBwd {
 struct ReluPoolFwd {
   int64_t N, H, W, C;
   Pool pool;
-  DType dtype;
+  DType z_dtype, dtype;        // of z and dz: the same, or float32
   const void* z;               // [N, H, W, C]
   const void* dz;              // [N, H, W, C]
   void* y;                     // [N, H / 2, W / 2, C] or null
@@ -149,7 +149,7 @@ inline int64_t padded_to(int64_t channels, int64_t multiple) {
 struct LabelConvFwd {
   int64_t N, C, H, W, K, c_out;
   Strip strip;
-  DType dtype;
+  DType z_dtype, dtype;         // of z and dz: the table's, or float32
   const int64_t* labels;        // [N, H, W] or null
   const float* topk_values;     // [N, k, H, W] or null
   const int64_t* topk_indices;  // [N, k, H, W]
@@ -165,6 +165,25 @@ struct LabelConvFwd {
   void* z;                     // [N, rows, W, c_out], as in ReluPoolFwd
   void* dz;  // [N, rows, W, c_out]: on entry the convolution of SoftmaxPackFwd's y
   int64_t z_image_stride, dz_image_stride;
+};
+
+// Weights as Winograd reads them.
+struct WinogradWeight {
+  int64_t C_in, C_out;  // of the convolution that is to be done
+  bool transposed;      // eq. (4): that of the data gradient
+  const float* w;       // [C_out, 3, 3, C_in]; transposed: [C_in, 3, 3, C_out], taps to be reversed
+  float* u;             // [16 * C_in * padded_to(C_out, 32)], in an order of the kernel's own
+};
+
+// z = 3 x 3 convolution of stride 1, with a column of zeros on both sides.
+struct Winograd {
+  int64_t N, rows, x_rows, W, C_in, C_out;  // rows of z: x_rows + 2 * pad_h - 2
+  int64_t pad_h, row0;                      // row0: the image's row that z begins with
+  DType dtype, z_dtype;                     // the same, or z's is float32
+  const void* x;                            // [N, x_rows, W, C_in]
+  const float* u;                           // of WinogradWeight
+  void* z;                                  // [N, rows, W, C_out]
+  int64_t x_image_stride, z_image_stride;
 };
 
 struct DiffReduceFwd {
@@ -183,6 +202,8 @@ void parallel_for(int64_t n, int64_t grain, ParallelBody body, void* ctx);
   STAGE(label_conv_fwd, LabelConvFwd)     \
   STAGE(relu_fwd, ReluFwd)                \
   STAGE(relu_pool_fwd, ReluPoolFwd)       \
+  STAGE(winograd_weight, WinogradWeight)  \
+  STAGE(winograd, Winograd)               \
   STAGE(diff_reduce_fwd, DiffReduceFwd)   \
   STAGE(relu_pool_bwd, ReluPoolBwd)       \
   STAGE(relu_bwd, ReluBwd)                \
@@ -193,6 +214,8 @@ namespace cpu {
 GPL_FAST_STAGES(GPL_FAST_DECLARE)
 #undef GPL_FAST_DECLARE
 const char* capability();
+// Whether this machine multiplies matrices of a 16-bit dtype faster than of float32.
+bool multiplies_fast(DType dtype);
 }  // namespace cpu
 
 namespace cuda {  // stream: a cudaStream_t

@@ -223,11 +223,13 @@ void relu_pool_fwd_any(const Tensor& z, const MaybeTensor& dz, const MaybeTensor
   ReluPoolFwd a = {};
   a.N = z.size(0), a.H = z.size(1), a.W = z.size(2), a.C = z.size(3);
   a.pool = pool_of(pool);
-  a.dtype = float_dtype(z, "z");
-  const ScalarType dtype = z.scalar_type();
+  const Tensor& out = y ? *y : *delta;
+  const ScalarType dtype = out.scalar_type();
+  a.dtype = float_dtype(out, y ? "y" : "delta");
+  a.z_dtype = same_or_float32(z, "z", out, y ? "y" : "delta");
   const Shape full = {a.N, a.H, a.W, a.C}, pooled = {a.N, a.H / 2, a.W / 2, a.C};
-  a.z_image_stride = image_stride(z, "z", dtype, full);
-  a.dz_image_stride = image_stride(dz, "dz", dtype, full);
+  a.z_image_stride = image_stride(z, "z", z.scalar_type(), full);
+  a.dz_image_stride = image_stride(dz, "dz", z.scalar_type(), full);
   a.y_image_stride = image_stride(y, "y", dtype, pooled);
   a.delta_image_stride = image_stride(delta, "delta", dtype, pooled);
   a.code_image_stride =
@@ -448,6 +450,40 @@ void conv_block_logits_bwd(const Tensor& dy, const MaybeTensor& code, const Tens
 }
 #endif
 
+void winograd_weight(const Tensor& w, bool transposed, const Tensor& u) {
+  STD_TORCH_CHECK(w.dim() == 4 && w.size(1) == 3 && w.size(2) == 3,
+                  "gpl_fast: w must be [C_out, 3, 3, C_in], got ", text(w.sizes()));
+  WinogradWeight a = {};
+  a.transposed = transposed;
+  a.C_in = w.size(transposed ? 0 : 3), a.C_out = w.size(transposed ? 3 : 0);
+  a.w = (const float*)contiguous(w, "w", ScalarType::Float, {w.size(0), 3, 3, w.size(3)});
+  a.u = (float*)contiguous(u, "u", ScalarType::Float, {16 * a.C_in * padded_to(a.C_out, 32)});
+  cpu::winograd_weight(a);
+}
+
+void winograd(const Tensor& x, const Tensor& u, int64_t pad_h, int64_t row0, const Tensor& z) {
+  STD_TORCH_CHECK(x.dim() == 4, "gpl_fast: x must be [N, rows, W, C_in], got ", text(x.sizes()));
+  STD_TORCH_CHECK(z.dim() == 4, "gpl_fast: z must be [N, rows, W, C_out], got ", text(z.sizes()));
+  STD_TORCH_CHECK(pad_h == 0 || pad_h == 1, "gpl_fast: pad_h must be 0 or 1, got ", pad_h);
+  Winograd a = {};
+  a.N = x.size(0), a.x_rows = x.size(1), a.W = x.size(2), a.C_in = x.size(3), a.C_out = z.size(3);
+  a.rows = a.x_rows + 2 * pad_h - 2, a.pad_h = pad_h, a.row0 = row0;
+  a.dtype = float_dtype(x, "x"), a.z_dtype = same_or_float32(z, "z", x, "x");
+  a.x_image_stride = image_stride(x, "x", x.scalar_type(), {a.N, a.x_rows, a.W, a.C_in});
+  a.z_image_stride = image_stride(z, "z", z.scalar_type(), {a.N, a.rows, a.W, a.C_out});
+  a.x = x.data_ptr(), a.z = z.data_ptr();
+  a.u = (const float*)contiguous(u, "u", ScalarType::Float, {16 * a.C_in * padded_to(a.C_out, 32)});
+  if (z.numel() == 0) return;
+  cpu::winograd(a);
+}
+
+std::string cpu_fast_dtypes() {
+  std::string names;
+  if (cpu::multiplies_fast(DType::kBFloat16)) names += "bfloat16 ";
+  if (cpu::multiplies_fast(DType::kFloat16)) names += "float16 ";
+  return names;
+}
+
 std::string cpu_capability() { return cpu::capability(); }
 
 std::string cuda_build() {
@@ -503,7 +539,10 @@ STABLE_TORCH_LIBRARY(gpl_fast, m) {
       "int dy_row0, bool allow_tf32, Tensor x, Tensor? lse, Tensor scale, Tensor? valid, "
       "int activation, float temperature, Tensor? ce_labels, Tensor? ce_lse, Tensor? ce_scale, "
       "Tensor? class_weight, float label_smoothing, int row0, int rows, Tensor(a!) dx) -> ()");
+  m.def("winograd_weight(Tensor w, bool transposed, Tensor(a!) u) -> ()");
+  m.def("winograd(Tensor x, Tensor u, int pad_h, int row0, Tensor(a!) z) -> ()");
   m.def("cpu_capability() -> str");
+  m.def("cpu_fast_dtypes() -> str");
   m.def("cuda_build() -> str");
 }
 
@@ -519,6 +558,8 @@ STABLE_TORCH_LIBRARY_IMPL(gpl_fast, CPU, m) {
   m.impl("relu_pool_bwd", TORCH_BOX(&gpl_fast::relu_pool_bwd));
   m.impl("relu_bwd", TORCH_BOX(&gpl_fast::relu_bwd));
   m.impl("softmax_bwd", TORCH_BOX(&gpl_fast::softmax_bwd));
+  m.impl("winograd_weight", TORCH_BOX(&gpl_fast::winograd_weight));
+  m.impl("winograd", TORCH_BOX(&gpl_fast::winograd));
 }
 
 #ifdef GPL_FAST_CUDA
@@ -533,5 +574,6 @@ STABLE_TORCH_LIBRARY_IMPL(gpl_fast, CUDA, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(gpl_fast, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&gpl_fast::cpu_capability));
+  m.impl("cpu_fast_dtypes", TORCH_BOX(&gpl_fast::cpu_fast_dtypes));
   m.impl("cuda_build", TORCH_BOX(&gpl_fast::cuda_build));
 }

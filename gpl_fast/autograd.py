@@ -91,6 +91,7 @@ def perceptual_terms(
         if cross_entropy.class_weight is not None:
             tensors["class_weight"] = cross_entropy.class_weight.float()
     resized = target.dense is not None and tuple(target.dense.shape[2:]) != tuple(pred.shape[2:])
+    float32 = chain.float32_convolutions(pred.device, dtype)
     spec = plan.make_spec(
         net,
         feature_weights=feature_weights,
@@ -104,12 +105,13 @@ def perceptual_terms(
         cross_entropy=cross_entropy is not None,
         device=pred.device.type,
         dtype=dtype,
+        float32_convolutions=float32,
         workspace_mb=workspace_mb,
     )
     names = tuple(tensors)
-    looked_up = target.kind in ("labels", "topk")
-    packs = net.cached_packs(pred.device, dtype, looked_up)
-    text = ",".join(names) + ";" + ",".join(chain.pack_names(net, pred.device, dtype, looked_up))
+    packed = pred.device, torch.float32 if float32 else dtype, target.kind in ("labels", "topk")
+    packs = net.cached_packs(*packed)
+    text = ",".join(names) + ";" + ",".join(chain.pack_names(net, *packed))
     if torch.is_grad_enabled() and pred.requires_grad:
         terms: Tensor = _PerceptualTerms.apply(  # type: ignore[no-untyped-call]
             pred, spec, text, len(names), *tensors.values(), *packs
@@ -137,6 +139,7 @@ def encode(
         target: (N, C, H, W) float32, bfloat16 or float16, any strides.
         Others: as `perceptual_terms`.
     """
+    float32 = chain.float32_convolutions(target.device, dtype)
     spec = plan.make_spec(
         net,
         feature_weights=dict.fromkeys(layers, 1.0),
@@ -147,12 +150,14 @@ def encode(
         temperature=temperature,
         device=target.device.type,
         dtype=dtype,
+        float32_convolutions=float32,
         workspace_mb=workspace_mb,
     )
-    packs = net.cached_packs(target.device, dtype, False)
+    packed = target.device, torch.float32 if float32 else dtype, False
+    packs = net.cached_packs(*packed)
     tensors = [] if valid is None else [valid.contiguous()]
     text = ",".join(["valid"] * len(tensors)) + ";"
-    text += ",".join(chain.pack_names(net, target.device, dtype, False))
+    text += ",".join(chain.pack_names(net, *packed))
     fwd = torch.ops.gpl_fast.perceptual_fwd
     features = fwd(target.detach(), tensors, list(packs), spec, text, True)[1]
     return {k: e.permute(0, 3, 1, 2) for k, e in zip(dict.fromkeys(layers), features, strict=True)}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpl_fast import functional, plan
+from gpl_fast import chain, functional, plan
 from gpl_fast.backend import Choice
 from gpl_fast.lossnet import LossNet
 from gpl_fast.options import Options
@@ -126,6 +126,7 @@ def _explain_fast(
         temperature=o.temperature,
         device=pred.device.type,
         dtype=dtype,
+        float32_convolutions=chain.float32_convolutions(pred.device, dtype),
         workspace_mb=o.workspace_mb,
     )
     n, _, height, width = pred.shape

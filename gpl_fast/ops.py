@@ -30,9 +30,12 @@ _MUTATING = (
     "relu_pool_bwd",
     "relu_bwd",
     "softmax_bwd",
+    "winograd_weight",
+    "winograd",
     "conv_block_bwd",
     "conv_block_logits_bwd",
 )
+_TEXTS = ("cpu_capability", "cpu_fast_dtypes", "cuda_build")
 
 
 @functools.cache
@@ -99,6 +102,12 @@ def cuda_obstacle(device: torch.device) -> str | None:
     return None
 
 
+@functools.cache
+def cpu_is_fast(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices of a 16-bit dtype faster than of float32."""
+    return str(dtype).removeprefix("torch.") in __getattr__("cpu_fast_dtypes")().split()
+
+
 def _mutating_fake(*args: Any, **kwargs: Any) -> None:
     return None
 
@@ -109,7 +118,7 @@ def _diff_reduce_fwd_fake(delta: torch.Tensor) -> torch.Tensor:
 
 def __getattr__(name: str) -> Any:
     """``ops.relu_bwd`` and so on: the operator itself (``OpOverload``)."""
-    if name not in (*_MUTATING, "diff_reduce_fwd", "cpu_capability", "cuda_build"):
+    if name not in (*_MUTATING, "diff_reduce_fwd", *_TEXTS):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if (reason := load()) is not None:
         raise RuntimeError(reason)

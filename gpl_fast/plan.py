@@ -22,6 +22,8 @@ MIB = 2**20
 # larger ones are fresh pages from the kernel at every call. Fewer rows than these are mostly halo.
 PREFERRED_STRIP_BYTES = 24 * MIB
 PREFERRED_ROWS = 8
+# Transforming the weight pays from so many tiles of 2 x 2 results on.
+WINOGRAD_TILES = 128
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Spec:
     cross_entropy: bool
     device: str
     dtype: str
+    float32_convolutions: bool  # whatever the dtype, see `chain.stages`
     workspace_bytes: int
 
 
@@ -239,6 +242,13 @@ class Plan:
         """Of the chunk that the walks allocate besides `saved`: at most the workspace."""
         return self._fixed_bytes() + self._bytes(self.images, self.rows)
 
+    def by_winograd(self, i: int) -> bool:
+        """Whether Winograd's algorithm does step i's convolution and its data gradient."""
+        step, size = self.steps[i], self.sizes[i]
+        tiles = self.n * -(-size.conv_h // 2) * -(-size.conv_w // 2)
+        fits = step.kernel_size == 3 and step.stride == 1 and tiles >= WINOGRAD_TILES
+        return self.spec.float32_convolutions and fits
+
     # --------------------------------------------------------------------------------- coefficients
 
     def coefficients(self) -> dict[str, float]:
@@ -282,11 +292,17 @@ class Plan:
         )
 
     def _fixed_bytes(self) -> int:
-        """What no chunk makes smaller: ATen's reordered copy of one convolution's weight."""
-        return self.dtype.itemsize * max(
-            step.out_channels * padded_channels(step.in_channels) * step.kernel_size**2
-            for step in self.steps
-        )
+        """What no chunk makes smaller: one convolution's weight, as Winograd's algorithm reads it
+        or in ATen's order."""
+        itemsize, out = 4 if self.spec.float32_convolutions else self.dtype.itemsize, 0
+        for i, step in enumerate(self.steps):
+            c_in, c_out = padded_channels(step.in_channels), step.out_channels
+            if self.by_winograd(i):
+                transposed = winograd_elements(c_out, c_in)
+                out = max(out, 4 * max(winograd_elements(c_in, c_out), transposed))
+            else:
+                out = max(out, itemsize * c_in * c_out * step.kernel_size**2)
+        return out
 
     def _whole_only(self, i: int) -> bool:
         return self.steps[self.segments[i][0]].stride == 2
@@ -325,8 +341,13 @@ class Plan:
         widest = max(self.steps[j].out_channels for j in segment)
         narrow = self.steps[segment[0]].in_channels if i else 0
         # (y, δ) in, (z, δz) out; with several convolutions both pairs are alive.
-        outs = (4 if len(segment) > 1 else 2) * widest
-        return images * (tall * size.w * e * (grids + outs + narrow) + labels)
+        wide = 4 if self.spec.float32_convolutions else e  # of (z, δz), and of what they become
+        outs = (4 if len(segment) > 1 else 2) * widest * wide
+        if wide > e and not self.by_winograd(segment[0]):  # float32 copies of (y, δ)
+            outs += 2 * 4 * max(narrow, padded_channels(self.spec.in_channels))
+        if i == 0 and self.front:  # which is left in float32 too
+            outs += 3 * self.steps[0].in_channels * (wide - e)
+        return images * (tall * size.w * (e * (grids + narrow) + outs) + labels)
 
     def _style_bytes(self, i: int, images: int, rows: int) -> int:
         """Of a strip's style taps in float32: four maps at once, φ', δ and their products."""
@@ -355,6 +376,11 @@ class Plan:
         return images * (level_in + level_out) + strip
 
 
+def winograd_elements(c_in: int, c_out: int) -> int:
+    """Of the weight that csrc/cpu/winograd.cpp reads: 16 points, blocks of 32 output channels."""
+    return 16 * c_in * (-(-c_out // 32) * 32)
+
+
 def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return torch.Size(shape).numel() * dtype.itemsize
 
@@ -373,6 +399,7 @@ def make_spec(
     cross_entropy: bool = False,
     device: str = "cpu",
     dtype: torch.dtype,
+    float32_convolutions: bool = False,
     workspace_mb: float,
 ) -> str:
     """The Spec of a loss on a network without `obstacle`, as JSON for `load_spec`."""
@@ -389,6 +416,7 @@ def make_spec(
         cross_entropy=cross_entropy,
         device=device,
         dtype=dtype,
+        float32_convolutions=float32_convolutions,
         workspace_mb=workspace_mb,
     )
 

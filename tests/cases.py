@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
-from gpl_fast import TopK
+from gpl_fast import TopK, ops, plan
 
 # (N, C, H, W)
 SHAPES = {
@@ -28,6 +29,24 @@ HALF_BOUND = {torch.bfloat16: (0.05, 0.45), torch.float16: (0.006, 0.2)}
 
 # Small nets: odd widths pad in packed arrays; the last level still has several channels.
 NARROW = (5, 8, 7, 6, 9)
+
+
+# How the CPU's convolutions are computed: "native", by ATen in the maps' dtype, as where a CPU is
+# fast at it; "float32", by Winograd's algorithm where it pays; "winograd", wherever it can.
+ARITHMETIC = ("native", "float32", "winograd")
+
+
+def use_arithmetic(patch: pytest.MonkeyPatch, name: str) -> None:
+    """One of `ARITHMETIC`, whatever CPU this is."""
+    patch.setattr(ops, "cpu_is_fast", lambda dtype: name == "native")
+    if name == "winograd":
+        patch.setattr(plan, "WINOGRAD_TILES", 0)
+
+
+def both_ways(test):
+    """Runs a test with ATen's convolutions and with Winograd's."""
+    ways = pytest.mark.parametrize("arithmetic", ["native", "winograd"], indirect=True)
+    return pytest.mark.usefixtures("arithmetic")(ways(test))
 
 
 def error(got: Tensor, truth: Tensor) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import BACKENDS
+from cases import BACKENDS, use_arithmetic
 from hypothesis import settings
 
 # No deadline: the machine is shared. Derandomised: a failure is the code's, not the day's.
@@ -29,3 +29,10 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """See `cases.both_ways`."""
+    use_arithmetic(monkeypatch, request.param)
+    return str(request.param)

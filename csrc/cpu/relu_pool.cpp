@@ -12,8 +12,8 @@ namespace {
 constexpr int kNoWinner = 4;
 
 // Up to 16 channels of one window: at[i] = the offset of position i, row-major.
-template <class T, Carried kCarried>
-GPL_INLINE void max_window(const T* z, const T* dz, const int64_t* at, int64_t n, T* y, T* delta,
+template <class Z, class T, Carried kCarried>
+GPL_INLINE void max_window(const Z* z, const Z* dz, const int64_t* at, int64_t n, T* y, T* delta,
                            uint8_t* code) {
   constexpr bool kDiff = kCarried != Carried::kAlone, kTarget = kCarried == Carried::kTarget;
   Vf best, target, z_other, dz_other;  // the largest of each branch; z and dz at the other one's
@@ -47,11 +47,11 @@ GPL_INLINE void max_window(const T* z, const T* dz, const int64_t* at, int64_t n
   }
 }
 
-template <class T, Carried kCarried>
+template <class Z, class T, Carried kCarried>
 void max_row(const ReluPoolFwd& a, int64_t n, int64_t i) {
   const int64_t w = a.W / 2, code_bytes = ceil_div(a.C, 2);
-  const T* z = (const T*)a.z + n * a.z_image_stride + 2 * i * a.W * a.C;
-  const T* dz = a.dz ? (const T*)a.dz + n * a.dz_image_stride + 2 * i * a.W * a.C : nullptr;
+  const Z* z = (const Z*)a.z + n * a.z_image_stride + 2 * i * a.W * a.C;
+  const Z* dz = a.dz ? (const Z*)a.dz + n * a.dz_image_stride + 2 * i * a.W * a.C : nullptr;
   T* y = a.y ? (T*)a.y + n * a.y_image_stride + i * w * a.C : nullptr;
   T* delta = a.dz ? (T*)a.delta + n * a.delta_image_stride + i * w * a.C : nullptr;
   uint8_t* code = a.code ? a.code + n * a.code_image_stride + i * w * code_bytes : nullptr;
@@ -60,21 +60,21 @@ void max_row(const ReluPoolFwd& a, int64_t n, int64_t i) {
       const int64_t first = 2 * j * a.C + c, row = a.W * a.C;
       const int64_t at[4] = {first, first + a.C, first + row, first + row + a.C};
       const int64_t out = j * a.C + c;
-      max_window<T, kCarried>(z, dz, at, a.C - c, y ? y + out : nullptr,
-                              delta ? delta + out : nullptr,
-                              code ? code + j * code_bytes + c / 2 : nullptr);
+      max_window<Z, T, kCarried>(z, dz, at, a.C - c, y ? y + out : nullptr,
+                                 delta ? delta + out : nullptr,
+                                 code ? code + j * code_bytes + c / 2 : nullptr);
     }
   }
 }
 
 // One full-resolution row: its masks, and its half of the windows into sums ([w, C] float, or
 // null).
-template <class T, Carried kCarried>
+template <class Z, Carried kCarried>
 void avg_row(const ReluPoolFwd& a, int64_t n, int64_t h, bool add, float* y_sum, float* delta_sum) {
   constexpr bool kDiff = kCarried != Carried::kAlone;
   const int64_t mask_bytes = ceil_div(a.C, 8);
-  const T* z = (const T*)a.z + n * a.z_image_stride + h * a.W * a.C;
-  const T* dz = kDiff ? (const T*)a.dz + n * a.dz_image_stride + h * a.W * a.C : nullptr;
+  const Z* z = (const Z*)a.z + n * a.z_image_stride + h * a.W * a.C;
+  const Z* dz = kDiff ? (const Z*)a.dz + n * a.dz_image_stride + h * a.W * a.C : nullptr;
   uint8_t* mask = a.code ? a.code + n * a.code_image_stride + h * a.W * mask_bytes : nullptr;
   for (int64_t x = 0; x < a.W; ++x) {
     for (int64_t c = 0; c < a.C; c += 16) {
@@ -101,17 +101,17 @@ void store_quarter(T* dst, const float* sum, int64_t n) {
   }
 }
 
-template <class T, Carried kCarried>
+template <class Z, class T, Carried kCarried>
 void avg_rows(const ReluPoolFwd& a, int64_t n, int64_t i, float* y_sum, float* delta_sum) {
   const int64_t row = a.W / 2 * a.C;
-  if (i == a.H / 2) return avg_row<T, kCarried>(a, n, 2 * i, false, nullptr, nullptr);
-  avg_row<T, kCarried>(a, n, 2 * i, false, y_sum, delta_sum);
-  avg_row<T, kCarried>(a, n, 2 * i + 1, true, y_sum, delta_sum);
+  if (i == a.H / 2) return avg_row<Z, kCarried>(a, n, 2 * i, false, nullptr, nullptr);
+  avg_row<Z, kCarried>(a, n, 2 * i, false, y_sum, delta_sum);
+  avg_row<Z, kCarried>(a, n, 2 * i + 1, true, y_sum, delta_sum);
   if (a.y) store_quarter((T*)a.y + n * a.y_image_stride + i * row, y_sum, row);
   if (a.dz) store_quarter((T*)a.delta + n * a.delta_image_stride + i * row, delta_sum, row);
 }
 
-template <class T>
+template <class Z, class T>
 void fwd(const ReluPoolFwd& a, int64_t rows, int64_t begin, int64_t end) {
   const int64_t sums = a.pool == Pool::kAvg ? a.W / 2 * a.C : 0;
   Scratch y_sum(sums), delta_sum(a.dz ? sums : 0);
@@ -119,9 +119,9 @@ void fwd(const ReluPoolFwd& a, int64_t rows, int64_t begin, int64_t end) {
     with_carried(a.dz, a.from_target, k / rows, [&](auto tag) {
       constexpr Carried kCarried = decltype(tag)::value;
       if (a.pool == Pool::kMax) {
-        max_row<T, kCarried>(a, k / rows, k % rows);
+        max_row<Z, T, kCarried>(a, k / rows, k % rows);
       } else {
-        avg_rows<T, kCarried>(a, k / rows, k % rows, y_sum.get(), delta_sum.get());
+        avg_rows<Z, T, kCarried>(a, k / rows, k % rows, y_sum.get(), delta_sum.get());
       }
     });
   }
@@ -169,7 +169,8 @@ void relu_pool_fwd(const ReluPoolFwd& a) {
   // With masks an odd last row counts as a row of windows without output.
   const int64_t rows = a.pool == Pool::kMax ? a.H / 2 : (a.H + 1) / 2;
   parallel(a.N * rows, 2 * a.W * a.C, [&](int64_t begin, int64_t end) {
-    with_dtype(a.dtype, [&](auto tag) { fwd<decltype(tag)>(a, rows, begin, end); });
+    with_dtypes(a.z_dtype, a.dtype,
+                [&](auto z, auto y) { fwd<decltype(z), decltype(y)>(a, rows, begin, end); });
   });
 }
 

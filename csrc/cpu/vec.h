@@ -388,6 +388,18 @@ GPL_INLINE void with_dtype(DType dtype, const F& f) {
   }
 }
 
+// Calls f(Z{}, T{}): T of `dtype`, Z of `z_dtype`, which is the same or float32.
+template <class F>
+GPL_INLINE void with_dtypes(DType z_dtype, DType dtype, const F& f) {
+  with_dtype(dtype, [&](auto tag) {
+    if (z_dtype == dtype) {
+      f(tag, tag);
+    } else {
+      f(float{}, tag);
+    }
+  });
+}
+
 GPL_INLINE int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 // f(begin, end) over [0, n); one call gets about 32768 elements or more of `cost` elements an item.

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from gpl_fast import ops
-from gpl_fast.chain.convolution import conv_transpose, tf32_allowed
+from gpl_fast.chain.convolution import Convolutions, conv_transpose, tf32_allowed
 from gpl_fast.chain.stages import backward_stages_on
-from gpl_fast.plan import Plan, Step
+from gpl_fast.plan import Plan, Step, padded_channels
 
 
 class Backward:
@@ -35,6 +35,7 @@ class Backward:
         self.plan, self.x, self.target, self.packs, self.saved = plan, x, target, packs, saved
         self.stages = backward_stages_on(x.device)
         self.allow_tf32 = tf32_allowed()
+        self.convolutions = Convolutions(plan, packs)
         self.n0 = self.n1 = 0
         # The chain carries seeds of at most one δ; what it was divided by is applied at its end.
         c = plan.coefficients()
@@ -74,10 +75,16 @@ class Backward:
             if i and strips:
                 channels = plan.steps[segment[0]].in_channels
                 d_in = self.x.new_empty((n, size.h, size.w, channels), dtype=plan.dtype)
+            elif strips and not plan.front and plan.by_winograd(0):
+                # The same memory for every strip, as in the forward.
+                channels = padded_channels(plan.spec.in_channels)
+                d_in = self.x.new_empty((n, rows, size.w, channels), dtype=plan.dtype)
             for r0 in range(0, max(size.h, 1), max(rows, 1)):
                 r1 = min(r0 + rows, size.h)
-                into = None if d_in is None else d_in[:, r0:r1]
+                a, b = (r0, r1) if i else (0, r1 - r0)
+                into = None if d_in is None else d_in[:, a:b]
                 dy = self._segment(segment, d_out, (r0, r1), strips, into)
+            self.convolutions.release()
             if i:
                 tap, d_in = self.ends[i - 1], dy if d_in is None else d_in
                 d_out = self._seed(tap, 0, size.h, d_in) if tap in plan.taps else d_in
@@ -122,14 +129,8 @@ class Backward:
                 dz = self._relu_gradient(step, i, dy, lo, hi)
             if step.conv != step.relu:
                 dz = self._add_tap(step.conv, dz, lo, hi, size.conv_h)
-            w = self.packs[f"w.{step.conv}"]
-            pad_h = 2 * p if strips else p
-            extra = (0, 0)
-            if step.stride == 2:
-                full = (2 * (size.conv_h - 1) - 2 * p + step.kernel_size,
-                        2 * (size.conv_w - 1) - 2 * p + step.kernel_size)  # fmt: skip
-                extra = (size.h - full[0], size.w - full[1])
-            dy = conv_transpose(dz, w, step.stride, (pad_h, p), extra)
+            row0, out = r0 - reach if strips else 0, into if first else None
+            dy = self.convolutions.data_gradient(i, dz, strips, row0, out)
         if segment[0] == 0:
             self._first_maps(dy, r0, r1)
         elif into is not None and dy is not into:

@@ -1,28 +1,93 @@
-"""ATen's convolutions on NHWC maps."""
+"""Convolutions and data gradients on NHWC maps."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gpl_fast import ops
+from gpl_fast.plan import Plan, winograd_elements
+
+
+class Convolutions:
+    """The convolutions of a plan's steps and their data gradients, NHWC -> NHWC.
+
+    ATen's, but where `float32_convolutions` 3 x 3 ones of stride 1 are Winograd's
+    (csrc/cpu/winograd.cpp), and others get float32 copies. There a convolution's result stays
+    float32; data gradients have the dtype of `dz` always.
+    """
+
+    def __init__(self, plan: Plan, packs: Mapping[str, Tensor]) -> None:
+        self.plan, self.packs = plan, packs
+        # One layer's weight as Winograd reads it: strips come one after the other.
+        self._latest: tuple[str, Tensor] | None = None
+
+    def conv(self, i: int, y: Tensor, pad_h: int, row0: int) -> Tensor:
+        """Step i's convolution, `pad_h` rows of zeros above and below; its first row is `row0`."""
+        step = self.plan.steps[i]
+        w = self.packs[f"w.{step.conv}"]
+        if self.plan.by_winograd(i):
+            shape = (y.shape[0], y.shape[1] + 2 * pad_h - 2, y.shape[2], step.out_channels)
+            z = y.new_empty(shape, dtype=w.dtype)
+            ops.winograd(y, self._transformed(step.conv, False), pad_h, row0, z)
+            return z
+        return conv(y, w, step.stride, (pad_h, step.kernel_size // 2))
+
+    def data_gradient(
+        self, i: int, dz: Tensor, strips: bool, row0: int, out: Tensor | None = None
+    ) -> Tensor:
+        """Eq. (4) of step i; of `strips` without the rows that the next ones add to. Its first row
+        is `row0`, and it may be in `out`."""
+        step, size = self.plan.steps[i], self.plan.sizes[i]
+        p, w = step.kernel_size // 2, self.packs[f"w.{step.conv}"]
+        if self.plan.by_winograd(i):
+            if out is None:
+                rows = dz.shape[1] - 2 if strips else dz.shape[1]
+                out = dz.new_empty((dz.shape[0], rows, dz.shape[2], w.shape[1]))
+            ops.winograd(dz, self._transformed(step.conv, True), 0 if strips else 1, row0, out)
+            return out
+        extra = (0, 0)
+        if step.stride == 2:
+            full = (2 * (size.conv_h - 1) - 2 * p + step.kernel_size,
+                    2 * (size.conv_w - 1) - 2 * p + step.kernel_size)  # fmt: skip
+            extra = (size.h - full[0], size.w - full[1])
+        return conv_transpose(dz, w, step.stride, (2 * p if strips else p, p), extra)
+
+    def release(self) -> None:
+        """Forget the layer: other layers, or other images, come next."""
+        self._latest = None
+
+    def _transformed(self, name: str, transposed: bool) -> Tensor:
+        """The weight of a convolution, or of its transpose, as Winograd reads it: a walk asks for
+        one of the two."""
+        if self._latest is None or self._latest[0] != name:
+            self.release()  # before the next one is allocated
+            w = self.packs[f"w.{name}"].permute(0, 2, 3, 1)
+            c_in, c_out = (w.shape[0], w.shape[3]) if transposed else (w.shape[3], w.shape[0])
+            u = w.new_empty(winograd_elements(c_in, c_out), dtype=torch.float32)
+            ops.winograd_weight(w, transposed, u)
+            self._latest = name, u
+        return self._latest[1]
+
 
 def conv(y: Tensor, w: Tensor, stride: int, pad: tuple[int, int]) -> Tensor:
-    """NHWC -> NHWC, `pad` = rows and columns of zeros on each side."""
-    z = torch.conv2d(y.permute(0, 3, 1, 2), w, None, stride, pad)
+    """NHWC -> NHWC in the dtype of `w`, `pad` = rows and columns of zeros on each side."""
+    z = torch.conv2d(y.to(w.dtype).permute(0, 3, 1, 2), w, None, stride, pad)
     return z.permute(0, 2, 3, 1).contiguous()
 
 
 def conv_transpose(
     dz: Tensor, w: Tensor, stride: int, pad: tuple[int, int], extra: Sequence[int]
 ) -> Tensor:
-    """Eq. (4), NHWC -> NHWC."""
+    """Eq. (4), NHWC -> NHWC in the dtype of `dz`, computed in that of `w`."""
     with _fixed_order() if dz.is_cuda else nullcontext():
-        dy = torch.conv_transpose2d(dz.permute(0, 3, 1, 2), w, None, stride, pad, extra)
-    return dy.permute(0, 2, 3, 1).contiguous()
+        wide = dz.to(w.dtype).permute(0, 3, 1, 2)
+        dy = torch.conv_transpose2d(wide, w, None, stride, pad, extra)
+    return dy.to(dz.dtype).permute(0, 2, 3, 1).contiguous()
 
 
 @contextmanager

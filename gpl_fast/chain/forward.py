@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gpl_fast import ops, reference
 from gpl_fast.chain.branch import GRID, carry_target
-from gpl_fast.chain.convolution import conv, tf32_allowed, zero_outside
+from gpl_fast.chain.convolution import Convolutions, conv, tf32_allowed, zero_outside
 from gpl_fast.chain.stages import has_blocks, stages_on
 from gpl_fast.plan import Plan, Step, padded_channels
 
@@ -40,6 +40,7 @@ class Forward:
     ) -> None:
         self.plan, self.x, self.target, self.packs, self.keep = plan, x, target, packs, keep
         self.plain = plan.spec.kind in ("features", "encode")
+        self.convolutions = Convolutions(plan, packs)
         self.stages = stages_on(x.device)
         # True float32 is ATen's convolutions; TF32 is the kernels' too.
         self.blocks = has_blocks(x.device) and (plan.dtype != torch.float32 or tf32_allowed())
@@ -112,6 +113,7 @@ class Forward:
                 self._segment(segment, maps, (lo, hi), (r0, r1), strips, out)
                 del maps  # its memory serves the next strip and level
             self.strip = None
+            self.convolutions.release()
             level = following
         self._reduce()
 
@@ -204,7 +206,8 @@ class Forward:
         if self.plan.spec.adapter:
             flat = conv(flat, self.packs["w.adapter"], 1, (0, 0))
         else:
-            flat = flat[..., : self.plan.spec.in_channels].contiguous()
+            dtype = torch.float32 if self.plan.spec.float32_convolutions else flat.dtype
+            flat = flat[..., : self.plan.spec.in_channels].to(dtype).contiguous()
         maps = flat.view(*maps.shape[:4], flat.shape[-1])
         if self.taken[0] is not None:
             maps = torch.stack([torch.empty_like(maps[0]), maps[0]])
@@ -270,7 +273,7 @@ class Forward:
                 pad_h, end = 0 if strips else p, i == segment[-1]
                 maps = self._block(i, maps, (lo, hi), (a, b), pad_h, out if end else None)
                 continue
-            maps = self._convolve(step, maps, lo, 0 if strips else p)
+            maps = self._convolve(i, maps, lo, 0 if strips else p)
             z, dz = maps[0][0], None if self.plain else maps[-1][-1]
             if strips and i != segment[-1]:
                 for t in maps:
@@ -296,12 +299,12 @@ class Forward:
                 if dz is not None:
                     out[1][:, a:b] = dz[:, a - lo : b - lo]
 
-    def _convolve(self, step: Step, maps: list[Tensor], lo: int, pad_h: int) -> list[Tensor]:
+    def _convolve(self, i: int, maps: list[Tensor], lo: int, pad_h: int) -> list[Tensor]:
         """z' and δz of (y', δ), stacked as these are; with the look-up where `maps` is u alone."""
-        w, bias = self.packs[f"w.{step.conv}"], self.packs.get(f"b.{step.conv}")
+        bias = self.packs.get(f"b.{self.plan.steps[i].conv}")
         out = []
         for m in maps:
-            z = conv(m.flatten(0, 1), w, step.stride, (pad_h, step.kernel_size // 2))
+            z = self.convolutions.conv(i, m.flatten(0, 1), pad_h, lo)
             out.append(z.view(*m.shape[:2], *z.shape[1:]))
         if sum(m.shape[0] for m in maps) == 1 and not self.plain:
             out.insert(0, torch.empty_like(out[0]))
@@ -424,8 +427,8 @@ class Forward:
             y, d = out[0][:, a:b], out[-1][:, a:b]
         else:
             if styled or dz is None:
-                y = z.new_empty(shape)
-            d = z.new_empty(shape) if diff is None else diff[:, a:b]
+                y = z.new_empty(shape, dtype=self.plan.dtype)
+            d = z.new_empty(shape, dtype=self.plan.dtype) if diff is None else diff[:, a:b]
         if dz is None:
             self.stages.relu_pool_fwd(z, kind, y, code)
             self._tap(step.pool, y, None, 0, b - a, a, b)

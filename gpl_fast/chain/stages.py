@@ -8,6 +8,7 @@ from types import ModuleType
 import torch
 
 from gpl_fast import ops
+from gpl_fast.lossnet import constant_in_graphs
 
 TRITON_DEVICES = {"cuda"}  # tests add "cpu", for Triton's interpreter
 
@@ -15,6 +16,13 @@ TRITON_DEVICES = {"cuda"}  # tests add "cpu", for Triton's interpreter
 def has_blocks(device: torch.device) -> bool:
     """Whether one kernel does a whole step of the forward."""
     return device.type in TRITON_DEVICES
+
+
+@constant_in_graphs
+def float32_convolutions(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether convolutions of maps of `dtype` are computed in float32, by float32 weights: on a CPU
+    that multiplies matrices of `dtype` no faster."""
+    return device.type == "cpu" and not has_blocks(device) and not ops.cpu_is_fast(dtype)
 
 
 def stages_on(device: torch.device) -> ModuleType:

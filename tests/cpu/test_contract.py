@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from cases import ATOL, NARROW, error, value_and_grad
+from cases import ATOL, NARROW, both_ways, error, value_and_grad
 from saved import Walk, fast_node, left_by, network_input, terms, unpack_code
 from torch import Tensor, nn
 
@@ -259,11 +259,13 @@ def test_log_sum_exp_of_both_terms(activation, temperature):
 def halves(loss, pred, target, dtype=FLOAT):
     """Plan, targets and weights by name, as the walks take them."""
     planned, _ = left_by(loss(pred.clone().requires_grad_(), target))
+    dtype = FLOAT if chain.float32_convolutions(pred.device, dtype) else dtype
     packs = loss.net.cached_packs(pred.device, dtype, False)
     names = chain.pack_names(loss.net, pred.device, dtype, False)
     return planned, {"dense": target}, dict(zip(names, packs, strict=True))
 
 
+@both_ways
 @pytest.mark.parametrize("rows", [None, 4])
 @pytest.mark.parametrize("name", SAVING)
 def test_backward_reads_reference_made_tensors(name, rows, monkeypatch):
@@ -333,6 +335,7 @@ POISONED = {
 }
 
 
+@both_ways
 @pytest.mark.parametrize("rows", [None, 4])
 @pytest.mark.parametrize("name", POISONED)
 def test_walks_write_all_that_they_read(name, rows, monkeypatch):

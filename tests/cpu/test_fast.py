@@ -16,7 +16,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import ATOL, NARROW, error, value_and_grad
+from cases import (
+    ARITHMETIC,
+    ATOL,
+    NARROW,
+    both_ways,
+    error,
+    use_arithmetic,
+    value_and_grad,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from saved import Walk, left_by, network_input, terms
@@ -78,6 +86,7 @@ class How:
     target_activation: str
     rest: str
     k: int
+    arithmetic: str
 
 
 hows = st.builds(
@@ -90,6 +99,7 @@ hows = st.builds(
     target_activation=st.sampled_from(["same", "same", "none", "sigmoid"]),
     rest=st.sampled_from(RESTS),
     k=st.integers(1, 3),
+    arithmetic=st.sampled_from(ARITHMETIC),
 )
 
 
@@ -203,6 +213,7 @@ def test_against_float64(kind, c: Case, how: How, wide):
 
     with pytest.MonkeyPatch.context() as patch:
         force_strips(patch, how.rows)
+        use_arithmetic(patch, how.arithmetic)
         loss = c.loss(compute_dtype=compute, backend="fast", **options)
         x = pred.detach().requires_grad_()
         value = loss(x, target, mask)
@@ -278,11 +289,13 @@ def target_of(kind: str, pred: Tensor, loss: GenericPerceptualLoss) -> Any:
 KINDS = ("dense", "resized", "labels", "topk", "features")
 
 
+@both_ways
 @pytest.mark.parametrize("rows", [2, 4, 8, "images"])
 @pytest.mark.parametrize("pool", ["max", "avg", "stride"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_chunks_are_the_whole(kind, pool, rows, monkeypatch):
-    loss = fast(3, "2,1,1", pool=pool, kernel_size=5, level_weights=(0.5, 1, 2))
+def test_chunks_are_the_whole(kind, pool, rows, arithmetic, monkeypatch):
+    kernel = 3 if arithmetic == "winograd" else 5
+    loss = fast(3, "2,1,1", pool=pool, kernel_size=kernel, level_weights=(0.5, 1, 2))
     pred = 2 * torch.randn(3, 3, 29, 22)
     target, mask = target_of(kind, pred, loss), torch.rand(3, 29, 22) < 0.9
     mask = None if kind == "features" else mask
@@ -298,6 +311,7 @@ def test_chunks_are_the_whole(kind, pool, rows, monkeypatch):
     assert all(map(torch.equal, again, chunked))  # deterministic for the same chunks
 
 
+@both_ways
 @pytest.mark.parametrize("rows", [2, 8])
 @pytest.mark.parametrize("kind", ["dense", "labels"])
 def test_chunks_of_the_total_are_the_whole(kind, rows, monkeypatch):
@@ -310,6 +324,7 @@ def test_chunks_of_the_total_are_the_whole(kind, rows, monkeypatch):
     close(value_and_grad(total, logits, labels, teacher), whole, CLOSE[FLOAT])
 
 
+@both_ways
 @pytest.mark.parametrize("dtype", [FLOAT, BF16])
 @pytest.mark.parametrize("kind", ["dense", "labels", "topk"])
 def test_threads_do_not_change_a_bit(kind, dtype):
@@ -327,6 +342,7 @@ def test_threads_do_not_change_a_bit(kind, dtype):
     assert all(map(torch.equal, *found))
 
 
+@both_ways
 @pytest.mark.parametrize("rows", [None, 2])
 @pytest.mark.parametrize("dtype", [FLOAT, BF16, HALF])
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid", "none"])
@@ -359,6 +375,7 @@ def test_a_confident_sigmoid_keeps_its_difference_to_labels(c, dtype):
           truth, tolerance)  # fmt: skip
 
 
+@both_ways
 @pytest.mark.parametrize("dtype", [FLOAT, BF16])
 @pytest.mark.parametrize("masked", [False, True])
 def test_encode_is_the_reference_in_chunks(masked, dtype):
@@ -408,6 +425,7 @@ PEAKED = [
 ]
 
 
+@both_ways
 @pytest.mark.parametrize(
     ("c", "raised", "region", "bound", "kind"),
     [
@@ -481,6 +499,7 @@ class Total:
     dtype: torch.dtype
     rows: int | None
     channels: int
+    arithmetic: str
     seed: int
 
 
@@ -498,6 +517,7 @@ totals = st.builds(
     dtype=st.sampled_from([FLOAT, FLOAT, BF16]),
     rows=st.sampled_from([None, 2, 4]),
     channels=st.sampled_from([2, 5, 19]),
+    arithmetic=st.sampled_from(ARITHMETIC),
     seed=st.integers(0, 2**16),
 )
 
@@ -540,6 +560,7 @@ def test_total_against_float64(t: Total):
     parts = exact(x, labels, same_kind, mask, return_parts=True)
     with pytest.MonkeyPatch.context() as patch:
         force_strips(patch, t.rows)
+        use_arithmetic(patch, t.arithmetic)
         leaf = logits.detach().requires_grad_()
         value = fast_total(leaf, labels, teacher, mask)
         walk = None
@@ -614,6 +635,7 @@ def _double(x: Any) -> Any:
     return doubled(x) if isinstance(x, Tensor | TopK) else x
 
 
+@both_ways
 @pytest.mark.parametrize("rows", [None, 4])
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("taps", TAPS)
@@ -651,6 +673,7 @@ def test_style_targets(style, rows, monkeypatch):
     three_way(make, FLOAT, pred, make("reference").encode(target), style)
 
 
+@both_ways
 @pytest.mark.parametrize("kind", ["labels", "topk"])
 @pytest.mark.parametrize("net", ["max", "adapter"])
 def test_looked_up_targets_behind_biases_and_normalisation(net, kind):
@@ -681,6 +704,7 @@ def test_stride_two_levels_and_style(kind):
     three_way(make, FLOAT, pred, target_of(kind, pred, make("reference")))
 
 
+@both_ways
 @pytest.mark.parametrize("dtype", [BF16, HALF])
 def test_perceptual_family_in_half_precision(dtype):
     """Average pools: no winner to lose, so the gradient too is the definition's but for rounding

@@ -409,7 +409,7 @@ def every_result():
     u, taken, *_ = pack(x, labels=labels)
     z, dz = poisoned(2, 40, 64, 24), draw(2, 40, 64, 24)
     ops.label_conv_fwd(labels, None, table, table.sum(0), odd_images(2), taken, 0, 0, z, dz)
-    return [*out, u, z, dz]
+    return [*out, u, z, dz, winograd(z, draw(70, 24, 3, 3))]
 
 
 def test_threads_do_not_change_a_bit():
@@ -645,6 +645,101 @@ def test_topk_conv(C, k, dtype, rest):
         assert not part[:, 3:].any()
 
 
+# -- winograd ----------------------------------------------------------------------------------
+
+
+def winograd(x, w, *, transposed=False, pad_h=1, row0=0, z_dtype=None):
+    """The convolution of x (N, rows, W, C_in) by w (C_out, C_in, 3, 3), or of the transpose by
+    w (C_in, C_out, 3, 3)."""
+    c_out = w.shape[transposed]
+    u = poisoned(16 * x.shape[3] * (-(-c_out // 32) * 32))
+    ops.winograd_weight(w.permute(0, 2, 3, 1).contiguous(), transposed, u)
+    z = poisoned(x.shape[0], x.shape[1] + 2 * pad_h - 2, x.shape[2], c_out, dtype=z_dtype or x.dtype)
+    ops.winograd(x, u, pad_h, row0, z)
+    return z
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("C", "c_out", "size"),
+    [(8, 64, (13, 27)), (3, 19, (1, 5)), (19, 40, (7, 33)), (64, 19, (2, 300)), (200, 70, (6, 17)),
+     (391, 33, (3, 4))],
+)  # fmt: skip
+def test_winograd(C, c_out, size, transposed, dtype):
+    x = torch.randn(2, *size, C).to(dtype)
+    w = torch.randn(*((C, c_out) if transposed else (c_out, C)), 3, 3) / C**0.5
+
+    def plain(work):
+        f = F.conv_transpose2d if transposed else F.conv2d
+        return nhwc(f(nchw(x.to(work)), w.to(work), padding=1))
+
+    z = winograd(x, w, transposed=transposed)
+    check(z, plain(torch.float32).to(dtype), plain(torch.float64), dtype)
+    exact = winograd(x, w, transposed=transposed, z_dtype=torch.float32)
+    check(exact, plain(torch.float32), plain(torch.float64), torch.float32)
+    assert torch.equal(exact.to(dtype), z)
+
+    # strips of rows with their halo, some that begin in the middle of a tile
+    around = F.pad(x, (0, 0, 0, 0, 1, 1))
+    for first, rows in ((0, 2), (0, 1), (1, 1), (2, 3), (3, 4), (5, 5)):
+        part = around[:, first : first + rows + 2]
+        if part.shape[1] > 2:
+            got = winograd(part, w, transposed=transposed, pad_h=0, row0=first)
+            assert torch.equal(got, z[:, first : first + rows])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_winograd_reads_nothing_but_the_neighbourhood(dtype):
+    """Exactly 0 where all of it is 0; the same result where it is the same, as at pixels of a
+    window whose neighbourhoods repeat along a row or column: their ties stay ties."""
+    w = torch.randn(40, 24, 3, 3)
+    x = torch.zeros(1, 12, 14, 24, dtype=dtype)
+    x[:, 5, 6] = torch.randn(24).to(dtype)
+    z = winograd(x, w)
+    near = torch.zeros(1, 12, 14, dtype=torch.bool)
+    near[:, 4:7, 5:8] = True
+    assert not z[~near].any()
+    assert z[near].all()
+
+    flat = torch.randn(1, 1, 1, 24).expand(1, 12, 14, 24)
+    stripes = torch.randn(1, 1, 14, 24).expand(1, 12, 14, 24)
+    for along, same in ((flat, (1, 2)), (stripes, (1,)), (stripes.transpose(1, 2), (2,))):
+        z = winograd(along.contiguous().to(dtype), w)[:, 2:-2, 2:-2]
+        for dim in same:
+            one, other = (z.unflatten(dim, (-1, 2)).select(dim + 1, i) for i in (0, 1))
+            assert torch.equal(one, other)
+
+
+def test_winograd_past_the_cache():
+    """Large float32 results are written around the cache: the same bits."""
+    x, w = torch.randn(1, 130, 132, 8), torch.randn(128, 8, 3, 3)
+    whole = winograd(x, w)
+    assert whole.numel() * 4 > 8 * 2**20
+    for first in (0, 64):
+        part = F.pad(x, (0, 0, 0, 0, 1, 1))[:, first : first + 34]
+        assert torch.equal(winograd(part, w, pad_h=0), whole[:, first : first + 32])
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("pool", [MAX, AVG])
+@pytest.mark.parametrize(("C", "size"), [(64, (13, 27)), (3, (7, 33))])
+def test_relu_pool_of_float32(C, size, pool, dtype):
+    """Only what comes out is rounded: winners and signs are those of float32."""
+    z, dz = torch.randn(2, *size, C), 0.1 * torch.randn(2, *size, C)
+    y, delta, code = pool_diff(z, dz, pool)
+    y16, delta16 = (torch.full_like(t, float("nan"), dtype=dtype) for t in (y, delta))
+    code16 = torch.full_like(code, 255)
+    ops.relu_pool_diff_fwd(z, dz, odd_images(2), pool, y16, delta16, code16)
+    assert torch.equal(y16, y.to(dtype))
+    assert torch.equal(delta16, delta.to(dtype))
+    assert torch.equal(code16, code)
+    alone, alone16 = torch.full_like(y, float("nan")), torch.full_like(y16, float("nan"))
+    ops.relu_pool_fwd(z, pool, alone, None)
+    ops.relu_pool_fwd(z, pool, alone16, None)
+    assert torch.equal(alone16, alone.to(dtype))
+
+
 # -- diff_reduce -------------------------------------------------------------------------------
 
 
@@ -672,6 +767,7 @@ def test_no_images():
     listed = (nothing.long(), None, table, table.sum(0), odd_images(0), nothing.byte())
     ops.label_conv_fwd(*listed, 0, 0, z, z.clone())
     assert ops.diff_reduce_fwd(z).shape == (0,)
+    assert winograd(z, torch.randn(3, 8, 3, 3)).shape == (0, 5, 7, 3)
 
 
 def test_row_slices_of_one_image_are_written_in_place():
@@ -701,12 +797,18 @@ def look_up_rows(z, taken_rows):
         (lambda z: ops.relu_fwd(z.transpose(1, 2), z, None), "z must be contiguous"),
         (lambda z: ops.relu_fwd(z, z, z), "mask must have the shape"),
         (lambda z: ops.relu_pool_fwd(z, 2, z, None), "pool must be 0"),
-        (lambda z: ops.relu_pool_fwd(z, 0, z[:, :2, :2].bfloat16(), None), "y must be Float"),
+        (lambda z: ops.relu_pool_fwd(z.half(), 0, z[:, :2, :2], None), "z must have the dtype of y"),
         (lambda z: pack(z, temperature=0.0), "temperature must be positive"),
         (lambda z: pack(z, labels=torch.zeros(1, 4, 8)), "labels must be Long"),
         (lambda z: pack(z, target=z[:, :1]), "target must have the shape"),
         (lambda z: pack(z, activation=7), "activation must be 0"),
         (lambda z: look_up_rows(z, taken_rows=3), "taken must hold the rows of the image from 1"),
+        (lambda z: ops.relu_pool_fwd(z.half(), 0, z[:, :2, :2].bfloat16(), None), "or float32, got"),
+        (lambda z: winograd(z, torch.randn(8, 8, 5, 5)), r"w must be \[C_out, 3, 3, C_in\]"),
+        (lambda z: winograd(z, torch.randn(8, 9, 3, 3)), r"u must have the shape \[4608\], got \[4096\]"),
+        (lambda z: winograd(z, torch.randn(8, 8, 3, 3), pad_h=2), "pad_h must be 0 or 1"),
+        (lambda z: winograd(z.half(), torch.randn(8, 8, 3, 3), z_dtype=torch.bfloat16), "or float32"),
+        (lambda z: ops.winograd(z, poisoned(4096), 0, 0, z), r"z must have the shape \[1, 2, 4, 8\]"),
         (lambda z: ops.relu_diff_fwd(z, z, odd_images(2), None, z, None), "from_target must have"),
     ],
 )  # fmt: skip
@@ -742,6 +844,8 @@ def opcheck_cases():
         "softmax_bwd": (
             x, x.logsumexp(1), dy, one, None, 1, 1.0, labels, None, one, None, 0.0, 0, 4, x.clone(),
         ),
+        "winograd_weight": (torch.randn(8, 3, 3, 8), False, torch.zeros(4096)),
+        "winograd": (z, torch.randn(4096), 1, 0, dz.clone()),
     }  # fmt: skip
 
 
@@ -758,7 +862,7 @@ def test_narrower_builds(capability):
     env = {**os.environ, "GPL_FAST_CPU_CAPABILITY": capability}
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", __file__,
-         "-k", "(19 or strips or nan or codes) and not opcheck and not dtype2"],
+         "-k", "(19 or strips or nan or codes or neighbourhood) and not opcheck and not dtype2"],
         env=env, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-3000:]
