@@ -1,7 +1,8 @@
-"""The floor of a step on the CPU: ATen's convolutions alone, and one pass over the logits.
+"""The floor of a step on the CPU: the convolutions alone, and one pass over the logits.
 
-The convolutions are measured layer by layer at the rate that ATen (oneDNN) reaches on the layer's
-own shape, in channels_last, on strips that stay near the caches; nothing between them is counted.
+They are measured layer by layer at the best rate on the layer's own shape, in channels_last, on
+strips that stay near the caches: ATen's (oneDNN), or Winograd's as the fast path has it where that
+is faster. Nothing between them is counted.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from providers import NET, loss_net
 from torch import Tensor
 
-from gpl_fast import plan
+from gpl_fast import ops, plan
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,27 @@ def _time_layer(
     dz = torch.randn(images, c_out, rows, width).to(dtype, memory_format=layout)
     weight = torch.randn(c_out, c_in, size, size).to(dtype, memory_format=layout)
     pad = size // 2
-    return (
-        _best(lambda: torch.conv2d(x, weight, None, 1, pad)),
-        _best(lambda: torch.conv_transpose2d(dz, weight, None, 1, pad)),
-    )
+    forward = _best(lambda: torch.conv2d(x, weight, None, 1, pad))
+    backward = _best(lambda: torch.conv_transpose2d(dz, weight, None, 1, pad))
+    if size == 3 and not ops.cpu_is_fast(dtype):
+        return min(forward, _winograd(x, weight, False)), min(backward, _winograd(dz, weight, True))
+    return forward, backward
+
+
+def _winograd(x: Tensor, weight: Tensor, transposed: bool) -> float:
+    """Seconds of the convolution of x (N, C, H, W) by `weight`, or of its transpose."""
+    c_in, c_out = weight.shape[:2] if transposed else weight.shape[1::-1]
+    u = torch.empty(plan.winograd_elements(c_in, c_out))
+    ops.winograd_weight(weight.float().permute(0, 2, 3, 1).contiguous(), transposed, u)
+    maps = x.permute(0, 2, 3, 1)
+    dtype = x.dtype if transposed else torch.float32
+
+    def once() -> Tensor:
+        z = torch.empty((*maps.shape[:3], c_out), dtype=dtype)
+        ops.winograd(maps, u, 1, 0, z)
+        return z
+
+    return _best(once)
 
 
 def _best(once: Callable[[], Tensor], least_calls: int = 3, seconds: float = 0.3) -> float:

@@ -33,7 +33,9 @@ class Explanation:
 
     Attributes:
         backend, reason: which backend runs, and why.
-        compute_dtype: what the network computes in.
+        compute_dtype: what the network's maps are in.
+        float32_convolutions: they are computed in float32 whatever `compute_dtype` is, as this CPU
+            is no faster in it.
         flops: multiply-adds counted twice: both forward branches and the data gradient.
         bytes_saved: what autograd keeps for the backward besides the caller's own tensors and the
             network's weights: by the saved-tensor contract, or measured on meta tensors.
@@ -48,12 +50,16 @@ class Explanation:
     bytes_saved: int
     workspace_bytes: int | None
     layers: tuple[LayerCost, ...]
+    float32_convolutions: bool = False
 
     def __str__(self) -> str:
         bound = "unbounded" if self.workspace_bytes is None else _size(self.workspace_bytes)
+        dtype = str(self.compute_dtype).removeprefix("torch.")
+        if self.float32_convolutions and self.compute_dtype != torch.float32:
+            dtype += f" (convolutions in float32: this CPU is no faster in {dtype})"
         lines = [
             f"backend        {self.backend} ({self.reason})",
-            f"compute dtype  {str(self.compute_dtype).removeprefix('torch.')}",
+            f"compute dtype  {dtype}",
             f"work           {self.flops / 1e9:.2f} GFLOP forward and backward",
             f"saved          {_size(self.bytes_saved)} for backward",
             f"workspace      {bound}",
@@ -139,7 +145,8 @@ def _explain_fast(
         total += target.valid.numel()
     flops = sum(layer.flops for layer in layers)
     workspace = planned.bytes_transient()
-    return Explanation(choice.name, choice.reason, dtype, flops, total, workspace, layers)
+    float32 = planned.spec.float32_convolutions
+    return Explanation(choice.name, choice.reason, dtype, flops, total, workspace, layers, float32)
 
 
 def _run_on_meta(

@@ -58,9 +58,10 @@ def _operators() -> dict[str, str]:
     if (reason := ops.load()) is not None:
         return {"library": f"unavailable: {reason}"}
     build = ops.parse_cuda_build(ops.cuda_build())
+    fast = ["float32", *ops.cpu_fast_dtypes().split()]
     return {
         "library": str(ops.LIBRARY),
-        "cpu": f"{ops.cpu_capability()} instructions",
+        "cpu": f"{ops.cpu_capability()} instructions, fast in {' and '.join(fast)}",
         "cuda": str(build) if build else "none: it was built without nvcc",
     }
 

@@ -654,7 +654,8 @@ def winograd(x, w, *, transposed=False, pad_h=1, row0=0, z_dtype=None):
     c_out = w.shape[transposed]
     u = poisoned(16 * x.shape[3] * (-(-c_out // 32) * 32))
     ops.winograd_weight(w.permute(0, 2, 3, 1).contiguous(), transposed, u)
-    z = poisoned(x.shape[0], x.shape[1] + 2 * pad_h - 2, x.shape[2], c_out, dtype=z_dtype or x.dtype)
+    rows, dtype = x.shape[1] + 2 * pad_h - 2, z_dtype or x.dtype
+    z = poisoned(x.shape[0], rows, x.shape[2], c_out, dtype=dtype)
     ops.winograd(x, u, pad_h, row0, z)
     return z
 
@@ -789,6 +790,9 @@ def look_up_rows(z, taken_rows):
     ops.label_conv_fwd(*listed, 1, 2, z, z.clone())
 
 
+ONES = torch.ones(8, 8, 3, 3)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -797,18 +801,18 @@ def look_up_rows(z, taken_rows):
         (lambda z: ops.relu_fwd(z.transpose(1, 2), z, None), "z must be contiguous"),
         (lambda z: ops.relu_fwd(z, z, z), "mask must have the shape"),
         (lambda z: ops.relu_pool_fwd(z, 2, z, None), "pool must be 0"),
-        (lambda z: ops.relu_pool_fwd(z.half(), 0, z[:, :2, :2], None), "z must have the dtype of y"),
+        (lambda z: ops.relu_pool_fwd(z.half(), 0, z[:, :2, :2], None), "z must have the dtype of"),
         (lambda z: pack(z, temperature=0.0), "temperature must be positive"),
         (lambda z: pack(z, labels=torch.zeros(1, 4, 8)), "labels must be Long"),
         (lambda z: pack(z, target=z[:, :1]), "target must have the shape"),
         (lambda z: pack(z, activation=7), "activation must be 0"),
         (lambda z: look_up_rows(z, taken_rows=3), "taken must hold the rows of the image from 1"),
-        (lambda z: ops.relu_pool_fwd(z.half(), 0, z[:, :2, :2].bfloat16(), None), "or float32, got"),
-        (lambda z: winograd(z, torch.randn(8, 8, 5, 5)), r"w must be \[C_out, 3, 3, C_in\]"),
-        (lambda z: winograd(z, torch.randn(8, 9, 3, 3)), r"u must have the shape \[4608\], got \[4096\]"),
-        (lambda z: winograd(z, torch.randn(8, 8, 3, 3), pad_h=2), "pad_h must be 0 or 1"),
-        (lambda z: winograd(z.half(), torch.randn(8, 8, 3, 3), z_dtype=torch.bfloat16), "or float32"),
-        (lambda z: ops.winograd(z, poisoned(4096), 0, 0, z), r"z must have the shape \[1, 2, 4, 8\]"),
+        (lambda z: winograd(z, torch.ones(8, 8, 5, 5)), r"w must be \[C_out, 3, 3, C_in\]"),
+        (lambda z: winograd(z, torch.ones(8, 9, 3, 3)), r"u must have the shape \[4608\]"),
+        (lambda z: winograd(z, ONES.half()), "w must be Float"),
+        (lambda z: winograd(z, ONES, pad_h=2), "pad_h must be 0 or 1"),
+        (lambda z: winograd(z.half(), ONES, z_dtype=torch.bfloat16), "or float32, got BFloat16"),
+        (lambda z: ops.winograd(z, poisoned(4096), 0, 0, z), r"z must have the shape \[1, 2, 4, 8"),
         (lambda z: ops.relu_diff_fwd(z, z, odd_images(2), None, z, None), "from_target must have"),
     ],
 )  # fmt: skip
