@@ -214,7 +214,8 @@ def build_ninja(library: Path) -> str:
         flags = " ".join(nvcc_targets(source, cuda.architectures))
         edges.append(f"build {objects[-1]}: compile_cuda {escape(source)}\n  flags = {flags}\n")
     compile_edge(csrc / "ops.cpp", "ops.o", torch_flags)
-    compile_edge(csrc / "cpu" / "dispatch.cpp", "dispatch.o", "")
+    for name in ("dispatch", "memory"):
+        compile_edge(csrc / "cpu" / f"{name}.cpp", f"{name}.o", "")
     for build, march in builds.items():
         for name in KERNELS:
             flags = f"{march} {kernel} -DGPL_CPU_NAMESPACE=cpu_{build}"

@@ -214,6 +214,8 @@ namespace cpu {
 GPL_FAST_STAGES(GPL_FAST_DECLARE)
 #undef GPL_FAST_DECLARE
 const char* capability();
+// Maps the pages of memory that will be written all over, in a scattered order.
+void populate(void* data, int64_t bytes);
 // Whether this machine multiplies matrices of a 16-bit dtype faster than of float32.
 bool multiplies_fast(DType dtype);
 }  // namespace cpu

@@ -477,6 +477,14 @@ void winograd(const Tensor& x, const Tensor& u, int64_t pad_h, int64_t row0, con
   cpu::winograd(a);
 }
 
+void populate(const Tensor& t) {
+  int64_t reach = t.numel() == 0 ? 0 : 1;
+  for (int64_t i = 0; i < t.dim(); ++i) reach += (t.size(i) - 1) * t.stride(i);
+  STD_TORCH_CHECK(t.numel() == 0 || reach == t.numel(),
+                  "gpl_fast: t must be dense in memory, strides ", text(t.strides()));
+  cpu::populate(t.data_ptr(), t.numel() * t.element_size());
+}
+
 std::string cpu_fast_dtypes() {
   std::string names;
   if (cpu::multiplies_fast(DType::kBFloat16)) names += "bfloat16 ";
@@ -541,6 +549,7 @@ STABLE_TORCH_LIBRARY(gpl_fast, m) {
       "Tensor? class_weight, float label_smoothing, int row0, int rows, Tensor(a!) dx) -> ()");
   m.def("winograd_weight(Tensor w, bool transposed, Tensor(a!) u) -> ()");
   m.def("winograd(Tensor x, Tensor u, int pad_h, int row0, Tensor(a!) z) -> ()");
+  m.def("populate(Tensor(a!) t) -> ()");
   m.def("cpu_capability() -> str");
   m.def("cpu_fast_dtypes() -> str");
   m.def("cuda_build() -> str");
@@ -560,6 +569,7 @@ STABLE_TORCH_LIBRARY_IMPL(gpl_fast, CPU, m) {
   m.impl("softmax_bwd", TORCH_BOX(&gpl_fast::softmax_bwd));
   m.impl("winograd_weight", TORCH_BOX(&gpl_fast::winograd_weight));
   m.impl("winograd", TORCH_BOX(&gpl_fast::winograd));
+  m.impl("populate", TORCH_BOX(&gpl_fast::populate));
 }
 
 #ifdef GPL_FAST_CUDA

@@ -32,6 +32,7 @@ _MUTATING = (
     "softmax_bwd",
     "winograd_weight",
     "winograd",
+    "populate",
     "conv_block_bwd",
     "conv_block_logits_bwd",
 )

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import os
+import platform
+import resource
 import subprocess
 import sys
 
@@ -752,6 +754,28 @@ def test_diff_reduce(shape, dtype):
     torch.testing.assert_close(ops.diff_reduce_fwd(delta), truth, rtol=1e-6, atol=0)
 
 
+# -- populate ----------------------------------------------------------------------------------
+
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it does nothing")
+@pytest.mark.parametrize("shape", [(3, 19, 512, 513), (2, 8, 1024, 1024)])
+def test_populate_leaves_no_page_faults(shape):
+    if tuple(map(int, platform.release().split(".")[:2])) < (5, 14):
+        pytest.skip("the system does not know MADV_POPULATE_WRITE")
+    memory = torch.empty(shape)
+    ops.populate(memory)
+    before = faults()
+    memory.fill_(1)
+    assert faults() - before < memory.nbytes / 4096 / 100
+    assert memory.sum() == memory.numel()
+    ops.populate(memory)  # what is there stays
+    assert memory.sum() == memory.numel()
+
+
 # -- edges of the interface --------------------------------------------------------------------
 
 
@@ -807,6 +831,7 @@ ONES = torch.ones(8, 8, 3, 3)
         (lambda z: pack(z, target=z[:, :1]), "target must have the shape"),
         (lambda z: pack(z, activation=7), "activation must be 0"),
         (lambda z: look_up_rows(z, taken_rows=3), "taken must hold the rows of the image from 1"),
+        (lambda z: ops.populate(z[..., :3]), "t must be dense in memory"),
         (lambda z: winograd(z, torch.ones(8, 8, 5, 5)), r"w must be \[C_out, 3, 3, C_in\]"),
         (lambda z: winograd(z, torch.ones(8, 9, 3, 3)), r"u must have the shape \[4608\]"),
         (lambda z: winograd(z, ONES.half()), "w must be Float"),
@@ -849,6 +874,7 @@ def opcheck_cases():
             x, x.logsumexp(1), dy, one, None, 1, 1.0, labels, None, one, None, 0.0, 0, 4, x.clone(),
         ),
         "winograd_weight": (torch.randn(8, 3, 3, 8), False, torch.zeros(4096)),
+        "populate": (dz.clone(),),
         "winograd": (z, torch.randn(4096), 1, 0, dz.clone()),
     }  # fmt: skip
 
