@@ -86,7 +86,7 @@ class How:
     target_activation: str
     rest: str
     k: int
-    arithmetic: str
+    arithmetic: str = "float32"
 
 
 hows = st.builds(
@@ -499,8 +499,8 @@ class Total:
     dtype: torch.dtype
     rows: int | None
     channels: int
-    arithmetic: str
     seed: int
+    arithmetic: str = "float32"
 
 
 totals = st.builds(
