@@ -240,7 +240,7 @@ class Plan:
 
     def bytes_transient(self) -> int:
         """Of the chunk that the walks allocate besides `saved`: at most the workspace."""
-        return self._fixed_bytes() + self._bytes(self.images, self.rows)
+        return self._bytes(self.images, self.rows)
 
     def by_winograd(self, i: int) -> bool:
         """Whether Winograd's algorithm does step i's convolution and its data gradient."""
@@ -267,37 +267,40 @@ class Plan:
 
     def _chunks(self) -> tuple[int, tuple[int, ...]]:
         """Images a chunk, and rows a strip for each segment (its whole height = no strips)."""
-        budget = self.spec.workspace_bytes - self._fixed_bytes()
-        preferred = PREFERRED_STRIP_BYTES if self.spec.device == "cpu" else budget
+        budget = self.spec.workspace_bytes
+        segments = range(len(self.segments))
         heights = tuple(self.sizes[s[0]].h for s in self.segments)
-        whole = self._bytes(1, heights)
-        if whole <= min(budget, preferred):
-            return max(1, min(self.n, min(budget, preferred) // max(whole, 1))), heights
-        rows = tuple(self._strip_rows(i) for i in range(len(self.segments)))
+        whole = tuple(max(self._peak(i, 1, heights), 1) for i in segments)
+        images = min((budget - self._weight_bytes(i)) // whole[i] for i in segments)
+        preferred = PREFERRED_STRIP_BYTES if self.spec.device == "cpu" else budget
+        if images >= 1 and max(whole) <= preferred:
+            return max(1, min(self.n, images, preferred // max(whole))), heights
+        rows = tuple(self._strip_rows(i) for i in segments)
         least = tuple(h if self._whole_only(i) else min(2, h) for i, h in enumerate(heights))
         while self._bytes(1, rows) > budget and rows != least:
             # Only the segment that needs most is cut: more launches, smaller ones.
             widest = max(
-                range(len(rows)), key=lambda i: (rows[i] > least[i], self._peak(i, 1, rows))
+                segments, key=lambda i: (rows[i] > least[i], self._segment_peak(i, 1, rows))
             )
             cut = max(least[widest], rows[widest] // 2 // 2 * 2)
             rows = (*rows[:widest], cut, *rows[widest + 1 :])
         if self._bytes(1, rows) <= budget:
             return 1, rows
-        needed = self._fixed_bytes() + self._bytes(1, least)
+        needed = self._bytes(1, least)
         raise ValueError(
             f"workspace_mb: got {self.spec.workspace_bytes / MIB:.3g}, expected at least "
             f"{-(-needed // MIB)} for an input of {self.h} x {self.w} with "
             f"{self.spec.in_channels} channels: not one strip of rows fits"
         )
 
-    def _fixed_bytes(self) -> int:
-        """What no chunk makes smaller: one convolution's weight, as Winograd's algorithm reads it
-        or in ATen's order."""
+    def _weight_bytes(self, i: int) -> int:
+        """What no chunk makes smaller: the weight of one of segment i's convolutions, as Winograd's
+        algorithm reads it or in ATen's order."""
         itemsize, out = 4 if self.spec.float32_convolutions else self.dtype.itemsize, 0
-        for i, step in enumerate(self.steps):
+        for j in self.segments[i]:
+            step = self.steps[j]
             c_in, c_out = padded_channels(step.in_channels), step.out_channels
-            if self.by_winograd(i):
+            if self.by_winograd(j):
                 transposed = winograd_elements(c_out, c_in)
                 out = max(out, 4 * max(winograd_elements(c_in, c_out), transposed))
             else:
@@ -362,10 +365,14 @@ class Plan:
         return 4 * 4 * images * max(elements) * self._tall(i, rows) // height
 
     def _bytes(self, images: int, rows: tuple[int, ...]) -> int:
-        """Transient bytes of a chunk: levels between segments, and the largest strip."""
-        return max(self._peak(i, images, rows) for i in range(len(self.segments)))
+        """Transient bytes of a chunk."""
+        return max(self._segment_peak(i, images, rows) for i in range(len(self.segments)))
+
+    def _segment_peak(self, i: int, images: int, rows: tuple[int, ...]) -> int:
+        return self._weight_bytes(i) + self._peak(i, images, rows)
 
     def _peak(self, i: int, images: int, rows: tuple[int, ...]) -> int:
+        """Of segment i: the levels on both sides, and a strip."""
         e, segment = self.dtype.itemsize, self.segments[i]
         first, last = self.sizes[segment[0]], self.sizes[segment[-1]]
         c_in, c_out = self.steps[segment[0]].in_channels, self.steps[segment[-1]].out_channels
