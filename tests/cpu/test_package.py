@@ -452,6 +452,20 @@ def test_explain_prints_what_a_user_asks_for():
     assert "float64" in double
 
 
+@pytest.mark.parametrize("fast", [False, True])
+def test_explain_says_where_half_precision_is_computed(fast, monkeypatch):
+    if (reason := ops.load()) is not None:
+        pytest.skip(reason)
+    monkeypatch.setattr(ops, "cpu_is_fast", lambda dtype: fast)
+    loss = gpl_fast.GenericPerceptualLoss(5, widths=NARROW)
+    pred, target = torch.randn(1, 5, 32, 32).bfloat16(), torch.randint(5, (1, 32, 32))
+    found = loss.explain(pred, target)
+    assert found.compute_dtype == torch.bfloat16
+    assert found.float32_convolutions is not fast
+    assert ("convolutions in float32" in str(found)) is not fast
+    assert "convolutions in" not in str(loss.explain(pred.float(), target))
+
+
 def test_explain_changes_nothing():
     loss = gpl_fast.GenericPerceptualLoss(5, widths=NARROW)
     pred, target = torch.randn(2, 5, 37, 45), torch.randint(5, (2, 37, 45))

@@ -12,6 +12,7 @@ import operators
 import pytest
 import repairs
 import torch
+from cases import use_arithmetic
 
 repairs.install()
 
@@ -66,3 +67,9 @@ def emulated(built, tmp_path_factory):
 def kernels(built, request):
     built.play(request.param, SHARED_KIB[request.param])
     return built
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu(monkeypatch):
+    """Where a CPU stands for a GPU, convolutions are ATen's and in the maps' dtype."""
+    use_arithmetic(monkeypatch, "native")
