@@ -149,7 +149,7 @@ inline int64_t padded_to(int64_t channels, int64_t multiple) {
 struct LabelConvFwd {
   int64_t N, C, H, W, K, c_out;
   Strip strip;
-  DType z_dtype, dtype;         // of z and dz: the table's, or float32
+  DType dtype;
   const int64_t* labels;        // [N, H, W] or null
   const float* topk_values;     // [N, k, H, W] or null
   const int64_t* topk_indices;  // [N, k, H, W]

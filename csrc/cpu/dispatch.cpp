@@ -54,24 +54,29 @@ Capability current() {
 }
 
 #ifdef GPL_FAST_X86
+struct Registers {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  Registers(unsigned leaf, unsigned subleaf) {
+    __get_cpuid_count(leaf, subleaf, &eax, &ebx, &ecx, &edx);  // leaves zeros where there is none
+  }
+};
+
 // AMX's tiles are usable where the system saves them: bits 17 and 18 of XCR0.
-bool has_amx() {
-  unsigned a, b, c, d, low, high;
-  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return false;  // OSXSAVE
+bool has_amx_tiles() {
+  const bool os_xsave = Registers(1, 0).ecx >> 27 & 1, tiles = Registers(7, 0).edx >> 24 & 1;
+  if (!os_xsave || !tiles) return false;
+  unsigned low, high;
   __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 1) && (low >> 17 & 3) == 3;
+  return (low >> 17 & 3) == 3;
 }
 
 bool detect_fast(DType dtype) {
   if (dtype == DType::kFloat32 || current() != Capability::kAvx512) return false;
-  unsigned a, b, c, d, a1;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !__get_cpuid_count(7, 1, &a1, &b, &c, &c)) {
-    return false;
-  }
-  if (dtype == DType::kFloat16) return has_amx() && (a1 >> 21 & 1);
-  if (has_amx() && (d >> 22 & 1)) return true;
+  const bool amx_bf16 = Registers(7, 0).edx >> 22 & 1, amx_fp16 = Registers(7, 1).eax >> 21 & 1;
+  if (has_amx_tiles() && (dtype == DType::kBFloat16 ? amx_bf16 : amx_fp16)) return true;
   // vdpbf16ps does twice the work of a fused multiply-add on AMD's, at half the rate on Intel's.
-  return (a1 >> 5 & 1) && __builtin_cpu_is("amd");
+  const bool avx512_bf16 = Registers(7, 1).eax >> 5 & 1;
+  return dtype == DType::kBFloat16 && avx512_bf16 && __builtin_cpu_is("amd");
 }
 #endif
 
@@ -83,6 +88,7 @@ bool multiplies_fast(DType dtype) {
   static const bool float16 = detect_fast(DType::kFloat16);
   return dtype == DType::kBFloat16 ? bfloat16 : dtype == DType::kFloat16 && float16;
 #else
+  (void)dtype;
   return false;
 #endif
 }

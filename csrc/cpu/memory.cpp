@@ -12,8 +12,7 @@ namespace cpu {
 namespace {
 
 constexpr int kPopulateWrite = 23;   // MADV_POPULATE_WRITE of Linux 5.14, newer than many headers
-constexpr int64_t kLeast = 4 << 20;  // bytes that are worth a system call
-constexpr int64_t kPiece = 4 << 20;  // bytes that a thread maps at a time
+constexpr int64_t kPiece = 4 << 20;  // bytes that a thread maps at a time; less is not worth a call
 
 struct Range {
   uintptr_t begin, end;
@@ -22,7 +21,7 @@ struct Range {
 }  // namespace
 
 void populate(void* data, int64_t bytes) {
-  if (bytes < kLeast) return;
+  if (bytes < kPiece) return;
   const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
   Range range = {((uintptr_t)data + page - 1) / page * page,
                  ((uintptr_t)data + (uintptr_t)bytes) / page * page};

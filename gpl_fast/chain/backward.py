@@ -68,7 +68,7 @@ class Backward:
             segment = plan.segments[i]
             size, rows = plan.sizes[segment[0]], plan.rows[i]
             if i == 0 and self.x.device.type == "cpu":
-                # NCHW pages are written a few pixels at a time: faults there cost three times more.
+                # Strips write a few pixels of each channel's page: faults in that order cost more.
                 ops.populate(self.dx[self.n0 : self.n1])
             alone = len(segment) == 1 and self._is_block(plan.steps[segment[0]])
             if alone and not (i == 0 and plan.front):

@@ -487,15 +487,17 @@ def test_the_least_workspace(pool, kind):
         make(least - 1)(pred, target)
 
 
+@pytest.mark.parametrize("float32", [False, True])
 @pytest.mark.parametrize("kind", ["dense", "labels", "features"])
 @pytest.mark.parametrize("size", [(3, 64, 96), (1, 512, 512), (16, 512, 683)])
 @pytest.mark.parametrize("mb", [64, 256, 2048])
 @pytest.mark.parametrize("blocks", ["1,1,1,1,1", "vgg19"])
-def test_chunks_fit_the_workspace(blocks, mb, size, kind):
+def test_chunks_fit_the_workspace(blocks, mb, size, kind, float32):
     net = GenericPerceptualLoss(150, blocks).net
     spec = load_spec(make_spec(
         net, feature_weights={"pool5": 1.0}, style_weights={}, kind=kind, activation="softmax",
-        target_activation="softmax", temperature=1.0, dtype=BF16, workspace_mb=mb,
+        target_activation="softmax", temperature=1.0, dtype=BF16, float32_convolutions=float32,
+        workspace_mb=mb,
     ))  # fmt: skip
     try:
         planned = Plan(spec, *size)
@@ -508,6 +510,20 @@ def test_chunks_fit_the_workspace(blocks, mb, size, kind):
     for segment, rows in zip(planned.segments, planned.rows, strict=True):
         height = planned.sizes[segment[0]].h
         assert rows == height or (rows % 2 == 0 and 0 < rows < height)
+
+
+@pytest.mark.parametrize("float32", [False, True])
+@pytest.mark.parametrize("dtype", [FLOAT, BF16])
+@pytest.mark.parametrize("kind", ["dense", "labels"])
+def test_little_workspace_is_enough_for_many_classes(kind, dtype, float32):
+    """64 MB for crops of 512 x 512, whatever the deep layers' weights take."""
+    for c in (19, 150, 1203):
+        spec = load_spec(make_spec(
+            GenericPerceptualLoss(c).net, feature_weights={"pool5": 1.0}, style_weights={},
+            kind=kind, activation="softmax", target_activation="softmax", temperature=1.0,
+            dtype=dtype, float32_convolutions=float32, workspace_mb=64,
+        ))  # fmt: skip
+        assert Plan(spec, 2, 512, 512).bytes_transient() <= 64 * 2**20
 
 
 def peak_bytes(call):

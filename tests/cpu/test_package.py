@@ -232,6 +232,25 @@ def test_info_says_what_the_library_holds(capsys, monkeypatch):
     assert found["operators"] == {"library": "unavailable: it is not there"}
 
 
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="the system lists no CPU features")
+def test_fast_dtypes_are_those_of_the_systems_list():
+    """By CPUID, and by what Linux makes of it."""
+    if (reason := ops.load()) is not None:
+        pytest.skip(reason)
+    text = Path("/proc/cpuinfo").read_text()
+    flags = set((re.search(r"^flags\s*:(.*)$", text, re.M) or [""] * 2)[1].split())
+    wanted = []
+    if ops.cpu_capability() == "avx512":
+        amd = "AuthenticAMD" in text
+        if "amx_bf16" in flags or (amd and "avx512_bf16" in flags):
+            wanted.append("bfloat16")
+        if "amx_fp16" in flags:
+            wanted.append("float16")
+    assert ops.cpu_fast_dtypes().split() == wanted
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert ops.cpu_is_fast(dtype) == (str(dtype).removeprefix("torch.") in wanted)
+
+
 # ------------------------------------------------------------------------------------------- build
 
 
