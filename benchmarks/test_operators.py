@@ -57,17 +57,23 @@ def test_softmax_pack_fwd(benchmark, c, dtype):
 
 
 @pytest.mark.parametrize("by", ["winograd", "aten"])
+@pytest.mark.parametrize("side", [16, 32, 64])  # 64, 256, 1024 tiles
 @pytest.mark.parametrize("c", [64, 256])
-def test_convolution(benchmark, c, by, dtype):
-    """y (N, H, W, C) -> z (N, H, W, 2 C), 3 x 3."""
-    y, w = torch.randn(N, H, W, c).to(dtype), torch.randn(2 * c, 3, 3, c)
+def test_convolution(benchmark, c, side, by, dtype):
+    """y (N, side, side, C) -> z (N, side, side, 2 C), 3 x 3; Winograd's with the weight's
+    transform."""
+    y, w = torch.randn(N, side, side, c).to(dtype), torch.randn(2 * c, 3, 3, c)
     maps, weight = y.permute(0, 3, 1, 2), w.to(dtype).permute(0, 3, 1, 2)
     if by == "aten":
         benchmark(torch.conv2d, maps, weight, None, 1, 1)
         return
-    u, z = torch.empty(plan.winograd_elements(c, 2 * c)), nan(N, H, W, 2 * c)
-    ops.winograd_weight(w, False, u)
-    benchmark(ops.winograd, y, u, 1, 0, z)
+    u, z = torch.empty(plan.winograd_elements(c, 2 * c)), nan(N, side, side, 2 * c)
+
+    def winograd() -> None:
+        ops.winograd_weight(w, False, u)
+        ops.winograd(y, u, 1, 0, z)
+
+    benchmark(winograd)
     wanted = torch.conv2d(maps.float(), w.permute(0, 3, 1, 2), padding=1)
     torch.testing.assert_close(z.permute(0, 3, 1, 2), wanted, rtol=1e-3, atol=1e-3)
 
