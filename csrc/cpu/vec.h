@@ -184,14 +184,16 @@ GPL_INLINE Vi lanes_of(uint32_t mask) {
   return r;
 }
 
+// A register at a time: of all sixteen at once GCC makes a copy on the stack, in 16-byte pieces,
+// and reading those back as registers of 32 bytes stalls.
 GPL_INLINE Vf load(const float* p) {
   Vf r;
-  std::memcpy(&r, p, sizeof r);
+  GPL_EACH_PART std::memcpy(&r.v[i], p + i * kLanes, sizeof r.v[i]);
   return r;
 }
 GPL_INLINE Vi load_i(const int32_t* p) {
   Vi r;
-  std::memcpy(&r, p, sizeof r);
+  GPL_EACH_PART std::memcpy(&r.v[i], p + i * kLanes, sizeof r.v[i]);
   return r;
 }
 GPL_INLINE Vi load_u16(const void* p) {
@@ -203,8 +205,12 @@ GPL_INLINE Vi load_u16(const void* p) {
   }
   return r;
 }
-GPL_INLINE void store(float* p, Vf a) { std::memcpy(p, &a, sizeof a); }
-GPL_INLINE void store_i(int32_t* p, Vi a) { std::memcpy(p, &a, sizeof a); }
+GPL_INLINE void store(float* p, Vf a) {
+  GPL_EACH_PART std::memcpy(p + i * kLanes, &a.v[i], sizeof a.v[i]);
+}
+GPL_INLINE void store_i(int32_t* p, Vi a) {
+  GPL_EACH_PART std::memcpy(p + i * kLanes, &a.v[i], sizeof a.v[i]);
+}
 GPL_INLINE void store_u16(void* p, Vi a) {
   GPL_EACH_PART {
     NativeH h = __builtin_convertvector((NativeU)a.v[i], NativeH);
