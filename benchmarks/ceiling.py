@@ -18,6 +18,8 @@ from torch import Tensor
 
 from gpl_fast import ops, plan
 
+SECONDS = 0.3  # of each measurement
+
 
 @dataclass(frozen=True)
 class LayerRate:
@@ -110,10 +112,10 @@ def _winograd(x: Tensor, weight: Tensor, transposed: bool) -> float:
     return _best(once)
 
 
-def _best(once: Callable[[], Tensor], least_calls: int = 3, seconds: float = 0.3) -> float:
-    """The shortest of the calls that fit in `seconds`, after one of warm-up: a ceiling."""
+def _best(once: Callable[[], Tensor], least_calls: int = 3) -> float:
+    """The shortest of the calls that fit in `SECONDS`, after one of warm-up: a ceiling."""
     once()
-    best, calls, end = float("inf"), 0, time.perf_counter() + seconds
+    best, calls, end = float("inf"), 0, time.perf_counter() + SECONDS
     while calls < least_calls or time.perf_counter() < end:
         start = time.perf_counter()
         kept = once()

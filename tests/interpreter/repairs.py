@@ -6,10 +6,12 @@ has no NumPy type, so the interpreter holds its bits as uint16, and as shipped c
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 Builder = interpreter.InterpreterBuilder
@@ -26,6 +28,7 @@ def install() -> None:
     _boolean_masks()
     _run_time_range()
     _patch_language_once()
+    _no_idle_work()
 
 
 # ------------------------------------------------------------------------------------- bit formats
@@ -225,3 +228,17 @@ def _patch_language_once() -> None:
 
     interpreter._patch_lang = _patch_lang
     interpreter.GridExecutor.__call__ = __call__
+
+
+def _no_idle_work() -> None:
+    """A fourth of the time: sums of 64 bits for overflow assertions that only a launch with
+    `debug` makes, and a table of dtypes that is built for every look-up."""
+    assert not interpreter.InterpreterOptions().debug
+    TritonSemantic.binary_op_sanitize_overflow_impl = lambda self, lhs, rhs, binary_op: None
+    of_numbers = functools.cache(interpreter._get_np_dtype)
+
+    def _get_np_dtype(dtype):
+        scalar = dtype.scalar
+        return np.dtype(np.uint64) if scalar.is_ptr() else of_numbers(scalar)
+
+    interpreter._get_np_dtype = _get_np_dtype
