@@ -156,13 +156,23 @@ def architectures(listed: str | None, known: set[str]) -> tuple[str, ...]:
 
 def nvcc_targets(source: Path, architectures: tuple[str, ...]) -> list[str]:
     """Machine code for every architecture, PTX where asked for; of a `*_sm90.cu`, whose kernels are
-    empty elsewhere, for sm_90a alone."""
+    empty elsewhere, for sm_90a alone.
+
+    All of 8.x come from the PTX of the lowest one listed, and all from 10.0 on from the lowest of
+    those: nvcc 13.0 makes the same machine code of it as of their own, and PTX is half of its work.
+    """
     if source.stem.endswith("_sm90"):
         architectures = tuple(a for a in architectures if a.startswith("90a")) or architectures
-    flags = []
-    for entry in architectures:
+
+    def version(entry: str) -> int:
+        return int(entry.removesuffix("+PTX").removesuffix("a"))
+
+    flags: list[str] = []
+    lowest: dict[int, str] = {}  # by generation
+    for entry in sorted(architectures, key=version):
         number = entry.removesuffix("+PTX")
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        ptx = lowest.setdefault(min(version(entry) // 10, 10), number)
+        flags.append(f"-gencode=arch=compute_{ptx},code=sm_{number}")
         if entry.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return flags

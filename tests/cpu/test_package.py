@@ -331,6 +331,13 @@ def test_the_architectures_are_those_that_torch_would_read(monkeypatch, tmp_path
     assert targets(Path("relu.cu"), cuda.architectures) == [others[0], *hopper, others[1]]
     assert targets(Path("conv_sm90.cu"), cuda.architectures) == hopper
     assert targets(Path("conv_sm90.cu"), ("80", "120")) == others
+    # 8.x from one PTX, 10.0 and newer from another one.
+    made = targets(Path("relu.cu"), ("80+PTX", "86", "90a", "100", "120"))
+    pairs = [
+        re.fullmatch(r"-gencode=arch=compute_(\w+),code=(\w+)", flag).groups() for flag in made
+    ]
+    wanted = [("80", "sm_80"), ("80", "compute_80"), ("80", "sm_86"), ("90a", "sm_90a")]
+    assert pairs == [*wanted, ("100", "sm_100"), ("100", "sm_120")]
     for wrong in ("Hopper", "9", "10.0", "7.0"):
         script = build_script(monkeypatch, CUDACXX=nvcc, TORCH_CUDA_ARCH_LIST=wrong)
         with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST"):
