@@ -16,9 +16,10 @@ constexpr int64_t kPoints = 16;               // of a tile: 4 x 4 pixels, transf
 constexpr int kRows = kLanes == 16 ? 12 : 6;  // tiles in registers
 constexpr int kColumns = 2;                   // registers of output channels
 constexpr int64_t kPanel = kColumns * kLanes;
-constexpr int64_t kBlock = 32;           // output channels of a block of u, see WinogradWeight
-constexpr int64_t kDepth = 192;          // input channels at a time
-constexpr int64_t kTiles = 48;           // of a group, which stays in the L2 cache
+constexpr int64_t kBlock = 32;  // output channels of a block of u, see WinogradWeight
+constexpr int64_t kTiles = 48;  // of a group, which stays in the L2 cache
+constexpr int64_t kDepth = kLanes == 16 ? 192 : 96;  // input channels at a time: CPUs with AVX-512
+                                                     // have an L2 cache of 1 MB or more
 constexpr int64_t kPastCache = 8 << 20;  // bytes of results from which on they go past the cache
 // From point to point, not by a power of two: the points of a tile lie in different cache sets.
 // Constants, since the innermost loop has no registers to spare for strides.
@@ -39,8 +40,10 @@ GPL_INLINE NativeF fma_native(NativeF a, NativeF b, NativeF c) {
 #endif
 }
 
+constexpr int64_t kAhead = kPanel * kRows / kTiles;  // floats of the next panel for each channel
+
 // m[kRows][kPanel] += v[kRows][depth] u[depth][kPanel], or = where these are the first. `next` is
-// what will be read soon: 64 bytes for each channel.
+// this call's share of the panel that will be read soon.
 GPL_INLINE void multiply(float* m, const float* v, const float* u, int64_t depth, bool first,
                          const float* next) {
   NativeF sum[kRows][kColumns];
@@ -49,7 +52,7 @@ GPL_INLINE void multiply(float* m, const float* v, const float* u, int64_t depth
       sum[r][j] = first ? NativeF{} : load_native(m + r * kBlock + j * kLanes);
     }
   }
-  for (int64_t k = 0; k < depth; ++k, u += kPanel, next += 16) {
+  for (int64_t k = 0; k < depth; ++k, u += kPanel, next += kAhead) {
     __builtin_prefetch(next, 0, 2);
     NativeF b[kColumns];
     GPL_UNROLL for (int j = 0; j < kColumns; ++j) b[j] = load_native(u + j * kLanes);
@@ -161,7 +164,7 @@ class Grouped {
       for (int64_t j = 0; j < kBlock; j += kPanel) {
         const float* panel = u + j * a_.C_in + c0 * kPanel;
         for (int64_t t = 0; t < count; t += kRows) {
-          const float* next = panel + u_point + t / kRows * depth * 16;
+          const float* next = panel + u_point + t / kRows * depth * kAhead;
           multiply(m + t * kBlock + j, v + t * kDepth, panel, depth, c0 == 0, next);
         }
       }
