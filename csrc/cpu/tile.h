@@ -207,6 +207,9 @@ GPL_INLINE void load_channels(float* group, const T* src, int64_t pixel_stride, 
   }
 }
 
+// Every channel's row lies on a page of its own, where the hardware's fetching starts anew.
+constexpr int64_t kRowsAhead = 8;
+
 // tile[g][c][p] = src[c * sc + (16 g + p) * sw] for 16 g + p < n.
 template <class T>
 void load_tile(float* tile, const Tiling& t, const T* src, int64_t sc, int64_t sw, int64_t C,
@@ -216,7 +219,10 @@ void load_tile(float* tile, const Tiling& t, const T* src, int64_t sc, int64_t s
       const T* row = src + c * sc;
       float* out = tile + c * 16;
       int64_t p = 0;
-      for (; p + 16 <= n; p += 16, out += t.group) store(out, load(row + p));
+      for (; p + 16 <= n; p += 16, out += t.group) {
+        __builtin_prefetch(row + kRowsAhead * sc + p);
+        store(out, load(row + p));
+      }
       if (p < n) store(out, load_n(row + p, n - p));
     }
   } else if (sc == 1) {
