@@ -207,7 +207,7 @@ GPL_INLINE void load_channels(float* group, const T* src, int64_t pixel_stride, 
   }
 }
 
-// Every channel's row lies on a page of its own, where the hardware's fetching starts anew.
+// A large image's channels lie on pages of their own, where the hardware's fetching starts anew.
 constexpr int64_t kRowsAhead = 8;
 
 // tile[g][c][p] = src[c * sc + (16 g + p) * sw] for 16 g + p < n.

@@ -41,6 +41,7 @@ GPL_INLINE NativeF fma_native(NativeF a, NativeF b, NativeF c) {
 }
 
 constexpr int64_t kAhead = kPanel * kRows / kTiles;  // floats of the next panel for each channel
+static_assert(kAhead * kTiles == kPanel * kRows, "a group's calls ask for the whole panel");
 
 // m[kRows][kPanel] += v[kRows][depth] u[depth][kPanel], or = where these are the first. `next` is
 // this call's share of the panel that will be read soon.
