@@ -116,15 +116,14 @@ void group_bwd(const SoftmaxBwd& a, const Pixels& px, float* x, const float* dy,
   }
 }
 
-void rows_bwd(const SoftmaxBwd& a, const Tiling& tiling, float weights, int64_t begin,
-              int64_t end) {
+void rows_bwd(const SoftmaxBwd& a, const Tiling& tiling, float weights, Items& rows) {
   Scratch x_tile(tiling.floats()), dy_group(a.dy ? tiling.group : 0),
       own(a.ce.labels ? tiling.group : 0);
   float *x = x_tile.get(), *dy = a.dy ? dy_group.get() : nullptr;
   Lines lines;
   const Strides& s = a.dx_strides;
   const bool past_cache = a.N * a.C * a.H * a.W * element_size(a.x_dtype) > kCachedBytes;
-  for (Walk walk(a.strip, a.H, a.W, tiling, begin, end); !walk.done();) {
+  for (Walk walk(a.strip, a.H, a.W, tiling, rows); !walk.done();) {
     const Place at = walk.here();
     walk.advance();
     if (!at.inside) continue;
@@ -161,8 +160,7 @@ void rows_bwd(const SoftmaxBwd& a, const Tiling& tiling, float weights, int64_t 
 void softmax_bwd(const SoftmaxBwd& a) {
   const Tiling tiling(a.W, max_of(a.C, a.dy ? a.c_pad : 0));
   const float weights = a.ce.labels ? class_weight_sum(a.ce, a.C) : 0.0f;
-  parallel(a.N * a.strip.rows, a.W * a.C,
-           [&](int64_t begin, int64_t end) { rows_bwd(a, tiling, weights, begin, end); });
+  share(a.N * a.strip.rows, a.W * a.C, [&](Items& rows) { rows_bwd(a, tiling, weights, rows); });
 }
 
 }  // namespace GPL_CPU_NAMESPACE

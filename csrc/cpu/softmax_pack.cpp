@@ -184,14 +184,13 @@ void store_map(const SoftmaxPackFwd& a, char* map, const float* group, int64_t p
   });
 }
 
-void rows_fwd(const SoftmaxPackFwd& a, const Tiling& tiling, float weights, int64_t begin,
-              int64_t end) {
+void rows_fwd(const SoftmaxPackFwd& a, const Tiling& tiling, float weights, Items& rows) {
   Scratch x_tile(tiling.floats()), t_tile(a.target || a.topk_values ? tiling.floats() : 0);
   float *x = x_tile.get(), *t = t_tile.get();
   Lines x_lines, t_lines;
   const int64_t pixel_bytes = a.c_pad * element_size(a.dtype);
   double ce_sums[2] = {0.0, 0.0};
-  for (Walk walk(a.strip, a.H, a.W, tiling, begin, end); !walk.done();) {
+  for (Walk walk(a.strip, a.H, a.W, tiling, rows); !walk.done();) {
     const Place at = walk.here();
     char* delta = map_address(a, a.delta, a.delta_image_stride, at);
     char* y = map_address(a, a.y, a.y_image_stride, at);
@@ -231,8 +230,7 @@ void rows_fwd(const SoftmaxPackFwd& a, const Tiling& tiling, float weights, int6
 void softmax_pack_fwd(const SoftmaxPackFwd& a) {
   const Tiling tiling(a.W, max_of(a.C, a.c_pad));
   const float weights = a.ce.labels ? class_weight_sum(a.ce, a.C) : 0.0f;
-  parallel(a.N * a.strip.rows, a.W * a.C,
-           [&](int64_t begin, int64_t end) { rows_fwd(a, tiling, weights, begin, end); });
+  share(a.N * a.strip.rows, a.W * a.C, [&](Items& rows) { rows_fwd(a, tiling, weights, rows); });
 }
 
 }  // namespace GPL_CPU_NAMESPACE

@@ -408,11 +408,24 @@ GPL_INLINE void with_dtypes(DType z_dtype, DType dtype, const F& f) {
 
 GPL_INLINE int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
-// f(begin, end) over [0, n); one call gets about 32768 elements or more of `cost` elements an item.
+// f(begin, end) over [0, n), a call a thread; it gets 32768 elements or more of `cost` an item.
 template <class F>
 GPL_INLINE void parallel(int64_t n, int64_t cost, const F& f) {
   auto body = [](int64_t begin, int64_t end, void* ctx) { (*(const F*)ctx)(begin, end); };
   parallel_for(n, max_of(1, 32768 / max_of(cost, 1)), body, (void*)&f);
+}
+
+// The numbers from 0 to n - 1 for threads that ask for one after the other.
+struct Items {
+  int64_t n, taken;
+  int64_t next() { return __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED); }  // n or more: the end
+};
+
+// f(Items&) in as many threads: for items of much work, since cores are not equally fast.
+template <class F>
+GPL_INLINE void share(int64_t n, int64_t cost, const F& f) {
+  Items items = {n, 0};
+  parallel(n, cost, [&](int64_t, int64_t) { f(items); });
 }
 
 }  // namespace GPL_CPU_NAMESPACE

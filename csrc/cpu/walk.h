@@ -12,25 +12,27 @@ struct Place {
   bool inside;  // the row is one of the image's
 };
 
-// The tiles of rows [begin, end) of N strips, in order.
+// The tiles of those rows of N strips that this thread gets.
 class Walk {
  public:
-  Walk(const Strip& strip, int64_t H, int64_t W, const Tiling& t, int64_t begin, int64_t end)
-      : strip_(strip), H_(H), W_(W), step_(t.pixels), end_(end), row_(begin), w_(0) {}
-  bool done() const { return row_ >= end_; }
+  Walk(const Strip& strip, int64_t H, int64_t W, const Tiling& t, Items& rows)
+      : strip_(strip), H_(H), W_(W), step_(t.pixels), rows_(rows), row_(rows.next()), w_(0) {}
+  bool done() const { return row_ >= rows_.n; }
   Place here() const {
     const int64_t r = row_ % strip_.rows, h = strip_.row0 + r;
     return {row_ / strip_.rows, h, r, w_, min_of(W_ - w_, step_), h >= 0 && h < H_};
   }
   void advance() {
     w_ += step_;
-    if (w_ >= W_) w_ = 0, ++row_;
+    if (w_ >= W_) skip_row();
   }
-  void skip_row() { w_ = 0, ++row_; }
+  void skip_row() { w_ = 0, row_ = rows_.next(); }
 
  private:
   Strip strip_;
-  int64_t H_, W_, step_, end_, row_, w_;
+  int64_t H_, W_, step_;
+  Items& rows_;
+  int64_t row_, w_;
 };
 
 // Cache lines that will be written or read soon, asked for one by one in the gaps of an arithmetic
