@@ -28,14 +28,14 @@ class LayerRate:
     name: str
     shape: tuple[int, int, int, int]
     gflop: float
-    forward: float  # seconds of one forward pass
+    forward: float  # seconds of the prediction's pass
+    difference: float  # seconds of the difference's, 0 where a look-up takes its place
     backward: float  # seconds of the data gradient
-    passes: int  # forward passes of a step: prediction and target, or only the prediction
 
     @property
     def seconds(self) -> float:
         """Of the layer's convolutions in one step."""
-        return self.passes * self.forward + self.backward
+        return self.forward + self.difference + self.backward
 
 
 def read_seconds(logits: Tensor) -> float:
@@ -61,18 +61,19 @@ def layer_rates(
         rows = h if whole else max(plan.PREFERRED_STRIP_BYTES * n // row, plan.PREFERRED_ROWS)
         part = (images, min(rows, h), w)
         scale = n * h / (part[0] * part[1])
-        forward, backward = _time_layer(part, c_in, c_out, layer.kernel_size, dtype)
+        seconds = _time_layer(part, c_in, c_out, layer.kernel_size, dtype)
+        forward, difference, backward = (scale * s for s in seconds)
         gflop = 2e-9 * layer.kernel_size**2 * layer.in_channels * c_out * n * h * w
         # Labels and top-k maps enter the first layer by look-up.
-        passes = 1 if not rates and kind in ("labels", "topk") else 2
+        looked_up = not rates and kind in ("labels", "topk")
         rates.append(
             LayerRate(
                 layer.name,
                 (layer.in_channels, c_out, h, w),
                 gflop,
-                scale * forward,
-                scale * backward,
-                passes,
+                forward,
+                0.0 if looked_up else difference,
+                backward,
             )
         )
     return rates
@@ -81,8 +82,9 @@ def layer_rates(
 @cache  # most layers are the same for all class counts
 def _time_layer(
     part: tuple[int, int, int], c_in: int, c_out: int, size: int, dtype: torch.dtype
-) -> tuple[float, float]:
-    """Seconds of a convolution and of its data gradient on (images, rows, W)."""
+) -> tuple[float, float, float]:
+    """Seconds of a convolution of the prediction, of the difference, and of its data gradient on
+    (images, rows, W)."""
     images, rows, width = part
     layout = torch.channels_last
     x = torch.randn(images, c_in, rows, width).to(dtype, memory_format=layout)
@@ -91,22 +93,25 @@ def _time_layer(
     pad = size // 2
     forward = _best(lambda: torch.conv2d(x, weight, None, 1, pad))
     backward = _best(lambda: torch.conv_transpose2d(dz, weight, None, 1, pad))
+    difference = forward
     if size == 3 and not ops.cpu_is_fast(dtype):
-        return min(forward, _winograd(x, weight, False)), min(backward, _winograd(dz, weight, True))
-    return forward, backward
+        forward = min(forward, _winograd(x, weight, 2, False))
+        difference = min(forward, _winograd(x, weight, 4, False))
+        backward = min(backward, _winograd(dz, weight, 4, True))
+    return forward, difference, backward
 
 
-def _winograd(x: Tensor, weight: Tensor, transposed: bool) -> float:
+def _winograd(x: Tensor, weight: Tensor, tile: int, transposed: bool) -> float:
     """Seconds of the convolution of x (N, C, H, W) by `weight`, or of its transpose."""
     c_in, c_out = weight.shape[:2] if transposed else weight.shape[1::-1]
-    u = torch.empty(plan.winograd_elements(c_in, c_out))
-    ops.winograd_weight(weight.float().permute(0, 2, 3, 1).contiguous(), transposed, u)
+    u = torch.empty(plan.winograd_elements(tile, c_in, c_out))
+    ops.winograd_weight(weight.float().permute(0, 2, 3, 1).contiguous(), tile, transposed, u)
     maps = x.permute(0, 2, 3, 1)
     dtype = x.dtype if transposed else torch.float32
 
     def once() -> Tensor:
         z = torch.empty((*maps.shape[:3], c_out), dtype=dtype)
-        ops.winograd(maps, u, 1, 0, z)
+        ops.winograd(maps, u, tile, 1, 0, z)
         return z
 
     return _best(once)

@@ -56,7 +56,7 @@ def test_softmax_pack_fwd(benchmark, c, dtype):
     )
 
 
-@pytest.mark.parametrize("by", ["winograd", "aten"])
+@pytest.mark.parametrize("by", ["winograd2", "winograd4", "aten"])  # results to a side of a tile
 @pytest.mark.parametrize("side", [16, 32, 64])  # 64, 256, 1024 tiles
 @pytest.mark.parametrize("c", [64, 256])
 def test_convolution(benchmark, c, side, by, dtype):
@@ -67,11 +67,12 @@ def test_convolution(benchmark, c, side, by, dtype):
     if by == "aten":
         benchmark(torch.conv2d, maps, weight, None, 1, 1)
         return
-    u, z = torch.empty(plan.winograd_elements(c, 2 * c)), nan(N, side, side, 2 * c)
+    tile = int(by[-1])
+    u, z = torch.empty(plan.winograd_elements(tile, c, 2 * c)), nan(N, side, side, 2 * c)
 
     def winograd() -> None:
-        ops.winograd_weight(w, False, u)
-        ops.winograd(y, u, 1, 0, z)
+        ops.winograd_weight(w, tile, False, u)
+        ops.winograd(y, u, tile, 1, 0, z)
 
     benchmark(winograd)
     wanted = torch.conv2d(maps.float(), w.permute(0, 3, 1, 2), padding=1)

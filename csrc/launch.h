@@ -170,15 +170,16 @@ struct LabelConvFwd {
 // Weights as Winograd reads them.
 struct WinogradWeight {
   int64_t C_in, C_out;  // of the convolution that is to be done
+  int64_t tile;         // of F(tile x tile, 3 x 3): 2 or 4
   bool transposed;      // eq. (4): that of the data gradient
   const float* w;       // [C_out, 3, 3, C_in]; transposed: [C_in, 3, 3, C_out], taps to be reversed
-  float* u;             // [16 * C_in * padded_to(C_out, 32)], in an order of the kernel's own
+  float* u;  // [(tile + 2)^2 * C_in * padded_to(C_out, 32)], in an order of the kernel's own
 };
 
 // z = 3 x 3 convolution of stride 1, with a column of zeros on both sides.
 struct Winograd {
   int64_t N, rows, x_rows, W, C_in, C_out;  // rows of z: x_rows + 2 * pad_h - 2
-  int64_t pad_h, row0;                      // row0: the image's row that z begins with
+  int64_t tile, pad_h, row0;                // row0: the image's row that z begins with
   DType dtype, z_dtype;                     // the same, or z's is float32
   const void* x;                            // [N, x_rows, W, C_in]
   const float* u;                           // of WinogradWeight

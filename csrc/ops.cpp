@@ -450,29 +450,37 @@ void conv_block_logits_bwd(const Tensor& dy, const MaybeTensor& code, const Tens
 }
 #endif
 
-void winograd_weight(const Tensor& w, bool transposed, const Tensor& u) {
+// Of a weight as `winograd` reads it.
+int64_t winograd_elements(int64_t tile, int64_t C_in, int64_t C_out) {
+  STD_TORCH_CHECK(tile == 2 || tile == 4, "gpl_fast: tile must be 2 or 4, got ", tile);
+  return (tile + 2) * (tile + 2) * C_in * padded_to(C_out, 32);
+}
+
+void winograd_weight(const Tensor& w, int64_t tile, bool transposed, const Tensor& u) {
   STD_TORCH_CHECK(w.dim() == 4 && w.size(1) == 3 && w.size(2) == 3,
                   "gpl_fast: w must be [C_out, 3, 3, C_in], got ", text(w.sizes()));
   WinogradWeight a = {};
-  a.transposed = transposed;
+  a.tile = tile, a.transposed = transposed;
   a.C_in = w.size(transposed ? 0 : 3), a.C_out = w.size(transposed ? 3 : 0);
   a.w = (const float*)contiguous(w, "w", ScalarType::Float, {w.size(0), 3, 3, w.size(3)});
-  a.u = (float*)contiguous(u, "u", ScalarType::Float, {16 * a.C_in * padded_to(a.C_out, 32)});
+  a.u = (float*)contiguous(u, "u", ScalarType::Float, {winograd_elements(tile, a.C_in, a.C_out)});
   cpu::winograd_weight(a);
 }
 
-void winograd(const Tensor& x, const Tensor& u, int64_t pad_h, int64_t row0, const Tensor& z) {
+void winograd(const Tensor& x, const Tensor& u, int64_t tile, int64_t pad_h, int64_t row0,
+              const Tensor& z) {
   STD_TORCH_CHECK(x.dim() == 4, "gpl_fast: x must be [N, rows, W, C_in], got ", text(x.sizes()));
   STD_TORCH_CHECK(z.dim() == 4, "gpl_fast: z must be [N, rows, W, C_out], got ", text(z.sizes()));
   STD_TORCH_CHECK(pad_h == 0 || pad_h == 1, "gpl_fast: pad_h must be 0 or 1, got ", pad_h);
   Winograd a = {};
   a.N = x.size(0), a.x_rows = x.size(1), a.W = x.size(2), a.C_in = x.size(3), a.C_out = z.size(3);
-  a.rows = a.x_rows + 2 * pad_h - 2, a.pad_h = pad_h, a.row0 = row0;
+  a.rows = a.x_rows + 2 * pad_h - 2, a.tile = tile, a.pad_h = pad_h, a.row0 = row0;
   a.dtype = float_dtype(x, "x"), a.z_dtype = same_or_float32(z, "z", x, "x");
   a.x_image_stride = image_stride(x, "x", x.scalar_type(), {a.N, a.x_rows, a.W, a.C_in});
   a.z_image_stride = image_stride(z, "z", z.scalar_type(), {a.N, a.rows, a.W, a.C_out});
   a.x = x.data_ptr(), a.z = z.data_ptr();
-  a.u = (const float*)contiguous(u, "u", ScalarType::Float, {16 * a.C_in * padded_to(a.C_out, 32)});
+  const int64_t elements = winograd_elements(tile, a.C_in, a.C_out);
+  a.u = (const float*)contiguous(u, "u", ScalarType::Float, {elements});
   if (z.numel() == 0) return;
   cpu::winograd(a);
 }
@@ -547,8 +555,8 @@ STABLE_TORCH_LIBRARY(gpl_fast, m) {
       "int dy_row0, bool allow_tf32, Tensor x, Tensor? lse, Tensor scale, Tensor? valid, "
       "int activation, float temperature, Tensor? ce_labels, Tensor? ce_lse, Tensor? ce_scale, "
       "Tensor? class_weight, float label_smoothing, int row0, int rows, Tensor(a!) dx) -> ()");
-  m.def("winograd_weight(Tensor w, bool transposed, Tensor(a!) u) -> ()");
-  m.def("winograd(Tensor x, Tensor u, int pad_h, int row0, Tensor(a!) z) -> ()");
+  m.def("winograd_weight(Tensor w, int tile, bool transposed, Tensor(a!) u) -> ()");
+  m.def("winograd(Tensor x, Tensor u, int tile, int pad_h, int row0, Tensor(a!) z) -> ()");
   m.def("populate(Tensor(a!) t) -> ()");
   m.def("cpu_capability() -> str");
   m.def("cpu_fast_dtypes() -> str");

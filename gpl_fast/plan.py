@@ -22,8 +22,10 @@ MIB = 2**20
 # larger ones are fresh pages from the kernel at every call. Fewer rows than these are mostly halo.
 PREFERRED_STRIP_BYTES = 24 * MIB
 PREFERRED_ROWS = 8
-# Transforming the weight pays from so many tiles of 2 x 2 results on.
-WINOGRAD_TILES = 128
+# Transforming the weight pays from so many tiles of 2 x 2, of 4 x 4 results on.
+WINOGRAD_TILES = {2: 128, 4: 128}
+# The weights for tiles of 4 x 4 take at most this part of the workspace.
+WINOGRAD_SHARE = 8
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,7 @@ class Plan:
         self.sizes = self._grid_sizes()
         self.front = spec.adapter or spec.mean is not None
         self.segments = self._segments()
+        self.large_tiles = True
         self.images, self.rows = self._chunks()
 
     # --------------------------------------------------------------------------------- structure
@@ -244,10 +247,27 @@ class Plan:
 
     def by_winograd(self, i: int) -> bool:
         """Whether Winograd's algorithm does step i's convolution and its data gradient."""
-        step, size = self.steps[i], self.sizes[i]
-        tiles = self.n * -(-size.conv_h // 2) * -(-size.conv_w // 2)
-        fits = step.kernel_size == 3 and step.stride == 1 and tiles >= WINOGRAD_TILES
+        step = self.steps[i]
+        fits = step.kernel_size == 3 and step.stride == 1 and self._enough_tiles(i, 2)
         return self.spec.float32_convolutions and fits
+
+    def tile(self, i: int) -> int:
+        """Its results to a side where they decide no sign and no winner: of δ, and backward."""
+        weight = max(self._winograd_bytes(i, 4))
+        fits = self.large_tiles and WINOGRAD_SHARE * weight <= self.spec.workspace_bytes
+        return 4 if fits and self._enough_tiles(i, 4) else 2
+
+    def _enough_tiles(self, i: int, tile: int) -> bool:
+        size = self.sizes[i]
+        tiles = self.n * -(-size.conv_h // tile) * -(-size.conv_w // tile)
+        return tiles >= WINOGRAD_TILES[tile]
+
+    def _winograd_bytes(self, i: int, tile: int) -> tuple[int, int]:
+        """Of the weights of step i's convolution, of y' and of δ, and of its data gradient's."""
+        c_in, c_out = padded_channels(self.steps[i].in_channels), self.steps[i].out_channels
+        tiles = {2, tile}
+        forward = sum(winograd_elements(t, c_in, c_out) for t in tiles)
+        return 4 * forward, 4 * winograd_elements(tile, c_out, c_in)
 
     # --------------------------------------------------------------------------------- coefficients
 
@@ -286,6 +306,9 @@ class Plan:
             rows = (*rows[:widest], cut, *rows[widest + 1 :])
         if self._bytes(1, rows) <= budget:
             return 1, rows
+        if self.large_tiles:  # perhaps without their weights
+            self.large_tiles = False
+            return self._chunks()
         needed = self._bytes(1, least)
         raise ValueError(
             f"workspace_mb: got {self.spec.workspace_bytes / MIB:.3g}, expected at least "
@@ -295,16 +318,15 @@ class Plan:
 
     def _weight_bytes(self, i: int) -> int:
         """What no chunk makes smaller: the weight of one of segment i's convolutions, as Winograd's
-        algorithm reads it or in ATen's order."""
+        algorithm reads it (one for each tile) or in ATen's order."""
         itemsize, out = 4 if self.spec.float32_convolutions else self.dtype.itemsize, 0
         for j in self.segments[i]:
             step = self.steps[j]
-            c_in, c_out = padded_channels(step.in_channels), step.out_channels
             if self.by_winograd(j):
-                transposed = winograd_elements(c_out, c_in)
-                out = max(out, 4 * max(winograd_elements(c_in, c_out), transposed))
+                out = max(out, *self._winograd_bytes(j, self.tile(j)))
             else:
-                out = max(out, itemsize * c_in * c_out * step.kernel_size**2)
+                elements = padded_channels(step.in_channels) * step.out_channels
+                out = max(out, itemsize * elements * step.kernel_size**2)
         return out
 
     def _whole_only(self, i: int) -> bool:
@@ -383,9 +405,10 @@ class Plan:
         return images * (level_in + level_out) + strip
 
 
-def winograd_elements(c_in: int, c_out: int) -> int:
-    """Of the weight that csrc/cpu/winograd.cpp reads: 16 points, blocks of 32 output channels."""
-    return 16 * c_in * (-(-c_out // 32) * 32)
+def winograd_elements(tile: int, c_in: int, c_out: int) -> int:
+    """Of the weight that csrc/cpu/winograd.cpp reads, for `tile` results to a side: its points, in
+    blocks of 32 output channels."""
+    return (tile + 2) ** 2 * c_in * (-(-c_out // 32) * 32)
 
 
 def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -1,29 +1,25 @@
-// 3 x 3 convolutions of stride 1 with 16 multiplications for 4 results, where the definition has
-// 36: Winograd's F(2 x 2, 3 x 3) (Lavin and Gray, Fast Algorithms for Convolutional Neural
-// Networks, CVPR 2016), with results tiled as the pool's windows are. Arithmetic is float32 for
-// every dtype.
+// 3 x 3 convolutions of stride 1 with fewer multiplications than the definition's 36 for 4 results:
+// 16 by Winograd's F(2 x 2, 3 x 3), 9 by F(4 x 4, 3 x 3) (Lavin and Gray, Fast Algorithms for
+// Convolutional Neural Networks, CVPR 2016). Arithmetic is float32 for every dtype.
 //
-// Its input transform only subtracts and adds pixels that the result's own 3 x 3 neighbourhood
-// holds, so a neighbourhood of zeros gives exactly 0, and neighbourhoods that are equal within a
-// tile give equal results: ReLU and pool find the signs and ties that they would find otherwise.
+// F(2 x 2)'s input transform only subtracts and adds pixels that the result's own 3 x 3
+// neighbourhood holds, so a neighbourhood of zeros gives exactly 0, and neighbourhoods that are
+// equal within a tile, which is a window of the pool, give equal results: ReLU and pool find the
+// signs and ties that they would find otherwise. F(4 x 4) leaves rounding errors there, from
+// anywhere in its tile: it is for maps that decide nothing.
 #include "tile.h"
 
 namespace gpl_fast {
 namespace GPL_CPU_NAMESPACE {
 namespace {
 
-constexpr int64_t kPoints = 16;               // of a tile: 4 x 4 pixels, transformed
 constexpr int kRows = kLanes == 16 ? 12 : 6;  // tiles in registers
 constexpr int kColumns = 2;                   // registers of output channels
 constexpr int64_t kPanel = kColumns * kLanes;
 constexpr int64_t kBlock = 32;  // output channels of a block of u, see WinogradWeight
-constexpr int64_t kTiles = 48;  // of a group, which stays in the L2 cache
 constexpr int64_t kDepth = kLanes == 16 ? 192 : 96;  // input channels at a time: CPUs with AVX-512
                                                      // have an L2 cache of 1 MB or more
 constexpr int64_t kPastCache = 8 << 20;  // bytes of results from which on they go past the cache
-// From point to point, not by a power of two: the points of a tile lie in different cache sets.
-// Constants, since the innermost loop has no registers to spare for strides.
-constexpr int64_t kPointV = kTiles * kDepth + 16, kPointM = kTiles * kBlock + 16;
 
 GPL_INLINE NativeF load_native(const float* p) {
   NativeF r;
@@ -40,19 +36,83 @@ GPL_INLINE NativeF fma_native(NativeF a, NativeF b, NativeF c) {
 #endif
 }
 
-constexpr int64_t kAhead = kPanel * kRows / kTiles;  // floats of the next panel for each channel
-static_assert(kAhead * kTiles == kPanel * kRows, "a group's calls ask for the whole panel");
+// One dimension of F(2 x 2, 3 x 3): the points of a tile's pixels, `step` apart as they are, its
+// results from the products at the points, and the points of three taps.
+struct Two {
+  static constexpr int kResults = 2;
+  static constexpr int64_t kTiles = 48;  // of a group, which stays in the L2 cache
 
-// m[kRows][kPanel] += v[kRows][depth] u[depth][kPanel], or = where these are the first. `next` is
-// this call's share of the panel that will be read soon.
+  static GPL_INLINE void points(const NativeF* d, int step, NativeF* out) {
+    const NativeF a = d[0], b = d[step], c = d[2 * step], e = d[3 * step];
+    out[0] = a - c, out[step] = b + c, out[2 * step] = c - b, out[3 * step] = b - e;
+  }
+  static GPL_INLINE void results(const NativeF* m, NativeF* out) {
+    out[0] = m[0] + m[1] + m[2];
+    out[1] = m[1] - m[2] - m[3];
+  }
+  static GPL_INLINE void weight(Vf g0, Vf g1, Vf g2, Vf* out) {
+    const Vf half = fill(0.5f), ends = (g0 + g2) * half, middle = g1 * half;
+    out[0] = g0, out[1] = ends + middle, out[2] = ends - middle, out[3] = g2;
+  }
+};
+
+// Likewise of F(4 x 4, 3 x 3), at the points 0, a, -a, b, -b and infinity: docs/derivation.md.
+struct Four {
+  static constexpr int kResults = 4;
+  static constexpr int64_t kTiles = 24;
+  static constexpr float a = 0.75f, b = 1.5f, aa = a * a, bb = b * b;  // exact
+
+  static GPL_INLINE NativeF times(float c, NativeF x, NativeF plus) {
+    return fma_native(c - NativeF{}, x, plus);
+  }
+  static GPL_INLINE void points(const NativeF* d, int step, NativeF* out) {
+    const NativeF x0 = d[0], x1 = d[step], x2 = d[2 * step], x3 = d[3 * step], x4 = d[4 * step];
+    out[0] = times(aa * bb, x0, times(-aa - bb, x2, x4));
+    NativeF even = times(-bb, x2, x4), odd = times(-bb, x1, x3);
+    out[step] = times(a, odd, even), out[2 * step] = times(-a, odd, even);
+    even = times(-aa, x2, x4), odd = times(-aa, x1, x3);
+    out[3 * step] = times(b, odd, even), out[4 * step] = times(-b, odd, even);
+    out[5 * step] = times(aa * bb, x1, times(-aa - bb, x3, d[5 * step]));
+  }
+  static GPL_INLINE void results(const NativeF* m, NativeF* out) {
+    const NativeF even_a = m[1] + m[2], odd_a = m[1] - m[2];
+    const NativeF even_b = m[3] + m[4], odd_b = m[3] - m[4];
+    out[0] = m[0] + even_a + even_b;
+    out[1] = times(a, odd_a, b * odd_b);
+    out[2] = times(aa, even_a, bb * even_b);
+    out[3] = times(aa * a, odd_a, times(bb * b, odd_b, m[5]));
+  }
+  static GPL_INLINE void weight(Vf g0, Vf g1, Vf g2, Vf* out) {
+    out[0] = g0 * fill(1 / (aa * bb)), out[5] = g2;
+    pair(g0, g1, g2, a, 2 * aa * (aa - bb), out + 1);
+    pair(g0, g1, g2, b, 2 * bb * (bb - aa), out + 3);
+  }
+
+ private:
+  // At x and -x.
+  static GPL_INLINE void pair(Vf g0, Vf g1, Vf g2, float x, float divisor, Vf* out) {
+    const Vf ends = (g0 + g2 * fill(x * x)) * fill(1 / divisor), middle = g1 * fill(x / divisor);
+    out[0] = ends + middle, out[1] = ends - middle;
+  }
+};
+
+// Calls f(Two{}) or f(Four{}).
+template <class Call>
+GPL_INLINE void with_tile(int64_t tile, const Call& f) {
+  if (tile == 2) {
+    f(Two{});
+  } else {
+    f(Four{});
+  }
+}
+
+// m[kRows][kPanel] += v[kRows][depth] u[depth][kPanel], or = where these are the first: of many
+// channels, sums of sums, which round less. `next` is this call's share of the panel that will be
+// read soon.
+template <int64_t kAhead>
 GPL_INLINE void multiply(float* m, const float* v, const float* u, int64_t depth, bool first,
                          const float* next) {
-  NativeF sum[kRows][kColumns];
-  GPL_UNROLL for (int r = 0; r < kRows; ++r) {
-    GPL_UNROLL for (int j = 0; j < kColumns; ++j) {
-      sum[r][j] = first ? NativeF{} : load_native(m + r * kBlock + j * kLanes);
-    }
-  }
+  NativeF sum[kRows][kColumns] = {};
   for (int64_t k = 0; k < depth; ++k, u += kPanel, next += kAhead) {
     __builtin_prefetch(next, 0, 2);
     NativeF b[kColumns];
@@ -64,37 +124,35 @@ GPL_INLINE void multiply(float* m, const float* v, const float* u, int64_t depth
   }
   GPL_UNROLL for (int r = 0; r < kRows; ++r) {
     GPL_UNROLL for (int j = 0; j < kColumns; ++j) {
-      std::memcpy(m + r * kBlock + j * kLanes, &sum[r][j], sizeof sum[r][j]);
+      float* to = m + r * kBlock + j * kLanes;
+      if (!first) sum[r][j] = load_native(to) + sum[r][j];
+      std::memcpy(to, &sum[r][j], sizeof sum[r][j]);
     }
   }
 }
 
-// One column of B' d: four pixels to four points.
-GPL_INLINE void to_points(Vf a, Vf b, Vf c, Vf d, Vf* out, int step) {
-  out[0] = a - c, out[step] = b + c, out[2 * step] = c - b, out[3 * step] = b - d;
-}
-
 // How the work is cut: into groups of tiles with v[point][tile][kDepth] of some input channels at a
 // time and m[point][tile][kBlock] of a block of output channels, of all blocks where the input
-// channels come in several parts. Neither the tiles of a group nor the rows of a strip change a
-// sum: tiles begin at the image's even rows, and a tile's second row of results does not depend on
-// its first row of pixels, nor its first on the last.
-template <class Z, class T>
+// channels come in several parts. Neither the tiles of a group nor, with F(2 x 2), the rows of a
+// strip change a sum: tiles begin at multiples of their size in the image's rows, and a tile's
+// second row of results does not depend on its first row of pixels, nor its first on the last.
+template <class F, class Z, class T>
 class Grouped {
  public:
   explicit Grouped(const Winograd& a) : a_(a) {
     blocks_ = a.C_in <= kDepth ? 1 : ceil_div(a.C_out, kBlock);
-    odd_ = a.row0 & 1, rows_ = ceil_div(a.rows + odd_, 2), columns_ = ceil_div(a.W, 2);
-    tiles_ = a.N * rows_ * columns_;
+    above_ = a.row0 & (kResults - 1), rows_ = ceil_div(a.rows + above_, kResults);
+    columns_ = ceil_div(a.W, kResults), tiles_ = a.N * rows_ * columns_;
     const int64_t pixel = a.C_out * element_size(a.z_dtype);
     past_cache_ = a.z_dtype == DType::kFloat32 && pixel % 64 == 0 && (uintptr_t)a.z % 64 == 0 &&
                   a.z_image_stride % 16 == 0 && a.N * a.rows * a.W * pixel > kPastCache;
   }
 
   void run() const {
-    parallel(ceil_div(tiles_, kTiles), kTiles * 4 * a_.C_in, [&](int64_t begin, int64_t end) {
+    const int64_t cost = kTiles * kResults * kResults * a_.C_in;
+    share(ceil_div(tiles_, kTiles), cost, [&](Items& groups) {
       Scratch v(kPoints * kPointV), m(blocks_ * kPoints * kPointM), zeros(kDepth);
-      for (int64_t i = begin; i < end; ++i) {
+      for (int64_t i = groups.next(); i < groups.n; i = groups.next()) {
         const int64_t first = i * kTiles, count = min_of(tiles_ - first, kTiles);
         group(first, count, (const T*)zeros.get(), v.get(), m.get());
       }
@@ -103,13 +161,21 @@ class Grouped {
   }
 
  private:
-  // Of its first result, in z; that row is -1 where z begins in the middle of a tile.
+  static constexpr int kResults = F::kResults, kSide = kResults + 2, kPoints = kSide * kSide;
+  static constexpr int64_t kTiles = F::kTiles;
+  // From point to point, not by a power of two: the points of a tile lie in different cache sets.
+  // Constants, since the innermost loop has no registers to spare for strides.
+  static constexpr int64_t kPointV = kTiles * kDepth + 16, kPointM = kTiles * kBlock + 16;
+  static constexpr int64_t kAhead = kPanel * kRows / kTiles;  // floats of the next panel, a channel
+  static_assert(kAhead * kTiles == kPanel * kRows, "a group's calls ask for the whole panel");
+
+  // Of its first result, in z; that row is negative where z begins in the middle of a tile.
   struct Tile {
     int64_t n, row, column;
   };
   Tile tile(int64_t i) const {
     const int64_t row = i / columns_;
-    return {row / rows_, row % rows_ * 2 - odd_, i % columns_ * 2};
+    return {row / rows_, row % rows_ * kResults - above_, i % columns_ * kResults};
   }
 
   void group(int64_t first, int64_t count, const T* zeros, float* v, float* m) const {
@@ -130,31 +196,32 @@ class Grouped {
     for (int64_t t = 0; t < count; ++t, v += kDepth) {
       const Tile at = tile(first + t);
       const T* image = (const T*)a_.x + at.n * a_.x_image_stride + c0;
-      const T* pixel[16];
-      for (int64_t i = 0; i < 16; ++i) {
-        const int64_t h = at.row + i / 4 - a_.pad_h, w = at.column + i % 4 - 1;
+      const T* pixel[kPoints];
+      for (int64_t i = 0; i < kPoints; ++i) {
+        const int64_t h = at.row + i / kSide - a_.pad_h, w = at.column + i % kSide - 1;
         const bool inside = h >= 0 && h < a_.x_rows && w >= 0 && w < a_.W;
         pixel[i] = inside ? image + (h * a_.W + w) * a_.C_in : zeros;
       }
       for (int64_t c = 0; c < depth; c += 16) {
-        Vf d[16], rows[16], out[16];
-        if (c + 16 <= depth) {
-          GPL_UNROLL for (int i = 0; i < 16; ++i) d[i] = load(pixel[i] + c);
-        } else {
-          for (int i = 0; i < 16; ++i) d[i] = load_n(pixel[i] + c, depth - c);
+        NativeF d[kParts][kPoints], columns[kParts][kPoints];
+        for (int i = 0; i < kPoints; ++i) {
+          const T* p = pixel[i] + c;
+          const Vf x = c + 16 <= depth ? load(p) : load_n(p, depth - c);
+          GPL_UNROLL for (int k = 0; k < kParts; ++k) d[k][i] = x.v[k];
+          // What the next tile does not share.
+          if (i % kSide >= kSide - kResults) __builtin_prefetch(p + kResults * a_.C_in);
         }
-        for (int i = 0; i < 4; ++i) {  // what the next tile does not share
-          __builtin_prefetch(pixel[4 * i + 2] + c + 2 * a_.C_in);
-          __builtin_prefetch(pixel[4 * i + 3] + c + 2 * a_.C_in);
+        GPL_UNROLL for (int k = 0; k < kParts; ++k) {
+          for (int j = 0; j < kSide; ++j) F::points(d[k] + j, kSide, columns[k] + j);
+          for (int i = 0; i < kSide; ++i) {
+            NativeF out[kSide];
+            F::points(columns[k] + i * kSide, 1, out);
+            float* to = v + i * kSide * kPointV + c + k * kLanes;
+            GPL_UNROLL for (int j = 0; j < kSide; ++j) {
+              std::memcpy(to + j * kPointV, &out[j], sizeof out[j]);
+            }
+          }
         }
-        GPL_UNROLL for (int j = 0; j < 4; ++j) {
-          to_points(d[j], d[4 + j], d[8 + j], d[12 + j], rows + j, 4);
-        }
-        GPL_UNROLL for (int i = 0; i < 4; ++i) {
-          const Vf* r = rows + 4 * i;
-          to_points(r[0], r[1], r[2], r[3], out + 4 * i, 1);
-        }
-        GPL_UNROLL for (int i = 0; i < 16; ++i) store(v + i * kPointV + c, out[i]);
       }
     }
   }
@@ -166,32 +233,44 @@ class Grouped {
         const float* panel = u + j * a_.C_in + c0 * kPanel;
         for (int64_t t = 0; t < count; t += kRows) {
           const float* next = panel + u_point + t / kRows * depth * kAhead;
-          multiply(m + t * kBlock + j, v + t * kDepth, panel, depth, c0 == 0, next);
+          multiply<kAhead>(m + t * kBlock + j, v + t * kDepth, panel, depth, c0 == 0, next);
         }
       }
     }
   }
 
-  // A block of output channels from c0 on: A' m A of each tile.
+  // A block of output channels from c0 on.
   void transform_output(int64_t first, int64_t count, int64_t c0, const float* m) const {
     const int64_t channels = min_of(a_.C_out - c0, kBlock);
     for (int64_t t = 0; t < count; ++t, m += kBlock) {
       const Tile at = tile(first + t);
       Z* z = (Z*)a_.z + at.n * a_.z_image_stride + (at.row * a_.W + at.column) * a_.C_out + c0;
-      const bool inside[2] = {at.row >= 0, at.row + 1 < a_.rows}, right = at.column + 1 < a_.W;
+      const int64_t right = min_of(a_.W - at.column, kResults);
       for (int64_t c = 0; c < channels; c += 16) {
-        Vf s[2][4];
-        GPL_UNROLL for (int j = 0; j < 4; ++j) {
-          Vf p[4];
-          GPL_UNROLL for (int i = 0; i < 4; ++i) p[i] = load(m + (i * 4 + j) * kPointM + c);
-          s[0][j] = p[0] + p[1] + p[2];
-          s[1][j] = p[1] - p[2] - p[3];
+        NativeF columns[kParts][kResults * kSide];
+        GPL_UNROLL for (int k = 0; k < kParts; ++k) {
+          for (int j = 0; j < kSide; ++j) {
+            NativeF p[kSide];
+            GPL_UNROLL for (int i = 0; i < kSide; ++i) {
+              p[i] = load_native(m + (i * kSide + j) * kPointM + c + k * kLanes);
+            }
+            NativeF out[kResults];
+            F::results(p, out);
+            GPL_UNROLL for (int i = 0; i < kResults; ++i) columns[k][i * kSide + j] = out[i];
+          }
         }
-        GPL_UNROLL for (int i = 0; i < 2; ++i) {
-          if (!inside[i]) continue;
-          Z* row = z + i * a_.W * a_.C_out + c;
-          put(row, s[i][0] + s[i][1] + s[i][2], channels - c);
-          if (right) put(row + a_.C_out, s[i][1] - s[i][2] - s[i][3], channels - c);
+        for (int i = 0; i < kResults; ++i) {
+          if (at.row + i < 0 || at.row + i >= a_.rows) continue;
+          Vf out[kResults];
+          GPL_UNROLL for (int k = 0; k < kParts; ++k) {
+            NativeF row[kResults];
+            F::results(columns[k] + i * kSide, row);
+            GPL_UNROLL for (int j = 0; j < kResults; ++j) out[j].v[k] = row[j];
+          }
+          Z* to = z + i * a_.W * a_.C_out + c;
+          GPL_UNROLL for (int j = 0; j < kResults; ++j) {
+            if (j < right) put(to + j * a_.C_out, out[j], channels - c);
+          }
         }
       }
     }
@@ -206,34 +285,22 @@ class Grouped {
   }
 
   const Winograd& a_;
-  int64_t blocks_, odd_, rows_, columns_, tiles_;
+  int64_t blocks_, above_, rows_, columns_, tiles_;
   bool past_cache_;
 };
 
-// u[block][point][panel][k][kPanel] of sixteen input channels at the lanes: out[point] = G g G'.
-GPL_INLINE void weight_points(const Vf* g, Vf* out) {
-  const Vf half = fill(0.5f);
-  auto column = [&](Vf a, Vf b, Vf c, Vf* to, int step) {
-    const Vf ends = (a + c) * half, middle = b * half;
-    to[0] = a, to[step] = ends + middle, to[2 * step] = ends - middle, to[3 * step] = c;
-  };
-  Vf rows[12];
-  GPL_UNROLL for (int j = 0; j < 3; ++j) column(g[j], g[3 + j], g[6 + j], rows + j, 3);
-  GPL_UNROLL for (int i = 0; i < 4; ++i) {
-    column(rows[3 * i], rows[3 * i + 1], rows[3 * i + 2], out + 4 * i, 1);
-  }
-}
-
-// Lanes of input channels [k0, k0 + 16) for one output channel n; w is [N][tap][K] or, for the
-// transpose, [K][tap][N] with the taps in reverse.
+// u[block][point][panel][k][kPanel] of a block and of input channels [k0, k0 + 16); w is
+// [N][tap][K] or, for the transpose, [K][tap][N] with the taps in reverse.
+template <class F>
 void weight_block(const WinogradWeight& a, int64_t b, int64_t k0) {
+  constexpr int kSide = F::kResults + 2, kPoints = kSide * kSide;
   const int64_t K = a.C_in, N = a.C_out, k_count = min_of(K - k0, 16);
   float* u = a.u + b * kPoints * K * kBlock;
   for (int64_t j = 0; j < kBlock; j += 16) {
     const int64_t n0 = b * kBlock + j, n_count = max_of(min_of(N - n0, 16), 0);
-    Vf points[16][16];  // [point][channel of the rows]
+    Vf points[kPoints][16];  // [point][channel of the rows]
     for (int64_t r = 0; r < 16; ++r) {
-      Vf g[9], out[16];
+      Vf g[9], columns[3][kSide], row[kSide];
       GPL_UNROLL for (int tap = 0; tap < 9; ++tap) {
         if (a.transposed) {
           g[tap] =
@@ -242,8 +309,11 @@ void weight_block(const WinogradWeight& a, int64_t b, int64_t k0) {
           g[tap] = r < n_count ? load_n(a.w + ((n0 + r) * 9 + tap) * K + k0, k_count) : fill(0.0f);
         }
       }
-      weight_points(g, out);
-      for (int p = 0; p < 16; ++p) points[p][r] = out[p];
+      for (int j = 0; j < 3; ++j) F::weight(g[j], g[3 + j], g[6 + j], columns[j]);
+      for (int i = 0; i < kSide; ++i) {
+        F::weight(columns[0][i], columns[1][i], columns[2][i], row);
+        for (int j = 0; j < kSide; ++j) points[i * kSide + j][r] = row[j];
+      }
     }
     for (int64_t p = 0; p < kPoints; ++p) {
       Vi rows[16];
@@ -264,14 +334,20 @@ void weight_block(const WinogradWeight& a, int64_t b, int64_t k0) {
 
 void winograd_weight(const WinogradWeight& a) {
   const int64_t blocks = ceil_div(a.C_out, kBlock), steps = ceil_div(a.C_in, 16);
-  parallel(blocks * steps, 16 * kBlock * 16, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) weight_block(a, i / steps, i % steps * 16);
-  });
+  parallel(blocks * steps, 16 * kBlock * (a.tile + 2) * (a.tile + 2),
+           [&](int64_t begin, int64_t end) {
+             for (int64_t i = begin; i < end; ++i) {
+               with_tile(a.tile,
+                         [&](auto f) { weight_block<decltype(f)>(a, i / steps, i % steps * 16); });
+             }
+           });
 }
 
 void winograd(const Winograd& a) {
-  with_dtypes(a.z_dtype, a.dtype,
-              [&](auto z, auto x) { Grouped<decltype(z), decltype(x)>(a).run(); });
+  with_tile(a.tile, [&](auto f) {
+    with_dtypes(a.z_dtype, a.dtype,
+                [&](auto z, auto x) { Grouped<decltype(f), decltype(z), decltype(x)>(a).run(); });
+  });
 }
 
 }  // namespace GPL_CPU_NAMESPACE

@@ -18,24 +18,33 @@ class Convolutions:
 
     ATen's, but where `float32_convolutions` 3 x 3 ones of stride 1 are Winograd's
     (csrc/cpu/winograd.cpp), and others get float32 copies. There a convolution's result stays
-    float32; data gradients have the dtype of `dz` always.
+    float32; data gradients have the dtype of `dz` always. What decides signs and winners has tiles
+    of 2 x 2 results, since those leave zeros and ties as they are; the rest has larger ones.
     """
 
     def __init__(self, plan: Plan, packs: Mapping[str, Tensor]) -> None:
         self.plan, self.packs = plan, packs
-        # One layer's weight as Winograd reads it: strips come one after the other.
-        self._latest: tuple[str, Tensor] | None = None
+        # One layer's weight as Winograd reads it, for each tile: strips come one after the other.
+        self._layer = ""
+        self._weights: dict[int, Tensor] = {}
 
-    def conv(self, i: int, y: Tensor, pad_h: int, row0: int) -> Tensor:
-        """Step i's convolution, `pad_h` rows of zeros above and below; its first row is `row0`."""
+    def conv(self, i: int, maps: Tensor, decisive: bool, pad_h: int, row0: int) -> Tensor:
+        """Step i's convolution of maps (count, N, rows, W, C_in), `pad_h` rows of zeros above and
+        below; its first row is `row0`. The first map is `decisive`: signs and winners come of it.
+        """
         step = self.plan.steps[i]
         w = self.packs[f"w.{step.conv}"]
         if self.plan.by_winograd(i):
-            shape = (y.shape[0], y.shape[1] + 2 * pad_h - 2, y.shape[2], step.out_channels)
-            z = y.new_empty(shape, dtype=w.dtype)
-            ops.winograd(y, self._transformed(step.conv, False), pad_h, row0, z)
+            count, n, rows, width = maps.shape[:4]
+            shape = (count, n, rows + 2 * pad_h - 2, width, step.out_channels)
+            z = maps.new_empty(shape, dtype=w.dtype)
+            for j in range(count):
+                tile = 2 if decisive and j == 0 else self.plan.tile(i)
+                u = self._transformed(step.conv, tile, False)
+                ops.winograd(maps[j], u, tile, pad_h, row0, z[j])
             return z
-        return conv(y, w, step.stride, (pad_h, step.kernel_size // 2))
+        z = conv(maps.flatten(0, 1), w, step.stride, (pad_h, step.kernel_size // 2))
+        return z.view(*maps.shape[:2], *z.shape[1:])
 
     def data_gradient(
         self, i: int, dz: Tensor, strips: bool, row0: int, out: Tensor | None = None
@@ -48,7 +57,9 @@ class Convolutions:
             if out is None:
                 rows = dz.shape[1] - 2 if strips else dz.shape[1]
                 out = dz.new_empty((dz.shape[0], rows, dz.shape[2], w.shape[1]))
-            ops.winograd(dz, self._transformed(step.conv, True), 0 if strips else 1, row0, out)
+            tile = self.plan.tile(i)
+            u = self._transformed(step.conv, tile, True)
+            ops.winograd(dz, u, tile, 0 if strips else 1, row0, out)
             return out
         extra = (0, 0)
         if step.stride == 2:
@@ -59,19 +70,21 @@ class Convolutions:
 
     def release(self) -> None:
         """Forget the layer: other layers, or other images, come next."""
-        self._latest = None
+        self._weights.clear()
 
-    def _transformed(self, name: str, transposed: bool) -> Tensor:
+    def _transformed(self, name: str, tile: int, transposed: bool) -> Tensor:
         """The weight of a convolution, or of its transpose, as Winograd reads it: a walk asks for
         one of the two."""
-        if self._latest is None or self._latest[0] != name:
+        if self._layer != name:
             self.release()  # before the next one is allocated
+            self._layer = name
+        if tile not in self._weights:
             w = self.packs[f"w.{name}"].permute(0, 2, 3, 1)
             c_in, c_out = (w.shape[0], w.shape[3]) if transposed else (w.shape[3], w.shape[0])
-            u = w.new_empty(winograd_elements(c_in, c_out), dtype=torch.float32)
-            ops.winograd_weight(w, transposed, u)
-            self._latest = name, u
-        return self._latest[1]
+            u = w.new_empty(winograd_elements(tile, c_in, c_out), dtype=torch.float32)
+            ops.winograd_weight(w, tile, transposed, u)
+            self._weights[tile] = u
+        return self._weights[tile]
 
 
 def conv(y: Tensor, w: Tensor, stride: int, pad: tuple[int, int]) -> Tensor:

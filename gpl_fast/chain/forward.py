@@ -303,9 +303,8 @@ class Forward:
         """z' and δz of (y', δ), stacked as these are; with the look-up where `maps` is u alone."""
         bias = self.packs.get(f"b.{self.plan.steps[i].conv}")
         out = []
-        for m in maps:
-            z = self.convolutions.conv(i, m.flatten(0, 1), pad_h, lo)
-            out.append(z.view(*m.shape[:2], *z.shape[1:]))
+        for j, m in enumerate(maps):
+            out.append(self.convolutions.conv(i, m, j == 0, pad_h, lo))
         if sum(m.shape[0] for m in maps) == 1 and not self.plain:
             out.insert(0, torch.empty_like(out[0]))
             self._look_up(out[0][0], out[1][0], lo)

@@ -22,7 +22,7 @@ from gpl_fast import (
     plan,
 )
 from gpl_fast.ops import load
-from gpl_fast.plan import Plan, load_spec, make_spec
+from gpl_fast.plan import Plan, load_spec, make_spec, padded_channels
 
 if (reason := load()) is not None:
     pytest.skip(reason, allow_module_level=True)
@@ -485,6 +485,23 @@ def test_the_least_workspace(pool, kind):
     assert error(grad, want_grad) < ATOL[FLOAT]
     with pytest.raises(ValueError, match=f"expected at least {least} "):
         make(least - 1)(pred, target)
+
+
+@pytest.mark.parametrize(("mb", "most"), [(64, 128 * 256), (256, 256 * 512), (2048, 512 * 512)])
+def test_large_tiles_have_weights_that_fit(mb, most):
+    """Winograd's weights for tiles of 4 x 4 results take an eighth of the workspace at most."""
+    net = GenericPerceptualLoss(150, "vgg19").net
+    spec = load_spec(make_spec(
+        net, feature_weights={"pool5": 1.0}, style_weights={}, kind="dense", activation="softmax",
+        target_activation="softmax", temperature=1.0, dtype=FLOAT, float32_convolutions=True,
+        workspace_mb=mb,
+    ))  # fmt: skip
+    planned = Plan(spec, 16, 512, 512)
+    for i, step in enumerate(planned.steps):
+        weight = padded_channels(step.in_channels) * step.out_channels
+        assert planned.tile(i) == (4 if weight <= most else 2), step.conv
+    one = Plan(spec, 1, 40, 40)  # 100 tiles
+    assert {one.tile(i) for i in range(len(one.steps))} == {2}
 
 
 @pytest.mark.parametrize("float32", [False, True])

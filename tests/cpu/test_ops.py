@@ -411,7 +411,8 @@ def every_result():
     u, taken, *_ = pack(x, labels=labels)
     z, dz = poisoned(2, 40, 64, 24), draw(2, 40, 64, 24)
     ops.label_conv_fwd(labels, None, table, table.sum(0), odd_images(2), taken, 0, 0, z, dz)
-    return [*out, u, z, dz, winograd(z, draw(70, 24, 3, 3))]
+    w = draw(70, 24, 3, 3)
+    return [*out, u, z, dz, *(winograd(z, w, tile=tile) for tile in TILES)]
 
 
 def test_threads_do_not_change_a_bit():
@@ -650,26 +651,30 @@ def test_topk_conv(C, k, dtype, rest):
 # -- winograd ----------------------------------------------------------------------------------
 
 
-def winograd(x, w, *, transposed=False, pad_h=1, row0=0, z_dtype=None):
+TILES = (2, 4)  # results to a side
+
+
+def winograd(x, w, *, tile=2, transposed=False, pad_h=1, row0=0, z_dtype=None):
     """The convolution of x (N, rows, W, C_in) by w (C_out, C_in, 3, 3), or of the transpose by
     w (C_in, C_out, 3, 3)."""
     c_out = w.shape[transposed]
-    u = poisoned(16 * x.shape[3] * (-(-c_out // 32) * 32))
-    ops.winograd_weight(w.permute(0, 2, 3, 1).contiguous(), transposed, u)
+    u = poisoned((tile + 2) ** 2 * x.shape[3] * (-(-c_out // 32) * 32))
+    ops.winograd_weight(w.permute(0, 2, 3, 1).contiguous(), tile, transposed, u)
     rows, dtype = x.shape[1] + 2 * pad_h - 2, z_dtype or x.dtype
     z = poisoned(x.shape[0], rows, x.shape[2], c_out, dtype=dtype)
-    ops.winograd(x, u, pad_h, row0, z)
+    ops.winograd(x, u, tile, pad_h, row0, z)
     return z
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize(
     ("C", "c_out", "size"),
     [(8, 64, (13, 27)), (3, 19, (1, 5)), (19, 40, (7, 33)), (64, 19, (2, 300)), (200, 70, (6, 17)),
      (391, 33, (3, 4))],
 )  # fmt: skip
-def test_winograd(C, c_out, size, transposed, dtype):
+def test_winograd(C, c_out, size, tile, transposed, dtype):
     x = torch.randn(2, *size, C).to(dtype)
     w = torch.randn(*((C, c_out) if transposed else (c_out, C)), 3, 3) / C**0.5
 
@@ -677,19 +682,23 @@ def test_winograd(C, c_out, size, transposed, dtype):
         f = F.conv_transpose2d if transposed else F.conv2d
         return nhwc(f(nchw(x.to(work)), w.to(work), padding=1))
 
-    z = winograd(x, w, transposed=transposed)
-    check(z, plain(torch.float32).to(dtype), plain(torch.float64), dtype)
-    exact = winograd(x, w, transposed=transposed, z_dtype=torch.float32)
-    check(exact, plain(torch.float32), plain(torch.float64), torch.float32)
+    f32, truth = plain(torch.float32), plain(torch.float64)
+    z = winograd(x, w, tile=tile, transposed=transposed)
+    check(z, f32.to(dtype), truth, dtype)
+    exact = winograd(x, w, tile=tile, transposed=transposed, z_dtype=torch.float32)
+    check(exact, f32, truth, torch.float32)
     assert torch.equal(exact.to(dtype), z)
 
     # strips of rows with their halo, some that begin in the middle of a tile
     around = F.pad(x, (0, 0, 0, 0, 1, 1))
-    for first, rows in ((0, 2), (0, 1), (1, 1), (2, 3), (3, 4), (5, 5)):
+    for first, rows in ((0, 2), (0, 1), (1, 1), (2, 3), (3, 4), (5, 5), (4, 8)):
+        here = slice(first, first + rows)
         part = around[:, first : first + rows + 2]
         if part.shape[1] > 2:
-            got = winograd(part, w, transposed=transposed, pad_h=0, row0=first)
-            assert torch.equal(got, z[:, first : first + rows])
+            got = winograd(part, w, tile=tile, transposed=transposed, pad_h=0, row0=first)
+            check(got, f32[:, here].to(dtype), truth[:, here], dtype)
+            if tile == 2 or (first % 4 == 0 and rows % 4 == 0):
+                assert torch.equal(got, z[:, here])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -714,18 +723,31 @@ def test_winograd_reads_nothing_but_the_neighbourhood(dtype):
             assert torch.equal(one, other)
 
 
-def test_winograd_of_no_images():
-    assert winograd(torch.empty(0, 5, 7, 8), torch.randn(3, 8, 3, 3)).shape == (0, 5, 7, 3)
+def test_large_tiles_of_winograd_leave_rounding_alone():
+    """Of a pixel, a tile of 4 x 4 results holds nothing beyond its neighbourhood but rounding."""
+    w, x = torch.randn(40, 24, 3, 3), torch.zeros(1, 15, 14, 24)
+    x[:, 5, 6] = torch.randn(24)
+    z, small = winograd(x, w, tile=4), winograd(x, w)
+    assert (z - small).abs().max() <= 1e-5 * small.abs().max()
+    assert not z[:, 8:].any()  # the next tiles do not read it
+    assert not z[:, :, 8:].any()
 
 
-def test_winograd_past_the_cache():
+@pytest.mark.parametrize("tile", TILES)
+def test_winograd_of_no_images(tile):
+    x, w = torch.empty(0, 5, 7, 8), torch.randn(3, 8, 3, 3)
+    assert winograd(x, w, tile=tile).shape == (0, 5, 7, 3)
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_winograd_past_the_cache(tile):
     """Large float32 results are written around the cache: the same bits."""
     x, w = torch.randn(1, 130, 132, 8), torch.randn(128, 8, 3, 3)
-    whole = winograd(x, w)
+    whole = winograd(x, w, tile=tile)
     assert whole.numel() * 4 > 8 * 2**20
     for first in (0, 64):
         part = F.pad(x, (0, 0, 0, 0, 1, 1))[:, first : first + 34]
-        assert torch.equal(winograd(part, w, pad_h=0), whole[:, first : first + 32])
+        assert torch.equal(winograd(part, w, tile=tile, pad_h=0), whole[:, first : first + 32])
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
@@ -839,8 +861,10 @@ ONES = torch.ones(8, 8, 3, 3)
         (lambda z: winograd(z, torch.ones(8, 9, 3, 3)), r"u must have the shape \[4608\]"),
         (lambda z: winograd(z, ONES.half()), "w must be Float"),
         (lambda z: winograd(z, ONES, pad_h=2), "pad_h must be 0 or 1"),
+        (lambda z: winograd(z, ONES, tile=3), "tile must be 2 or 4, got 3"),
+        (lambda z: ops.winograd(z, poisoned(4096), 3, 1, 0, z), "tile must be 2 or 4, got 3"),
         (lambda z: winograd(z.half(), ONES, z_dtype=torch.bfloat16), "or float32, got BFloat16"),
-        (lambda z: ops.winograd(z, poisoned(4096), 0, 0, z), r"z must have the shape \[1, 2, 4, 8"),
+        (lambda z: ops.winograd(z, poisoned(4096), 2, 0, 0, z), r"z must have the shape \[1, 2, 4"),
         (lambda z: ops.relu_diff_fwd(z, z, odd_images(2), None, z, None), "from_target must have"),
     ],
 )  # fmt: skip
@@ -876,9 +900,9 @@ def opcheck_cases():
         "softmax_bwd": (
             x, x.logsumexp(1), dy, one, None, 1, 1.0, labels, None, one, None, 0.0, 0, 4, x.clone(),
         ),
-        "winograd_weight": (torch.randn(8, 3, 3, 8), False, torch.zeros(4096)),
+        "winograd_weight": (torch.randn(8, 3, 3, 8), 2, False, torch.zeros(4096)),
         "populate": (dz.clone(),),
-        "winograd": (z, torch.randn(4096), 1, 0, dz.clone()),
+        "winograd": (z, torch.randn(4096), 2, 1, 0, dz.clone()),
     }  # fmt: skip
 
 
