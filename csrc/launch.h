@@ -217,7 +217,7 @@ GPL_FAST_STAGES(GPL_FAST_DECLARE)
 const char* capability();
 // Maps the pages of memory that will be written all over, in a scattered order.
 void populate(void* data, int64_t bytes);
-// Whether this machine multiplies matrices of a 16-bit dtype faster than of float32.
+// Whether this machine multiplies matrices of a 16-bit dtype much faster than of float32.
 bool multiplies_fast(DType dtype);
 }  // namespace cpu
 

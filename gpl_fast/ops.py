@@ -105,7 +105,7 @@ def cuda_obstacle(device: torch.device) -> str | None:
 
 @functools.cache
 def cpu_is_fast(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies matrices of a 16-bit dtype faster than of float32."""
+    """Whether this CPU multiplies matrices of a 16-bit dtype much faster than of float32."""
     return str(dtype).removeprefix("torch.") in __getattr__("cpu_fast_dtypes")().split()
 
 

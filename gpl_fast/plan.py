@@ -366,9 +366,13 @@ class Plan:
         widest = max(self.steps[j].out_channels for j in segment)
         narrow = self.steps[segment[0]].in_channels if i else 0
         # (y, δ) in, (z, δz) out; with several convolutions both pairs are alive.
-        wide = 4 if self.spec.float32_convolutions else e  # of (z, δz), and of what they become
+        # Of (z, δz), and of what they become.
+        parts = i == 0 and self.spec.device == "cpu" and self.dtype == torch.bfloat16
+        wide = 4 if parts or self.spec.float32_convolutions else e
         outs = (4 if len(segment) > 1 else 2) * widest * wide
-        if wide > e and not self.by_winograd(segment[0]):  # float32 copies of (y, δ)
+        if parts and not self.spec.float32_convolutions:  # y and z in one, and what rounding took
+            outs += e * (padded_channels(self.spec.in_channels) + 3 * widest)
+        elif wide > e and not self.by_winograd(segment[0]):  # float32 copies of (y, δ)
             outs += 2 * 4 * max(narrow, padded_channels(self.spec.in_channels))
         if i == 0 and self.front:  # which is left in float32 too
             outs += 3 * self.steps[0].in_channels * (wide - e)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gpl_fast import ops
+from gpl_fast.chain.stages import rounds_results
 from gpl_fast.plan import Plan, winograd_elements
 
 
@@ -18,12 +19,16 @@ class Convolutions:
 
     ATen's, but where `float32_convolutions` 3 x 3 ones of stride 1 are Winograd's
     (csrc/cpu/winograd.cpp), and others get float32 copies. There a convolution's result stays
-    float32; data gradients have the dtype of `dz` always. What decides signs and winners has tiles
-    of 2 x 2 results, since those leave zeros and ties as they are; the rest has larger ones.
+    float32, as the first one's does where it comes `in_parts`; data gradients have the dtype of
+    `dz` always. What decides signs and winners has tiles of 2 x 2 results, since those leave zeros
+    and ties as they are; the rest has larger ones.
     """
 
     def __init__(self, plan: Plan, packs: Mapping[str, Tensor]) -> None:
         self.plan, self.packs = plan, packs
+        step = plan.steps[0]
+        w = packs[f"w.{step.conv}"]
+        self.in_parts = step.stride == 1 and rounds_results(w.device, w.dtype)
         # One layer's weight as Winograd reads it, for each tile: strips come one after the other.
         self._layer = ""
         self._weights: dict[int, Tensor] = {}
@@ -44,7 +49,13 @@ class Convolutions:
                 ops.winograd(maps[j], u, tile, pad_h, row0, z[j])
             return z
         z = conv(maps.flatten(0, 1), w, step.stride, (pad_h, step.kernel_size // 2))
-        return z.view(*maps.shape[:2], *z.shape[1:])
+        z = z.view(*maps.shape[:2], *z.shape[1:])
+        if i == 0 and self.in_parts:
+            rest = rounded_off(z[0], maps[0], w, pad_h) if decisive else None
+            z = z.float()
+            if rest is not None:
+                z[0] += rest
+        return z
 
     def data_gradient(
         self, i: int, dz: Tensor, strips: bool, row0: int, out: Tensor | None = None
@@ -91,6 +102,19 @@ def conv(y: Tensor, w: Tensor, stride: int, pad: tuple[int, int]) -> Tensor:
     """NHWC -> NHWC in the dtype of `w`, `pad` = rows and columns of zeros on each side."""
     z = torch.conv2d(y.to(w.dtype).permute(0, 3, 1, 2), w, None, stride, pad)
     return z.permute(0, 2, 3, 1).contiguous()
+
+
+def rounded_off(z: Tensor, y: Tensor, w: Tensor, pad_h: int) -> Tensor:
+    """What rounding to a dtype of few digits took from `z`, the convolution of `y`: that of both
+    together, with a weight of -1 for `z`, since the sums are float32 until they are rounded."""
+    (c_out, c_in, k, _), above = w.shape, w.shape[2] // 2 - pad_h
+    both = y.new_zeros((*y.shape[:3], c_in + c_out))
+    both[..., :c_in] = y
+    both[:, above : above + z.shape[1], :, c_in:] = z
+    weight = w.new_zeros((c_out, c_in + c_out, k, k)).contiguous(memory_format=torch.channels_last)
+    weight[:, :c_in] = w
+    weight[:, c_in:, k // 2, k // 2] = -torch.eye(c_out, dtype=w.dtype)
+    return conv(both, weight, 1, (pad_h, k // 2))
 
 
 def conv_transpose(

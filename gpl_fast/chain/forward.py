@@ -41,6 +41,9 @@ class Forward:
         self.plan, self.x, self.target, self.packs, self.keep = plan, x, target, packs, keep
         self.plain = plan.spec.kind in ("features", "encode")
         self.convolutions = Convolutions(plan, packs)
+        self.table = packs.get("table")  # of the dtype of what it adds to
+        if self.table is not None and self.convolutions.in_parts and not plan.front:
+            self.table = self.table.float()
         self.stages = stages_on(x.device)
         # True float32 is ATen's convolutions; TF32 is the kernels' too.
         self.blocks = has_blocks(x.device) and (plan.dtype != torch.float32 or tf32_allowed())
@@ -234,7 +237,8 @@ class Forward:
 
     def _look_up(self, z: Tensor, dz: Tensor, row0: int) -> None:
         """z' and δz from the convolution of u, which `dz` holds on entry."""
-        valid, table, (taken, lo) = self._of("valid"), self.packs["table"], self.taken
+        valid, table, (taken, lo) = self._of("valid"), self.table, self.taken
+        assert table is not None
         if self.plan.spec.kind == "labels":
             labels, interior = self._of("labels"), self.packs["interior"]
             self.stages.label_conv_fwd(
