@@ -245,6 +245,13 @@ class Plan:
         """Of the chunk that the walks allocate besides `saved`: at most the workspace."""
         return self._bytes(self.images, self.rows)
 
+    @property
+    def in_parts(self) -> bool:
+        """Whether the first step's results keep what rounding takes from them: on a CPU that
+        convolves in bfloat16, where signs and winners of confident maps hang on it."""
+        native = self.spec.device == "cpu" and not self.spec.float32_convolutions
+        return native and self.dtype == torch.bfloat16 and self.steps[0].stride == 1
+
     def by_winograd(self, i: int) -> bool:
         """Whether Winograd's algorithm does step i's convolution and its data gradient."""
         step = self.steps[i]
@@ -325,8 +332,10 @@ class Plan:
             if self.by_winograd(j):
                 out = max(out, *self._winograd_bytes(j, self.tile(j)))
             else:
-                elements = padded_channels(step.in_channels) * step.out_channels
-                out = max(out, itemsize * elements * step.kernel_size**2)
+                c_in = padded_channels(step.in_channels)
+                if j == 0 and self.in_parts:  # of (y, z)
+                    c_in += step.out_channels
+                out = max(out, itemsize * c_in * step.out_channels * step.kernel_size**2)
         return out
 
     def _whole_only(self, i: int) -> bool:
@@ -367,10 +376,10 @@ class Plan:
         narrow = self.steps[segment[0]].in_channels if i else 0
         # (y, δ) in, (z, δz) out; with several convolutions both pairs are alive.
         # Of (z, δz), and of what they become.
-        parts = i == 0 and self.spec.device == "cpu" and self.dtype == torch.bfloat16
+        parts = i == 0 and self.in_parts
         wide = 4 if parts or self.spec.float32_convolutions else e
         outs = (4 if len(segment) > 1 else 2) * widest * wide
-        if parts and not self.spec.float32_convolutions:  # y and z in one, and what rounding took
+        if parts:  # y and z in one, and what rounding took
             outs += e * (padded_channels(self.spec.in_channels) + 3 * widest)
         elif wide > e and not self.by_winograd(segment[0]):  # float32 copies of (y, δ)
             outs += 2 * 4 * max(narrow, padded_channels(self.spec.in_channels))

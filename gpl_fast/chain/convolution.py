@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gpl_fast import ops
-from gpl_fast.chain.stages import rounds_results
+from gpl_fast.chain.stages import has_blocks
 from gpl_fast.plan import Plan, winograd_elements
 
 
@@ -26,9 +26,7 @@ class Convolutions:
 
     def __init__(self, plan: Plan, packs: Mapping[str, Tensor]) -> None:
         self.plan, self.packs = plan, packs
-        step = plan.steps[0]
-        w = packs[f"w.{step.conv}"]
-        self.in_parts = step.stride == 1 and rounds_results(w.device, w.dtype)
+        self.in_parts = plan.in_parts and not has_blocks(packs[f"w.{plan.steps[0].conv}"].device)
         # One layer's weight as Winograd reads it, for each tile: strips come one after the other.
         self._layer = ""
         self._weights: dict[int, Tensor] = {}

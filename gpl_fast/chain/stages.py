@@ -25,12 +25,6 @@ def float32_convolutions(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and not has_blocks(device) and not ops.cpu_is_fast(dtype)
 
 
-def rounds_results(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether convolutions of maps of `dtype` round their results to so few digits that the first
-    one's signs and winners suffer."""
-    return device.type == "cpu" and not has_blocks(device) and dtype == torch.bfloat16
-
-
 def stages_on(device: torch.device) -> ModuleType:
     """The module whose functions are the forward's stages."""
     if not has_blocks(device):
