@@ -366,10 +366,16 @@ GPL_INLINE void store_past_cache(float* p, Vf a) {
 }
 template <class T>
 GPL_INLINE void store_past_cache(T* p, Vf a) {
+  const Vi h = narrow(T{}, a);
 #if defined(GPL_AVX512)
-  _mm256_stream_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)narrow(T{}, a).v[0]));
+  _mm256_stream_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)h.v[0]));
+#elif defined(GPL_AVX2)
+  GPL_EACH_PART {
+    _mm_stream_si128((__m128i*)(p + i * kLanes),
+                     (__m128i) __builtin_convertvector((NativeU)h.v[i], NativeH));
+  }
 #else
-  store(p, a);
+  store_u16(p, h);
 #endif
 }
 GPL_INLINE void finish_past_cache() {

@@ -144,8 +144,8 @@ class Grouped {
     above_ = a.row0 & (kResults - 1), rows_ = ceil_div(a.rows + above_, kResults);
     columns_ = ceil_div(a.W, kResults), tiles_ = a.N * rows_ * columns_;
     const int64_t pixel = a.C_out * element_size(a.z_dtype);
-    past_cache_ = a.z_dtype == DType::kFloat32 && pixel % 64 == 0 && (uintptr_t)a.z % 64 == 0 &&
-                  a.z_image_stride % 16 == 0 && a.N * a.rows * a.W * pixel > kPastCache;
+    past_cache_ = pixel % 64 == 0 && (uintptr_t)a.z % 64 == 0 && a.z_image_stride % kLine == 0 &&
+                  a.N * a.rows * a.W * pixel > kPastCache;
   }
 
   void run() const {
@@ -163,6 +163,8 @@ class Grouped {
  private:
   static constexpr int kResults = F::kResults, kSide = kResults + 2, kPoints = kSide * kSide;
   static constexpr int64_t kTiles = F::kTiles;
+  // Results at a time: those of a cache line, since half a line is slow to write past the cache.
+  static constexpr int64_t kLine = 64 / sizeof(Z);
   // From point to point, not by a power of two: the points of a tile lie in different cache sets.
   // Constants, since the innermost loop has no registers to spare for strides.
   static constexpr int64_t kPointV = kTiles * kDepth + 16, kPointM = kTiles * kBlock + 16;
@@ -246,9 +248,9 @@ class Grouped {
       const Tile at = tile(first + t);
       Z* z = (Z*)a_.z + at.n * a_.z_image_stride + (at.row * a_.W + at.column) * a_.C_out + c0;
       const int64_t right = min_of(a_.W - at.column, kResults);
-      for (int64_t c = 0; c < channels; c += 16) {
-        NativeF columns[kParts][kResults * kSide];
-        GPL_UNROLL for (int k = 0; k < kParts; ++k) {
+      for (int64_t c = 0; c < channels; c += kLine) {
+        NativeF columns[kLine / kLanes][kResults * kSide];
+        for (int k = 0; k < kLine / kLanes; ++k) {
           for (int j = 0; j < kSide; ++j) {
             NativeF p[kSide];
             GPL_UNROLL for (int i = 0; i < kSide; ++i) {
@@ -261,11 +263,13 @@ class Grouped {
         }
         for (int i = 0; i < kResults; ++i) {
           if (at.row + i < 0 || at.row + i >= a_.rows) continue;
-          Vf out[kResults];
-          GPL_UNROLL for (int k = 0; k < kParts; ++k) {
+          Vf out[kResults][kLine / 16];
+          GPL_UNROLL for (int k = 0; k < kLine / kLanes; ++k) {
             NativeF row[kResults];
             F::results(columns[k] + i * kSide, row);
-            GPL_UNROLL for (int j = 0; j < kResults; ++j) out[j].v[k] = row[j];
+            GPL_UNROLL for (int j = 0; j < kResults; ++j) {
+              out[j][k / kParts].v[k % kParts] = row[j];
+            }
           }
           Z* to = z + i * a_.W * a_.C_out + c;
           GPL_UNROLL for (int j = 0; j < kResults; ++j) {
@@ -276,11 +280,14 @@ class Grouped {
     }
   }
 
-  GPL_INLINE void put(Z* z, Vf v, int64_t n) const {
-    if (past_cache_) {
-      store_past_cache(z, v);
-    } else {
-      store_upto(z, v, n);
+  // A pixel's next n channels, or kLine.
+  GPL_INLINE void put(Z* z, const Vf* v, int64_t n) const {
+    for (int i = 0; i < kLine / 16; ++i, z += 16, n -= 16) {
+      if (past_cache_) {
+        store_past_cache(z, v[i]);
+      } else if (n > 0) {
+        store_upto(z, v[i], n);
+      }
     }
   }
 
