@@ -107,11 +107,15 @@ def slope(points: Mapping[float, float]) -> float:
     return statistics.linear_regression(x, y).slope
 
 
-def beyond_fixed(points: Mapping[int, float], least: int = 19) -> dict[int, float]:
-    """Seconds by C, less those of the fewest classes: what the layers that do not depend on C
-    take. From `least` classes on."""
-    fixed = points[min(points)]
-    return {c: y - fixed for c, y in points.items() if c >= max(least, min(points) + 1)}
+def beyond_fixed(rows: Mapping[int, Row], least: int = 19) -> dict[int, float]:
+    """Seconds by C, less those of the blocks after the first, which do not depend on C. From
+    `least` classes on; where these were not measured, they are what the fewest classes take."""
+    fewest = rows[min(rows)]
+    if fewest["later_seconds"] is None:
+        fixed = {c: fewest["seconds_median"] for c in rows if c > min(rows)}
+    else:
+        fixed = {c: row["later_seconds"] for c, row in rows.items()}
+    return {c: rows[c]["seconds_median"] - seconds for c, seconds in fixed.items() if c >= least}
 
 
 def checks(rows: Sequence[Row]) -> list[str]:
@@ -136,7 +140,7 @@ def checks(rows: Sequence[Row]) -> list[str]:
         mine = {classes_of(r): r for r in swept if r["provider"] == provider}
         if not provider.startswith(OURS) or len(mine) < 3:
             continue
-        points = beyond_fixed({c: r["seconds_median"] for c, r in mine.items()})
+        points = beyond_fixed(mine)
         if len(points) < 2 or min(points.values()) <= 0:
             continue
         own = slope(points)

@@ -40,7 +40,8 @@ FIELDS = (
     "machine", "threads", "torch", "gpl_fast", "commit", "sweep", "shape", "target", "peaked",
     "net", "provider", "dtype", "rounds", "seconds_median", "seconds_p20", "seconds_p80",
     "forward_seconds", "backward_seconds", "speedup_vs_eager_fp32", "peak_mib", "saved_bytes",
-    "value_error", "grad_cosine", "gflop", "conv_seconds", "conv_share", "read_seconds", "command",
+    "value_error", "grad_cosine", "gflop", "conv_seconds", "conv_share", "read_seconds",
+    "later_seconds", "command",
 )  # fmt: skip
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -16,7 +16,7 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ from providers import (
     crop,
     dtype_of,
     flops,
+    later_blocks,
     loss_net,
     make_inputs,
 )
@@ -48,6 +49,7 @@ from gpl_fast import bench, measure
 Shape = tuple[int, int, int, int]
 COMPILED = tuple(name for name in PROVIDERS if name.startswith("compile"))
 OURS = ("gpl_fast-fp32", "gpl_fast-bf16")
+LATER = "later blocks of "
 EAGER = ("eager-fp32", "eager-bf16", "eager-bf16-cl")
 
 
@@ -122,6 +124,7 @@ GATES = {
     "gpl_fast-bf16": (0.05, 0.95),
 }
 PEER = "eager-bf16-cl"  # plain PyTorch in the same dtype
+HOPELESS = 8  # times the baseline's time: once is enough
 
 
 def main() -> int:
@@ -135,7 +138,8 @@ def main() -> int:
         if why := obstacle(case):
             print(f"{_title(case)}: left out: {why}", file=sys.stderr)
             continue
-        measured, left_out = measure_case(case, args)
+        slow = set() if args.providers else hopeless(rows)
+        measured, left_out = measure_case(case, args, slow)
         wrong |= bool(left_out)
         rows += measured
         report.write_csv(rows, args.out)  # after each case: a long run may be interrupted
@@ -165,7 +169,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--peaked", action="store_true", help="--shapes: predictions of a trained net's entropy")
     add("--net", default=NET, help="--shapes: vgg19, or convolutions per block")
     add("--training", action="store_true", help="--shapes: a training step of the demo's student")
-    add("--providers", nargs="+", choices=PROVIDERS, help="default: the sweep's; --shapes: all")
+    add(
+        "--providers",
+        nargs="+",
+        choices=PROVIDERS,
+        help="default: the sweep's, --shapes: all; but those that prove hopeless here once only",
+    )
     add("--rounds", type=int, default=2, help="after one of warm-up: at least, 2 or more")
     add("--seconds", type=float, default=3.0, help="of a case: more rounds until they are spent")
     add("--dry", action="store_true", help="tiny shapes, the fewest rounds, nothing compiled")
@@ -212,23 +221,43 @@ def obstacle(case: Case) -> str | None:
     return None
 
 
-def measure_case(case: Case, args: argparse.Namespace) -> tuple[list[report.Row], list[str]]:
-    """The rows of every provider that is right, and the names of the others."""
+def is_hopeless(speedup: float | None) -> bool:
+    """Whether a provider takes many times as long as the baseline."""
+    return speedup is not None and speedup * HOPELESS < 1
+
+
+def hopeless(rows: list[report.Row]) -> set[str]:
+    """Plain PyTorch's providers, but the baseline, of a dtype that takes many times as long here,
+    as bfloat16 does on CPUs without instructions for it."""
+    plain = [row for row in rows if row["provider"] not in OURS]
+    slow = {row["dtype"] for row in plain if is_hopeless(row["speedup_vs_eager_fp32"])}
+    return {name for name in PROVIDERS if dtype_of(name) in slow} - {BASELINE, *OURS}
+
+
+def measure_case(
+    case: Case, args: argparse.Namespace, slow: set[str]
+) -> tuple[list[report.Row], list[str]]:
+    """The rows of every provider that is right and not `slow`, and the names of the wrong ones."""
     print(_title(case), flush=True)
     shape, kind = case.shape, case.kind
+    for name in case.providers:
+        if name in slow:
+            print(f"  {name} is left out: its dtype took more than {HOPELESS} times {BASELINE}'s")
     used: dict[str, dict[str, Any]] = {}
     if not args.no_memory and case.sweep != "training":
         # First: this process does not hold the inputs yet.
         of = (shape, kind, case.peaked, case.net)
-        used = {name: memory(name, *of) for name in case.providers}
+        used = {name: memory(name, *of) for name in case.providers if name not in slow}
     torch.compiler.reset()  # a function is compiled for a few shapes, then no more
-    made = {name: PROVIDERS[name](shape[1], kind, "cpu", case.net) for name in case.providers}
+    # A slow one is still what ours is compared with on the crop.
+    needed = [name for name in case.providers if name not in slow or name == PEER]
+    made = {name: PROVIDERS[name](shape[1], kind, "cpu", case.net) for name in needed}
     logits, target = make_inputs(shape, kind, case.peaked)
     # A compiled provider is made for one shape: its crop is everything.
     size = max(shape[2:]) if set(made) & set(COMPILED) else CROP
     errors = gate(made, *crop(logits, target, size), case.net)
     wrong = complaints(errors)
-    right = {name: made[name] for name in made if name not in wrong}
+    right = {name: made[name] for name in made if name not in slow and name not in wrong}
     read, floors = ceiling.read_seconds(logits), {}
     if case.floor:
         floors = convolution_floors(case)
@@ -237,9 +266,11 @@ def measure_case(case: Case, args: argparse.Namespace) -> tuple[list[report.Row]
     else:
         watch = measure.Stopwatch("cpu")
         steps = {k: partial(measure.timed_step, watch, p, logits, target) for k, p in right.items()}
-    times = measure.interleave(steps, args.rounds, seconds=args.seconds)
+    later = later_steps(case, right) if case.sweep == "classes" else {}
+    summary = timed(steps | later, args)
     rows = []
-    for name, seconds in measure.summary(times, BASELINE).items():
+    after = {name.removeprefix(LATER): summary.pop(name)["seconds_median"] for name in later}
+    for name, seconds in summary.items():
         floor = floors.get(dtype_of(name))
         speedup = seconds.pop("speedup")
         error, cosine = errors.get(name, (None, None))
@@ -263,11 +294,38 @@ def measure_case(case: Case, args: argparse.Namespace) -> tuple[list[report.Row]
                 "conv_seconds": floor,
                 "conv_share": None if floor is None else floor / seconds["seconds_median"],
                 "read_seconds": read,
+                "later_seconds": after.get(name),
                 "command": case.command(),
             }
         )
         print(_line(rows[-1]), flush=True)
     return rows, list(wrong)
+
+
+def timed(
+    steps: Mapping[str, Callable[[], list[float]]], args: argparse.Namespace
+) -> dict[str, dict[str, Any]]:
+    """`measure.summary` of the steps in turns; hopeless ones leave few rounds to the others, which
+    are then timed again without them."""
+    times = measure.interleave(steps, args.rounds, seconds=args.seconds)
+    summary = measure.summary(times, BASELINE)
+    others = {k: once for k, once in steps.items() if not is_hopeless(summary[k]["speedup"])}
+    if BASELINE in others and len(others) < len(steps):
+        summary |= timed(others, args)
+    return summary
+
+
+def later_steps(case: Case, providers: Iterable[str]) -> dict[str, Callable[[], list[float]]]:
+    """A step through the blocks after the first alone, for each of ours."""
+    n, c, h, w = case.shape
+    watch, steps = measure.Stopwatch("cpu"), {}
+    for name in OURS:
+        if name in providers:
+            provider = later_blocks(getattr(torch, dtype_of(name)), c, case.net)
+            channels = loss_net(c, case.net).shapes(h, w)["pool1"][0]
+            maps = torch.randn(2, n, channels, h // 2, w // 2).relu_()
+            steps[LATER + name] = partial(measure.timed_step, watch, provider, *maps)
+    return steps
 
 
 def gate(

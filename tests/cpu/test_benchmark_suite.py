@@ -83,6 +83,7 @@ def run_with(monkeypatch, *words):
 @pytest.mark.parametrize("sweep", [name for name in run.SWEEPS if name not in ("crop", "batch")])
 def test_every_sweep_runs(sweep, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(ceiling, "SECONDS", 0.0)  # the fewest calls
+    monkeypatch.setattr(run, "HOPELESS", math.inf)  # no provider
     table, image = tmp_path / "table.md", tmp_path / "plot.png"
     words = ["--sweep", sweep, "--dry", "--out", tmp_path / "rows.csv", "--markdown", table]
     words += ["--no-memory"]
@@ -106,6 +107,8 @@ def test_every_sweep_runs(sweep, monkeypatch, tmp_path, capsys):
             assert row["forward_seconds"] + row["backward_seconds"] > 0
             assert row["value_error"] < 0.2
         assert (row["conv_seconds"] is not None) == (sweep in ("large", "classes"))
+        ours = row["provider"].startswith("gpl_fast")
+        assert (row["later_seconds"] is not None) == (sweep == "classes" and ours)
     assert image.exists() == (sweep in findings.VARIED)
     page = table.read_text()
     assert f"`python benchmarks/run.py --sweep {sweep}`" in page
@@ -114,6 +117,22 @@ def test_every_sweep_runs(sweep, monkeypatch, tmp_path, capsys):
         assert "cross-entropy" in {row["provider"] for row in rows}
     out = capsys.readouterr().out
     assert "growth, classes, gpl_fast-bf16: C 5 to 11: time x" in out or sweep != "classes"
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_hopeless_dtype_of_plain_pytorch_is_timed_once(named, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(run, "HOPELESS", 0)  # all of them but the baseline
+    words = ["--shapes", "1,5,32,32", "1,9,32,32", "--targets", "labels", "--dry", "--no-memory"]
+    words += ["--providers", *run.COMMON] * named
+    assert run_with(monkeypatch, *words, "--out", tmp_path / "rows.csv") == 0
+    rows = report.read_csv(tmp_path / "rows.csv")
+    first = {row["provider"] for row in rows if row["shape"] == rows[0]["shape"]}
+    second = {row["provider"] for row in rows if row["shape"] != rows[0]["shape"]}
+    left_out = first - second
+    assert left_out == (set() if named else {"eager-bf16", "eager-bf16-cl"})
+    out = capsys.readouterr().out
+    assert all(f"{name} is left out" in out for name in left_out)
+    assert all(row["value_error"] < 0.2 for row in rows)
 
 
 def test_memory_is_measured_in_processes_of_their_own(monkeypatch, tmp_path):
@@ -193,26 +212,31 @@ def test_a_slope_is_the_exponent():
     assert findings.slope({2: 1.0, 8: 64.0}) == pytest.approx(3.0)
 
 
-def test_what_does_not_depend_on_the_classes_is_subtracted():
-    points = {c: 0.5 + 0.001 * c for c in (1, 19, 150, 1203)}
-    beyond = findings.beyond_fixed(points)
-    assert sorted(beyond) == [19, 150, 1203]
-    assert beyond[150] == pytest.approx(0.149)
-
-
-def classes_rows(exponent, **given):
+def classes_rows(exponent, later=None, **given):
+    """Seconds ~ C^exponent beyond 0.2, which one class and the later blocks take."""
     return [
         a_row(shape=f"1x{c}x256x256", seconds_median=0.2 + (0.001 * c**exponent if c > 1 else 0),
-              read_seconds=1e-6 * c, **given)
+              read_seconds=1e-6 * c, later_seconds=later, **given)
         for c in (1, 19, 150, 847, 1203)
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("later", [None, 0.2])
+def test_what_does_not_depend_on_the_classes_is_subtracted(later):
+    rows = {findings.classes_of(row): row for row in classes_rows(1.0, later)}
+    beyond = findings.beyond_fixed(rows)
+    assert sorted(beyond) == [19, 150, 847, 1203]
+    assert beyond[150] == pytest.approx(0.15)
+    rows[1]["seconds_median"] += 0.1  # of one class only where nothing better was measured
+    assert findings.beyond_fixed(rows)[150] == pytest.approx(0.05 if later is None else 0.15)
+
+
+@pytest.mark.parametrize("later", [None, 0.2])
 @pytest.mark.parametrize(("exponent", "verdict"), [(0.95, "met"), (1.2, "NOT MET")])
-def test_growth_with_the_classes_is_checked(exponent, verdict):
-    (line,) = findings.checks(classes_rows(exponent))
+def test_growth_with_the_classes_is_checked(exponent, verdict, later):
+    (line,) = findings.checks(classes_rows(exponent, later))
     assert f"~ C^{exponent:.2f} (reading the logits C^1.00), at most C^1.05: {verdict}" in line
-    assert findings.checks(classes_rows(exponent, provider="eager-fp32")) == []
+    assert findings.checks(classes_rows(exponent, later, provider="eager-fp32")) == []
 
 
 def test_speed_and_memory_of_many_classes_are_checked():
