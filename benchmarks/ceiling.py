@@ -118,8 +118,8 @@ def _winograd(x: Tensor, weight: Tensor, tile: int, transposed: bool) -> float:
 
 
 def _best(once: Callable[[], Tensor], best: float = float("inf"), least_calls: int = 3) -> float:
-    """The shortest of `best` and of the calls that fit in `SECONDS`, after one of warm-up; that one
-    alone where it shows that there is no hope."""
+    """Seconds of the shortest call of those that fit in `SECONDS`, or `best` if none is shorter.
+    After one of warm-up, which is the only one where it takes ten times `best`."""
     start = time.perf_counter()
     once()
     if time.perf_counter() - start > 10 * best:
