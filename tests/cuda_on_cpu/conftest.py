@@ -37,8 +37,8 @@ def built(tmp_path_factory):
     given = os.environ.get("GPL_FAST_TEST_KERNELS")
     if given:
         return emulate.load(Path(given))
-    folder = tmp_path_factory.mktemp("kernels", numbered=False)
-    return emulate.load(emulate.build(folder, ("-O2", "-mavx2", "-mfma", "-mf16c")))
+    objects = emulate.kernels(emulate.CONVOLUTIONS)
+    return emulate.load(emulate.build(tmp_path_factory.mktemp("kernels"), objects, "kernels.cpp"))
 
 
 @pytest.fixture
@@ -58,9 +58,9 @@ def phases(kernels):
 
 
 @pytest.fixture(scope="session")
-def emulated(built, tmp_path_factory):
+def emulated(tmp_path_factory):
     """torch.ops.gpl_fast_emulated."""
-    return operators.load(Path(built.__file__).parent, tmp_path_factory.mktemp("operators"))
+    return operators.load(tmp_path_factory.mktemp("operators"))
 
 
 @pytest.fixture(params=sorted(SHARED_KIB))

@@ -1,15 +1,18 @@
-"""Builds csrc/cuda for the CPU as a Python module."""
+"""Builds csrc/cuda for the CPU as Python modules."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import functools
 import importlib.util
+import itertools
 import os
 import re
 import shutil
 import subprocess
 import sysconfig
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -18,8 +21,18 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
-SOURCES = ("conv_block_bwd.cu", "conv_block_bwd_sm90.cu")
-SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1")
+CONVOLUTIONS = ("conv_block_bwd.cu", "conv_block_bwd_sm90.cu")
+ELEMENTWISE = ("relu.cu", "relu_pool.cu", "softmax_bwd.cu")
+MACHINE = ("-mavx2", "-mfma", "-mf16c")
+FLAGS = ("-O2", *MACHINE)
+SANITIZED = ("-O1", *MACHINE, "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1")
+BINDING = ("-O0",)  # it hands on addresses and numbers; kernels' functions come from their objects
+
+
+@functools.cache
+def scratch() -> tuple[tempfile.TemporaryDirectory[str], Iterator[int]]:
+    """A folder of objects, which goes with the process, and their numbers."""
+    return tempfile.TemporaryDirectory(prefix="cuda_on_cpu_"), itertools.count()
 
 
 @functools.cache
@@ -36,8 +49,11 @@ def headers() -> str:
     return f"{top[1]}/include"
 
 
-def compile_one(source: Path, target: Path, flags: tuple[str, ...], csrc: Path = CSRC) -> Path:
-    """One source to an object; `csrc` may be a changed copy."""
+@functools.cache
+def compiled(source: Path, flags: tuple[str, ...], csrc: Path = CSRC) -> Path:
+    """One source as an object, once for all builds; `csrc` may be a changed copy."""
+    folder, numbers = scratch()
+    target = Path(folder.name) / f"{source.stem}.{next(numbers)}.o"
     command = [
         os.environ.get("CXX", "c++"), "-std=c++20", "-fPIC", "-pthread", "-w", "-DCUDA_ON_CPU",
         f"-I{HERE}", f"-I{csrc}",
@@ -50,20 +66,24 @@ def compile_one(source: Path, target: Path, flags: tuple[str, ...], csrc: Path =
     return target
 
 
-def build(
-    folder: Path, flags: tuple[str, ...], csrc: Path = CSRC, made: dict[str, Path] | None = None
-) -> Path:
-    """The kernels and their binding as one module in `folder`; `made`: objects, by source."""
-    sources = {name: csrc / "cuda" / name for name in SOURCES}
-    sources["binding.cpp"] = HERE / "binding.cpp"
-    objects = {name: folder / f"{Path(name).stem}.o" for name in sources} | (made or {})
-    missing = [name for name in sources if name not in (made or {})]
+def kernels(names: Iterable[str], flags: tuple[str, ...] = FLAGS, csrc: Path = CSRC) -> list[Path]:
+    """Sources of csrc/cuda as objects, side by side."""
+    scratch()  # made here: two threads would make two, and one of them would go
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda n: compile_one(sources[n], objects[n], flags, csrc), missing))
-    target = folder / "kernels.so"
-    command = [os.environ.get("CXX", "c++"), "-shared", "-pthread", *flags]
-    subprocess.run([*command, *map(str, objects.values()), "-o", str(target)], check=True)
+        return list(pool.map(lambda name: compiled(csrc / "cuda" / name, flags, csrc), names))
+
+
+def link(objects: Iterable[Path], target: Path, *flags: str) -> Path:
+    """A shared library. Of a function that several objects have, the first one's is taken."""
+    command = [os.environ.get("CXX", "c++"), "-shared", "-pthread", *map(str, objects), *flags]
+    subprocess.run([*command, "-o", str(target)], check=True)
     return target
+
+
+def build(folder: Path, objects: Iterable[Path], binding: str, *flags: str) -> Path:
+    """Kernels and what binds them to Python as a module in `folder`."""
+    objects = [*objects, compiled(HERE / binding, BINDING)]
+    return link(objects, folder / f"{Path(binding).stem}.so", *flags)
 
 
 def load(path: Path) -> ModuleType:

@@ -39,13 +39,14 @@ struct Async {
 
 // Of the block that this host thread runs.
 inline Async& async() {
-  static thread_local Async a;
-  if (a.block != ex->block) {
-    a = Async{};
-    a.groups.assign(ex->warps.size(), std::vector<std::deque<Wgmma>>(1));
-    a.block = ex->block;
+  Exec& e = exec();
+  if (!e.hopper || ((Async*)e.hopper.get())->block != e.block) {
+    auto a = std::make_shared<Async>();
+    a->groups.assign(e.warps.size(), std::vector<std::deque<Wgmma>>(1));
+    a->block = e.block;
+    e.hopper = a;
   }
-  return a;
+  return *(Async*)e.hopper.get();
 }
 
 struct MBarrier {
@@ -64,8 +65,8 @@ inline void settle(MBarrier& b) {
 
 // The 128-byte swizzle works on addresses.
 inline char* swizzled(char* p) {
-  uintptr_t o = p - ex->smem;
-  return ex->smem + (o ^ (o >> 7 & 7) << 4);
+  uintptr_t o = p - exec().smem;
+  return exec().smem + (o ^ (o >> 7 & 7) << 4);
 }
 
 inline void run(const TmaCopy& o) {
@@ -87,9 +88,9 @@ inline void run(const TmaCopy& o) {
 
 inline void poll() {
   Async& a = async();
-  if (++a.spins > 2 * ex->threads) {
+  if (++a.spins > 2 * exec().threads) {
     if (a.copies.empty()) fail("deadlock: every running thread polls an mbarrier");
-    const size_t k = ex->order >= 2 ? ex->random() % a.copies.size() : 0;
+    const size_t k = exec().order >= 2 ? exec().random() % a.copies.size() : 0;
     const TmaCopy o = a.copies[k];
     a.copies.erase(a.copies.begin() + k);
     run(o);
@@ -97,9 +98,7 @@ inline void poll() {
   run_next(true);
 }
 
-inline float operand(const void* p, bool bfloat16) {
-  uint16_t v;
-  std::memcpy(&v, p, 2);
+inline float operand(uint16_t v, bool bfloat16) {
   return bfloat16 ? half_of<Operand::kBFloat16>(v, 0) : half_of<Operand::kFloat16>(v, 0);
 }
 
@@ -108,36 +107,34 @@ inline void run(const Wgmma& o) {
   if (o.b >> 62 != 1) fail("wgmma: only the 128-byte swizzle is emulated");
   const uint32_t start = uint32_t(o.b & 0x3fff) << 4, lead = uint32_t(o.b >> 16 & 0x3fff) << 4;
   const uint32_t stride = uint32_t(o.b >> 32 & 0x3fff) << 4;
-  static thread_local float b[16][256], d[16][256];
-  float a[16][16];
+  const int columns = o.n;
+  float a[16][16], b[16 * 256], d[16 * 256];
   for (int l = 0; l < 32; ++l) {
     for (int k = 0; k < 4; ++k) {
       for (int h = 0; h < 2; ++h) {
         const uint16_t v = uint16_t(o.a[l][k] >> (16 * h));
-        a[(l >> 2) + (k & 1) * 8][(l & 3) * 2 + (k >> 1) * 8 + h] = operand(&v, o.bfloat16);
+        a[(l >> 2) + (k & 1) * 8][(l & 3) * 2 + (k >> 1) * 8 + h] = operand(v, o.bfloat16);
       }
     }
-    for (int j = 0; j < o.n / 8; ++j) {
+    for (int j = 0; j < columns / 8; ++j) {
       for (int h = 0; h < 4; ++h) {
-        d[(l >> 2) + (h >> 1) * 8][j * 8 + (l & 3) * 2 + (h & 1)] = o.d[l][j * 4 + h];
+        d[((l >> 2) + (h >> 1) * 8) * columns + j * 8 + (l & 3) * 2 + (h & 1)] = o.d[l][j * 4 + h];
       }
     }
   }
   for (int k = 0; k < 16; ++k) {
-    for (int n = 0; n < o.n; ++n) {
-      char* p = ex->smem + start + n / 64 * lead + n % 64 * 2 + k % 8 * 128 + k / 8 * stride;
-      b[k][n] = operand(swizzled(p), o.bfloat16);
+    for (int n = 0; n < columns; n += 8) {  // the swizzle leaves 16 bytes together
+      char* p = exec().smem + start + n / 64 * lead + n % 64 * 2 + k % 8 * 128 + k / 8 * stride;
+      uint16_t v[8];
+      std::memcpy(v, swizzled(p), 16);
+      for (int j = 0; j < 8; ++j) b[k * columns + n + j] = operand(v[j], o.bfloat16);
     }
   }
-  for (int r = 0; r < 16; ++r) {
-    for (int k = 0; k < 16; ++k) {
-      for (int n = 0; n < o.n; ++n) d[r][n] += a[r][k] * b[k][n];
-    }
-  }
+  multiply(d, &a[0][0], b, 16, columns, 16);
   for (int l = 0; l < 32; ++l) {
-    for (int j = 0; j < o.n / 8; ++j) {
+    for (int j = 0; j < columns / 8; ++j) {
       for (int h = 0; h < 4; ++h) {
-        o.d[l][j * 4 + h] = d[(l >> 2) + (h >> 1) * 8][j * 8 + (l & 3) * 2 + (h & 1)];
+        o.d[l][j * 4 + h] = d[((l >> 2) + (h >> 1) * 8) * columns + j * 8 + (l & 3) * 2 + (h & 1)];
       }
     }
   }
@@ -164,7 +161,7 @@ namespace ptx {
 
 using cudacpu::async;
 using cudacpu::collective;
-using cudacpu::ex;
+using cudacpu::exec;
 using cudacpu::fail;
 using cudacpu::MBarrier;
 using cudacpu::me;
@@ -193,10 +190,10 @@ inline void tma_load(void* dst, const TensorMap* map, uint64_t* barrier, int col
   if ((uintptr_t)dst & 127) fail("TMA: the destination is not 128-byte aligned");
   std::memset(dst, 0xFF, map->box_rows * map->box_columns * 2);
   async().copies.push_back({(char*)dst, *map, column, row, barrier});
-  ex->counters.tma++;
+  exec().counters.tma++;
 }
 inline uint64_t wgmma_descriptor(const void* p, uint32_t lead, uint32_t stride) {
-  const uint64_t at = (const char*)p - ex->smem;
+  const uint64_t at = (const char*)p - exec().smem;
   if (at >> 18) fail("wgmma: an operand outside of dynamic shared memory");
   return at >> 4 | uint64_t(lead >> 4) << 16 | uint64_t(stride >> 4) << 32 | 1ull << 62;
 }
@@ -217,7 +214,7 @@ void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b) {
       o.d[l] = q.d, o.a[l] = q.a;
     }
     async().groups[me().warp].back().push_back(o);
-    ex->counters.mma += N / 8;
+    exec().counters.mma += N / 8;
   });
 }
 inline void wgmma_commit() {

@@ -6,8 +6,6 @@ libraries can be loaded; the kernels are the shipped ones, run on the CPU.
 
 from __future__ import annotations
 
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +23,8 @@ CHANGES = {
 }
 
 
-def load(kernels: Path, folder: Path) -> Any:
-    """torch.ops.gpl_fast_emulated, built in `folder` once a process.
-
-    Args:
-        kernels: the folder where `emulate.build` has left its objects.
-    """
+def load(folder: Path) -> Any:
+    """torch.ops.gpl_fast_emulated, built in `folder` once a process."""
     if hasattr(torch.ops.gpl_fast_emulated, "cuda_build"):
         return torch.ops.gpl_fast_emulated
     text = (emulate.CSRC / "ops.cpp").read_text()
@@ -41,13 +35,10 @@ def load(kernels: Path, folder: Path) -> Any:
     torch_dir = Path(torch.__file__).parent
     flags = ("-O1", f"-I{emulate.CSRC}", f"-isystem{torch_dir / 'include'}",
              "-DTORCH_TARGET_VERSION=0x020b000000000000", '-DGPL_FAST_CUDA="none"')  # fmt: skip
-    sources = [folder / "ops.cpp", emulate.HERE / "stages_on_cpu.cpp"]
-    sources += [emulate.CSRC / "cuda" / f"{n}.cu" for n in ("relu", "relu_pool", "softmax_bwd")]
-    objects = [emulate.compile_one(s, folder / f"{s.stem}.o", flags) for s in sources]
-    objects += kernels.glob("conv_block_bwd*.o")
-    library = folder / "libgpl_fast_emulated.so"
-    command = [os.environ.get("CXX", "c++"), "-shared", "-pthread", *map(str, objects)]
-    command += ["-o", str(library), f"-L{torch_dir / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu"]
-    subprocess.run(command, check=True)
+    sources = (folder / "ops.cpp", emulate.HERE / "stages_on_cpu.cpp")
+    objects = emulate.kernels((*emulate.CONVOLUTIONS, *emulate.ELEMENTWISE))
+    objects += [emulate.compiled(source, flags) for source in sources]
+    linked = (f"-L{torch_dir / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu")
+    library = emulate.link(objects, folder / "libgpl_fast_emulated.so", *linked)
     torch.ops.load_library(str(library))
     return torch.ops.gpl_fast_emulated

@@ -18,7 +18,6 @@ from gpl_fast import ops
 
 if (reason := ops.load()) is not None:
     pytest.skip(reason, allow_module_level=True)
-KERNELS = ("relu.cu", "relu_pool.cu", "softmax_bwd.cu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NUMBER = {dtype: i for i, dtype in enumerate(DTYPES)}
 NONE, SOFTMAX, SIGMOID = 0, 1, 2
@@ -27,21 +26,14 @@ MAX, AVG = 0, 1
 ORDERS = [0, 1, 2, 3, 4]
 
 
-def build(folder, *flags):
-    """The kernels and their binding as a Python module, as the host compiler builds them."""
-    sources = [emulate.CSRC / "cuda" / name for name in KERNELS]
-    sources.append(emulate.HERE / "elementwise.cpp")
-    objects = [emulate.compile_one(s, folder / f"{s.stem}.o", ("-O2", *flags)) for s in sources]
-    target = folder / "elementwise.so"
-    compiler = [os.environ.get("CXX", "c++"), "-shared", "-pthread", *flags]
-    subprocess.run([*compiler, *map(str, objects), "-o", str(target)], check=True)
-    return target
-
-
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory):
     given = os.environ.get("GPL_FAST_TEST_KERNELS")
-    return emulate.load(Path(given) if given else build(tmp_path_factory.mktemp("elementwise")))
+    if given:
+        return emulate.load(Path(given))
+    objects = emulate.kernels(emulate.ELEMENTWISE)
+    folder = tmp_path_factory.mktemp("elementwise")
+    return emulate.load(emulate.build(folder, objects, "elementwise.cpp"))
 
 
 @pytest.fixture(params=ORDERS)
@@ -297,7 +289,8 @@ def test_under_sanitizers(tmp_path):
         [os.environ.get("CXX", "c++"), "-print-file-name=libasan.so"],
         capture_output=True, text=True, check=True,
     ).stdout.strip()  # fmt: skip
-    library = build(tmp_path, *emulate.SANITIZE)
+    objects = emulate.kernels(emulate.ELEMENTWISE, emulate.SANITIZED)
+    library = emulate.build(tmp_path, objects, "elementwise.cpp", *emulate.SANITIZED)
     environment = {
         **os.environ, "GPL_FAST_TEST_KERNELS": str(library), "LD_PRELOAD": asan,
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",

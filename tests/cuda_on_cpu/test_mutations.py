@@ -14,7 +14,7 @@ import pytest
 
 pytestmark = pytest.mark.timeout(1800)  # minutes of compiling on a machine that has other work too
 HERE = Path(__file__).resolve().parent
-FLAGS = ("-O1", "-mavx2", "-mfma", "-mf16c")
+FLAGS = ("-O1", *emulate.MACHINE)
 # Importing torch and what the tests need takes longer than most of them: once, then by fork.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch", "pytest", "hypothesis", "gpl_fast"])
@@ -94,16 +94,16 @@ def reduced(folder: Path) -> Path:
     return csrc
 
 
-def outcome(folder: Path, mutation: Mutation | None, tests: list[str], **made: Path) -> str:
-    """Output of the tests on kernels with the mutation; `made`: objects that it leaves alone."""
-    folder.mkdir()
-    csrc = reduced(folder)
-    if mutation is not None:
-        path = csrc / "cuda" / f"{mutation.file}.cuh"
-        text = path.read_text()
-        assert mutation.old in text, mutation.name
-        path.write_text(text.replace(mutation.old, mutation.new))
-    built = emulate.build(folder, FLAGS, csrc, made)
+def mutated(csrc: Path, mutation: Mutation) -> None:
+    path = csrc / "cuda" / f"{mutation.file}.cuh"
+    text = path.read_text()
+    assert mutation.old in text, mutation.name
+    path.write_text(text.replace(mutation.old, mutation.new))
+
+
+def outcome(folder: Path, objects: list[Path], tests: list[str]) -> str:
+    """Output of the tests on kernels."""
+    built = emulate.build(folder, objects, "kernels.cpp")
     process = FORKS.Process(target=run_tests, args=(built, tests, folder / "output"))
     process.start()
     process.join()
@@ -122,24 +122,26 @@ def run_tests(built: Path, tests: list[str], output: Path) -> None:
 
 @pytest.fixture(scope="module")
 def unchanged(tmp_path_factory):
-    """The folder of the kernels without mutation, and the output of the named tests on them."""
-    folder = tmp_path_factory.mktemp("mutations") / "none"
-    return folder, outcome(folder, None, sorted({m.test for m in MUTATIONS}))
+    """The kernels without mutation, and the output of the named tests on them."""
+    folder = tmp_path_factory.mktemp("unchanged")
+    objects = emulate.kernels(emulate.CONVOLUTIONS, FLAGS, reduced(folder))
+    return objects, outcome(folder, objects, sorted({m.test for m in MUTATIONS}))
 
 
 @pytest.fixture(scope="module")
-def outcomes(unchanged):
+def outcomes(unchanged, tmp_path_factory):
     """The output of the named test, to come, of every mutation: they are made side by side."""
-    folder, _ = unchanged
 
-    def one(i: int, m: Mutation) -> str:
+    def one(folder: Path, m: Mutation) -> str:
+        csrc, objects = reduced(folder), list(unchanged[0])
+        mutated(csrc, m)
         # The named test's GPU tells which of the two kernels has to be compiled again.
-        other = "conv_block_bwd.cu" if "[90" in m.test else "conv_block_bwd_sm90.cu"
-        made = {name: folder / f"{Path(name).stem}.o" for name in (other, "binding.cpp")}
-        return outcome(folder.parent / f"m{i}", m, [m.test], **made)
+        again = int("[90" in m.test)
+        (objects[again],) = emulate.kernels([emulate.CONVOLUTIONS[again]], FLAGS, csrc)
+        return outcome(folder, objects, [m.test])
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {m.name: pool.submit(one, i, m) for i, m in enumerate(MUTATIONS)}
+        yield {m.name: pool.submit(one, tmp_path_factory.mktemp("mutated"), m) for m in MUTATIONS}
         pool.shutdown(cancel_futures=True)
 
 

@@ -26,9 +26,8 @@ def library(name: str) -> str:
 
 @pytest.mark.timeout(1800)  # minutes on a machine that has other work too
 def test_borders_under_sanitizers(tmp_path):
-    folder = tmp_path / "sanitized"
-    folder.mkdir()
-    built = emulate.build(folder, ("-O1", "-mavx2", "-mfma", "-mf16c", *emulate.SANITIZE))
+    objects = emulate.kernels(emulate.CONVOLUTIONS, emulate.SANITIZED)
+    built = emulate.build(tmp_path, objects, "kernels.cpp", *emulate.SANITIZED)
     env = os.environ | {
         "GPL_FAST_TEST_KERNELS": str(built),
         "LD_PRELOAD": " ".join(map(library, ("libasan.so", "libubsan.so"))),
