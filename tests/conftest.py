@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from cases import BACKENDS, use_arithmetic
@@ -10,6 +12,12 @@ from hypothesis import settings
 # No deadline: the machine is shared. Derandomised: a failure is the code's, not the day's.
 settings.register_profile("gpl_fast", deadline=None, derandomize=True)
 settings.load_profile("gpl_fast")
+
+
+def pytest_collection_finish() -> None:
+    """What the imports and the collection made stays: no garbage collection has to look at it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
