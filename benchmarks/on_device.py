@@ -17,8 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gate
 import report
-import run
 import torch
 from providers import BASELINE, PROVIDERS, Provider, crop, dtype_of, flops, make_inputs
 from torch import Tensor
@@ -101,9 +101,9 @@ def prepare(
 ) -> dict[str, Provider]:
     """The provider if it is right and fits; its errors and memory go into `row`."""
     provider = PROVIDERS[name](case.shape[1], case.kind, logits.device.type)
-    found = run.gate({name: provider}, *crop(logits, target, CROP))
+    found = gate.errors({name: provider}, *crop(logits, target, CROP))
     row["value_error"], row["grad_cosine"] = found[name]
-    if why := run.complaints(found).get(name):
+    if why := gate.complaints(found).get(name):
         row["error"] = why
         return {}
     measure.step(provider, logits, target)  # compiled, tuned, weights cached

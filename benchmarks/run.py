@@ -1,9 +1,10 @@
 """Time, memory and error of the loss against plain PyTorch, on this machine, in one run.
 
-Each case is one shape, target and network. First the value and the gradient of every provider
-against float64 on a crop, where a wrong one is left out and the run will end with status 1; then
-peak memory and saved bytes, a fresh process for each provider; then forward and backward of all
-providers in turns, so that load on the machine meets all of them.
+Each case is one shape, target and network. First peak memory and saved bytes, a fresh process for
+each provider; then the value and the gradient of every provider against float64 on a crop, where a
+wrong one is left out and the run will end with status 1; then forward and backward of all providers
+in turns, so that load on the machine meets all of them. All cases are visited several times, each
+time for a few rounds, so that minutes of load meet all of them as well.
 
     python benchmarks/run.py --ceiling                     # every sweep, about ten minutes
     python benchmarks/run.py --sweep classes               # some of them: `SWEEPS`
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import ceiling
+import gate
 import report
 import torch
 import training
@@ -33,7 +35,6 @@ from providers import (
     NET,
     PROVIDERS,
     TARGETS,
-    Provider,
     crop,
     dtype_of,
     flops,
@@ -41,9 +42,7 @@ from providers import (
     loss_net,
     make_inputs,
 )
-from torch import Tensor
 
-import gpl_fast
 from gpl_fast import bench, measure
 
 Shape = tuple[int, int, int, int]
@@ -115,16 +114,8 @@ SWEEPS: dict[str, list[Case]] = {
     ],
 }
 CROP = 96
-# Largest value error and least gradient cosine. A bfloat16 baseline has none: near convergence its
-# error is a result, not a mistake.
-GATES = {
-    "eager-fp32": (1e-3, 0.999),
-    "compile": (1e-3, 0.999),
-    "gpl_fast-fp32": (1e-3, 0.999),
-    "gpl_fast-bf16": (0.05, 0.95),
-}
-PEER = "eager-bf16-cl"  # plain PyTorch in the same dtype
 HOPELESS = 8  # times the baseline's time: once is enough
+LONG = 500  # GFLOP of a step that takes seconds: the crop's was warm-up enough
 
 
 def main() -> int:
@@ -132,20 +123,27 @@ def main() -> int:
     args = parse_arguments()
     # Before the first compilation, here and in the processes started from here.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(report.ROOT / ".cache" / "inductor"))
-    rows: list[report.Row] = []
-    wrong = False
+    measured: list[Measurement] = []
     for case in args.cases:
         if why := obstacle(case):
             print(f"{_title(case)}: left out: {why}", file=sys.stderr)
             continue
-        slow = set() if args.providers else hopeless(rows)
-        measured, left_out = measure_case(case, args, slow)
-        wrong |= bool(left_out)
-        rows += measured
-        report.write_csv(rows, args.out)  # after each case: a long run may be interrupted
+        print(_title(case), flush=True)
+        slow = set() if args.providers else hopeless(measured)
+        measured.append(Measurement(case, args, slow))
+        measured[-1].visit()
+    rows = write(measured, args)  # after each visit: a long run may be interrupted
     if not rows:
         print("nothing was measured", file=sys.stderr)
         return 1
+    for number in range(2, args.visits + 1):
+        print(f"visit {number} of {args.visits}", flush=True)
+        for one in measured:
+            print(_title(one.case), flush=True)
+            one.visit()
+        rows = write(measured, args)
+    for one in measured:
+        print(_title(one.case), *map(_line, one.rows()), sep="\n", flush=True)
     for line in (*growth(rows), *checks(rows)):
         print(line)
     if args.markdown:
@@ -154,7 +152,7 @@ def main() -> int:
     if args.plot:
         report.plot(rows, args.plot)
     print(f"wrote {args.out}")
-    return int(wrong)
+    return int(any(one.wrong for one in measured))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -175,8 +173,9 @@ def parse_arguments() -> argparse.Namespace:
         choices=PROVIDERS,
         help="default: the sweep's, --shapes: all; but those that prove hopeless here once only",
     )
-    add("--rounds", type=int, default=2, help="after one of warm-up: at least, 2 or more")
-    add("--seconds", type=float, default=3.0, help="of a case: more rounds until they are spent")
+    add("--visits", type=int, default=3, help="to each case, between those to all others")
+    add("--rounds", type=int, default=1, help="of a visit, after one of warm-up: at least")
+    add("--seconds", type=float, default=1.0, help="of a visit: more rounds until they are spent")
     add("--dry", action="store_true", help="tiny shapes, the fewest rounds, nothing compiled")
     add("--no-memory", action="store_true", help="time and errors only")
     add("--ceiling", action="store_true", help="every case's floor too")
@@ -184,8 +183,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--markdown", type=Path, metavar="FILE", help="write the tables")
     add("--plot", type=Path, metavar="FILE", help="write a PNG of the sweeps, log-log")
     args = parser.parse_args()
-    if args.rounds < 2:
-        parser.error("--rounds: expected 2 or more")
+    if args.visits < 1 or args.rounds < 1 or args.visits * args.rounds < 2:
+        parser.error("--visits, --rounds: expected 1 or more, and 2 or more rounds in all")
     if args.shapes:
         sweep, peaked, net = "training" if args.training else "own", args.peaked, args.net
         providers = tuple(args.providers or PROVIDERS)
@@ -203,7 +202,7 @@ def parse_arguments() -> argparse.Namespace:
         args.cases = [replace(case, floor=True) for case in args.cases]
     if args.dry:
         args.cases = [case.on_few_pixels() for case in args.cases]
-        args.rounds, args.seconds = 2, 0.0
+        args.visits, args.rounds, args.seconds = 2, 1, 0.0
     name = report.slug() + "-own" * bool(args.shapes) + "-dry" * args.dry
     args.out = args.out or report.ROOT / "benchmarks" / "results" / f"{name}.csv"
     return args
@@ -221,98 +220,127 @@ def obstacle(case: Case) -> str | None:
     return None
 
 
-def is_hopeless(speedup: float | None) -> bool:
-    """Whether a provider takes many times as long as the baseline."""
-    return speedup is not None and speedup * HOPELESS < 1
-
-
-def hopeless(rows: list[report.Row]) -> set[str]:
+def hopeless(measured: Iterable[Measurement]) -> set[str]:
     """Plain PyTorch's providers, but the baseline, of a dtype that takes many times as long here,
     as bfloat16 does on CPUs without instructions for it."""
-    plain = [row for row in rows if row["provider"] not in OURS]
-    slow = {row["dtype"] for row in plain if is_hopeless(row["speedup_vs_eager_fp32"])}
+    slow = {dtype_of(name) for one in measured for name in one.hopeless}
     return {name for name in PROVIDERS if dtype_of(name) in slow} - {BASELINE, *OURS}
 
 
-def measure_case(
-    case: Case, args: argparse.Namespace, slow: set[str]
-) -> tuple[list[report.Row], list[str]]:
-    """The rows of every provider that is right and not `slow`, and the names of the wrong ones."""
-    print(_title(case), flush=True)
-    shape, kind = case.shape, case.kind
-    for name in case.providers:
-        if name in slow:
-            print(f"  {name} is left out: its dtype took more than {HOPELESS} times {BASELINE}'s")
-    used: dict[str, dict[str, Any]] = {}
-    if not args.no_memory and case.sweep != "training":
-        # First: this process does not hold the inputs yet.
-        of = (shape, kind, case.peaked, case.net)
-        used = {name: memory(name, *of) for name in case.providers if name not in slow}
-    torch.compiler.reset()  # a function is compiled for a few shapes, then no more
-    # A slow one is still what ours is compared with on the crop.
-    needed = [name for name in case.providers if name not in slow or name == PEER]
-    made = {name: PROVIDERS[name](shape[1], kind, "cpu", case.net) for name in needed}
-    logits, target = make_inputs(shape, kind, case.peaked)
-    # A compiled provider is made for one shape: its crop is everything.
-    size = max(shape[2:]) if set(made) & set(COMPILED) else CROP
-    errors = gate(made, *crop(logits, target, size), case.net)
-    wrong = complaints(errors)
-    right = {name: made[name] for name in made if name not in slow and name not in wrong}
-    read, floors = ceiling.read_seconds(logits), {}
-    if case.floor:
-        floors = convolution_floors(case)
-    if case.sweep == "training":
-        steps = training.steps(right, shape)
-    else:
-        watch = measure.Stopwatch("cpu")
-        steps = {k: partial(measure.timed_step, watch, p, logits, target) for k, p in right.items()}
-    later = later_steps(case, right) if case.sweep == "classes" else {}
-    summary = timed(steps | later, args)
-    rows = []
-    after = {name.removeprefix(LATER): summary.pop(name)["seconds_median"] for name in later}
-    for name, seconds in summary.items():
-        floor = floors.get(dtype_of(name))
-        speedup = seconds.pop("speedup")
-        error, cosine = errors.get(name, (None, None))
-        rows.append(
-            {
-                **report.protocol(),
-                "sweep": case.sweep,
-                "shape": "x".join(map(str, shape)),
-                "target": kind,
-                "peaked": case.peaked,
-                "net": case.net,
-                "provider": name,
-                "dtype": dtype_of(name),
-                **seconds,
-                "speedup_vs_eager_fp32": speedup,
-                "peak_mib": used.get(name, {}).get("peak_mib"),
-                "saved_bytes": used.get(name, {}).get("saved_bytes"),
-                "value_error": error,
-                "grad_cosine": cosine,
-                "gflop": flops(shape, kind, case.net) / 1e9,
-                "conv_seconds": floor,
-                "conv_share": None if floor is None else floor / seconds["seconds_median"],
-                "read_seconds": read,
-                "later_seconds": after.get(name),
-                "command": case.command(),
-            }
-        )
-        print(_line(rows[-1]), flush=True)
-    return rows, list(wrong)
+class Measurement:
+    """A case on its way: what does not change from visit to visit, and the rounds so far.
+
+    Attributes:
+        wrong: why a provider is not timed, by name.
+        times: what the parts of a step took in every round, by provider.
+        hopeless: the summary of the few rounds of one that takes many times the baseline's time.
+    """
+
+    def __init__(self, case: Case, args: argparse.Namespace, slow: set[str]) -> None:
+        shape, kind = case.shape, case.kind
+        for name in [name for name in case.providers if name in slow]:
+            print(f"  {name} is left out: its dtype took over {HOPELESS} times {BASELINE}'s time")
+        self.case, self.args = case, args
+        self.used: dict[str, dict[str, Any]] = {}
+        if not args.no_memory and case.sweep != "training":
+            # First: this process does not hold the inputs yet.
+            of = (shape, kind, case.peaked, case.net)
+            self.used = {name: memory(name, *of) for name in case.providers if name not in slow}
+        torch.compiler.reset()  # a function is compiled for a few shapes, then no more
+        # A slow one is still what ours is compared with on the crop.
+        needed = [name for name in case.providers if name not in slow or name == gate.PEER]
+        made = {name: PROVIDERS[name](shape[1], kind, "cpu", case.net) for name in needed}
+        logits, target = make_inputs(shape, kind, case.peaked)
+        # A compiled provider is made for one shape: its crop is everything.
+        size = max(shape[2:]) if set(made) & set(COMPILED) else CROP
+        self.errors = gate.errors(made, *crop(logits, target, size), case.net)
+        self.wrong = gate.complaints(self.errors)
+        self.right = {k: p for k, p in made.items() if k not in slow and k not in self.wrong}
+        self.gflop = flops(shape, kind, case.net) / 1e9
+        self.read = ceiling.read_seconds(logits)
+        self.floors = convolution_floors(case) if case.floor else {}
+        self.times: dict[str, list[list[float]]] = {}
+        self.hopeless: dict[str, dict[str, Any]] = {}
+
+    def steps(self) -> dict[str, Callable[[], list[float]]]:
+        """What is timed in turns, on inputs made anew: those of all cases would fill the memory."""
+        case, right = self.case, {k: p for k, p in self.right.items() if k not in self.hopeless}
+        if case.sweep == "training":
+            return training.steps(right, case.shape)
+        logits, target = make_inputs(case.shape, case.kind, case.peaked)
+        once, watch = measure.timed_step, measure.Stopwatch("cpu")
+        steps = {name: partial(once, watch, p, logits, target) for name, p in right.items()}
+        return steps | (later_steps(case, right) if case.sweep == "classes" else {})
+
+    def visit(self) -> None:
+        """Some more rounds; the hopeless ones leave few to the others, which are then timed again
+        without them."""
+        steps, args = self.steps(), self.args
+        warm_up = int(self.gflop < LONG)
+        while True:
+            times = measure.interleave(steps, args.rounds, seconds=args.seconds, warm_up=warm_up)
+            for name in times:
+                self.times.setdefault(name, [])
+            summary = measure.summary(times, BASELINE)
+            slow = {name: summary[name] for name in times if is_hopeless(name, summary[name])}
+            if not slow:
+                break
+            self.hopeless |= slow
+            steps = {name: step for name, step in steps.items() if name not in slow}
+        for name, rounds in times.items():
+            self.times[name] += rounds
+
+    def rows(self) -> list[report.Row]:
+        """Those of every provider that is right."""
+        case = self.case
+        timed = {name: times for name, times in self.times.items() if name not in self.hopeless}
+        summary = measure.summary(timed, BASELINE) | self.hopeless
+        rows = []
+        for name in self.times:
+            if name.startswith(LATER):
+                continue
+            seconds, used = dict(summary[name]), self.used.get(name, {})
+            error, cosine = self.errors.get(name, (None, None))
+            floor, later = self.floors.get(dtype_of(name)), summary.get(LATER + name, {})
+            rows.append(
+                {
+                    **report.protocol(),
+                    "sweep": case.sweep,
+                    "shape": "x".join(map(str, case.shape)),
+                    "target": case.kind,
+                    "peaked": case.peaked,
+                    "net": case.net,
+                    "provider": name,
+                    "dtype": dtype_of(name),
+                    "speedup_vs_eager_fp32": seconds.pop("speedup"),
+                    **seconds,
+                    "peak_mib": used.get("peak_mib"),
+                    "saved_bytes": used.get("saved_bytes"),
+                    "value_error": error,
+                    "grad_cosine": cosine,
+                    "gflop": self.gflop,
+                    "conv_seconds": floor,
+                    "conv_share": None if floor is None else floor / seconds["seconds_median"],
+                    "read_seconds": self.read,
+                    "later_seconds": later.get("seconds_median"),
+                    "command": case.command(),
+                }
+            )
+        return rows
 
 
-def timed(
-    steps: Mapping[str, Callable[[], list[float]]], args: argparse.Namespace
-) -> dict[str, dict[str, Any]]:
-    """`measure.summary` of the steps in turns; hopeless ones leave few rounds to the others, which
-    are then timed again without them."""
-    times = measure.interleave(steps, args.rounds, seconds=args.seconds)
-    summary = measure.summary(times, BASELINE)
-    others = {k: once for k, once in steps.items() if not is_hopeless(summary[k]["speedup"])}
-    if BASELINE in others and len(others) < len(steps):
-        summary |= timed(others, args)
-    return summary
+def is_hopeless(name: str, summary: Mapping[str, Any]) -> bool:
+    """Whether a provider of plain PyTorch takes many times as long as the baseline."""
+    speedup = summary["speedup"]
+    plain = name in PROVIDERS and name not in (BASELINE, *OURS)
+    return plain and speedup is not None and speedup * HOPELESS < 1
+
+
+def write(measured: Iterable[Measurement], args: argparse.Namespace) -> list[report.Row]:
+    """All rows so far, into the CSV too."""
+    rows = [row for one in measured for row in one.rows()]
+    report.write_csv(rows, args.out)
+    return rows
 
 
 def later_steps(case: Case, providers: Iterable[str]) -> dict[str, Callable[[], list[float]]]:
@@ -326,52 +354,6 @@ def later_steps(case: Case, providers: Iterable[str]) -> dict[str, Callable[[], 
             maps = torch.randn(2, n, channels, h // 2, w // 2).relu_()
             steps[LATER + name] = partial(measure.timed_step, watch, provider, *maps)
     return steps
-
-
-def gate(
-    made: dict[str, Provider], logits: Tensor, target: Any, net: str = NET
-) -> dict[str, tuple[float, float]]:
-    """Relative value error and gradient cosine of each provider against the float64 reference."""
-    c = logits.shape[1]
-    activation = "sigmoid" if c == 1 else "softmax"
-    truth = gpl_fast.GenericPerceptualLoss(
-        c, loss_net(c, net), activation=activation, backend="reference"
-    )
-    dense = isinstance(target, Tensor) and target.is_floating_point()
-    true_value, true_grad = measure.step(
-        truth, logits.double(), target.double() if dense else target
-    )
-    found = {}
-    for name, provider in made.items():
-        value, grad = measure.step(provider, logits, target)
-        error = (value.double() - true_value).abs() / true_value
-        cosine = torch.cosine_similarity(grad.double().flatten(), true_grad.flatten(), dim=0)
-        found[name] = (float(error), float(cosine))
-    for name, why in complaints(found).items():
-        print(f"  {name} is left out: {why}", file=sys.stderr)
-    return found
-
-
-def complaints(found: Mapping[str, tuple[float, float]]) -> dict[str, str]:
-    """What is wrong with the providers that are, by name, from what `gate` found.
-
-    A deep network in bfloat16 is as exact as bfloat16 is: an error up to twice that of plain
-    PyTorch in the same dtype is none of ours.
-    """
-    wrong = {}
-    for name, (error, cosine) in found.items():
-        if name not in GATES:
-            continue
-        largest, least = GATES[name]
-        if dtype_of(name) == "bfloat16" and PEER in found:
-            peer_error, peer_cosine = found[PEER]
-            largest, least = max(largest, 2 * peer_error), min(least, 2 * peer_cosine - 1)
-        if not (error <= largest and cosine >= least):
-            wrong[name] = (
-                f"its value is off by {error:.1e} (at most {largest:.1e}), its gradient's cosine "
-                f"is {cosine:.5f} (at least {least:.5f})"
-            )
-    return wrong
 
 
 def convolution_floors(case: Case) -> dict[str, float]:

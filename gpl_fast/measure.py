@@ -107,7 +107,8 @@ def summary(
     out: dict[str, dict[str, Any]] = {}
     whole = {name: [sum(step) for step in steps] for name, steps in parts.items()}
     for name, samples in whole.items():
-        low, _, _, high = statistics.quantiles(samples, n=5, method="inclusive")
+        several = samples if len(samples) > 1 else 2 * samples
+        low, _, _, high = statistics.quantiles(several, n=5, method="inclusive")
         speedup = None
         if baseline in whole:
             pairs = zip(whole[baseline], samples, strict=True)

@@ -55,6 +55,8 @@ def test_the_ratio_is_of_the_same_round():
     assert (found["base"]["forward_seconds"], found["base"]["backward_seconds"]) == (1.0, 3.0)
     assert found["own"]["rounds"] == 3
     assert measure.summary({"own": [[1.0], [2.0]]}, "base")["own"]["speedup"] is None
+    one = measure.summary({"own": [[1.0, 2.0]]}, "base")["own"]
+    assert [one[k] for k in ("seconds_p20", "seconds_median", "seconds_p80")] == [3.0, 3.0, 3.0]
 
 
 def test_a_fresh_process_gives_its_result_or_says_that_it_died():

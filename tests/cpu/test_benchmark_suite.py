@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import ceiling
 import findings
+import gate
 import providers
 import report
 import run
@@ -64,9 +65,9 @@ def test_all_providers_give_one_value(net):
     logits, target = providers.make_inputs((1, 7, 64, 48), "labels")
     eager = [name for name in providers.PROVIDERS if not name.startswith("compile")]
     made = {name: providers.PROVIDERS[name](7, "labels", "cpu", net) for name in eager}
-    found = run.gate(made, logits, target, net)
+    found = gate.errors(made, logits, target, net)
     assert set(found) == set(eager)
-    assert not run.complaints(found)
+    assert not gate.complaints(found)
     assert providers.flops((1, 7, 64, 48), "labels", "vgg11") > providers.flops(
         (1, 7, 64, 48), "labels"
     )
@@ -135,6 +136,16 @@ def test_a_hopeless_dtype_of_plain_pytorch_is_timed_once(named, monkeypatch, tmp
     assert all(row["value_error"] < 0.2 for row in rows)
 
 
+def test_cases_are_visited_in_turns(monkeypatch, tmp_path, capsys):
+    words = ["--shapes", "1,5,32,32", "1,9,32,32", "--targets", "labels", "--dry", "--no-memory"]
+    words += ["--providers", "eager-fp32", "gpl_fast-fp32", "--out", tmp_path / "rows.csv"]
+    assert run_with(monkeypatch, *words) == 0
+    titles = [line for line in capsys.readouterr().out.splitlines() if line[:4] in ("own:", "visi")]
+    cases = [f"own: 1x{c}x32x32 labels, flat, 1,1,1,1,1" for c in (3, 4)]
+    assert titles == [*cases, "visit 2 of 2", *cases, *cases]  # the last ones are the rows'
+    assert {row["rounds"] for row in report.read_csv(tmp_path / "rows.csv")} == {2}
+
+
 def test_memory_is_measured_in_processes_of_their_own(monkeypatch, tmp_path):
     words = ["--shapes", "2,5,64,64", "--targets", "dense", "--dry", "--out", tmp_path / "rows.csv"]
     assert run_with(monkeypatch, *words, "--providers", "eager-fp32", "gpl_fast-bf16") == 0
@@ -174,11 +185,11 @@ def test_a_wrong_provider_is_left_out_and_the_run_fails(monkeypatch, tmp_path, c
 
 def test_bfloat16_of_a_deep_network_is_judged_by_plain_pytorch_in_bfloat16():
     off = {"gpl_fast-bf16": (0.08, 0.93)}
-    assert "gpl_fast-bf16" in run.complaints(off)
-    assert "gpl_fast-bf16" in run.complaints({**off, "eager-bf16-cl": (0.03, 0.96)})
-    assert not run.complaints({**off, "eager-bf16-cl": (0.05, 0.96)})
-    assert "gpl_fast-fp32" in run.complaints({"gpl_fast-fp32": (0.08, 0.9), **off})
-    assert run.complaints({"gpl_fast-fp32": (math.nan, 1.0)})
+    assert "gpl_fast-bf16" in gate.complaints(off)
+    assert "gpl_fast-bf16" in gate.complaints({**off, "eager-bf16-cl": (0.03, 0.96)})
+    assert not gate.complaints({**off, "eager-bf16-cl": (0.05, 0.96)})
+    assert "gpl_fast-fp32" in gate.complaints({"gpl_fast-fp32": (0.08, 0.9), **off})
+    assert gate.complaints({"gpl_fast-fp32": (math.nan, 1.0)})
 
 
 # ------------------------------------------------------------------------------- what rows become
