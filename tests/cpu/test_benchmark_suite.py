@@ -136,6 +136,16 @@ def test_a_hopeless_dtype_of_plain_pytorch_is_timed_once(named, monkeypatch, tmp
     assert all(row["value_error"] < 0.2 for row in rows)
 
 
+def test_a_hopeless_dtype_of_plain_pytorch_still_judges_ours(monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "HOPELESS", 0)
+    monkeypatch.setitem(gate.LIMITS, "gpl_fast-bf16", (0.0, 1.0))  # wrong but for the comparison
+    words = ["--sweep", "net", "--dry", "--no-memory", "--out", tmp_path / "rows.csv"]
+    assert run_with(monkeypatch, *words) == 0
+    rows = report.read_csv(tmp_path / "rows.csv")
+    second = {row["provider"] for row in rows if row["target"] == "dense"}
+    assert second == {"eager-fp32", *run.OURS}
+
+
 def test_cases_are_visited_in_turns(monkeypatch, tmp_path, capsys):
     words = ["--shapes", "1,5,32,32", "1,9,32,32", "--targets", "labels", "--dry", "--no-memory"]
     words += ["--providers", "eager-fp32", "gpl_fast-fp32", "--out", tmp_path / "rows.csv"]
