@@ -33,7 +33,8 @@ KERNELS = ["softmax_pack", "label_conv", "winograd", "relu", "relu_pool", "diff_
 KERNELS += ["softmax_bwd"]
 # The same sources, once for each instruction set; dispatch.cpp picks one at run time.
 X86_BUILDS = {
-    "default": "-march=x86-64-v2",
+    # Of CPUs before 2013 (Intel) or 2015 (AMD): half of the compiler's work at -O3.
+    "default": "-march=x86-64-v2 -O1",
     "avx2": "-march=x86-64-v3",
     "avx512": "-march=x86-64-v4",
 }
@@ -160,9 +161,12 @@ def nvcc_targets(source: Path, architectures: tuple[str, ...]) -> list[str]:
 
     All of 8.x come from the PTX of the lowest one listed, and all from 10.0 on from the lowest of
     those: nvcc 13.0 makes the same machine code of it as of their own, and PTX is half of its work.
+    So does what sm_90a has beside the kernels of a `*_sm90.cu`, for what those do not take:
+    float32, and shapes that are too large for them.
     """
     if source.stem.endswith("_sm90"):
         architectures = tuple(a for a in architectures if a.startswith("90a")) or architectures
+    beside = source.with_name(f"{source.stem}_sm90{source.suffix}").exists()
 
     def version(entry: str) -> int:
         return int(entry.removesuffix("+PTX").removesuffix("a"))
@@ -170,8 +174,8 @@ def nvcc_targets(source: Path, architectures: tuple[str, ...]) -> list[str]:
     flags: list[str] = []
     lowest: dict[int, str] = {}  # by generation
     for entry in sorted(architectures, key=version):
-        number = entry.removesuffix("+PTX")
-        ptx = lowest.setdefault(min(version(entry) // 10, 10), number)
+        number, generation = entry.removesuffix("+PTX"), min(version(entry) // 10, 10)
+        ptx = lowest.setdefault(8 if beside and generation == 9 else generation, number)
         flags.append(f"-gencode=arch=compute_{ptx},code=sm_{number}")
         if entry.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")

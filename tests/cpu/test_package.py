@@ -337,6 +337,10 @@ def test_the_architectures_are_those_that_torch_would_read(monkeypatch, tmp_path
     ]
     wanted = [("80", "sm_80"), ("80", "compute_80"), ("80", "sm_86"), ("90a", "sm_90a")]
     assert pairs == [*wanted, ("100", "sm_100"), ("100", "sm_120")]
+    # Beside kernels of sm_90's own.
+    beside = ROOT / "csrc" / "cuda" / "conv_block_bwd.cu"
+    assert targets(beside, ("80", "90a")) == [others[0], "-gencode=arch=compute_80,code=sm_90a"]
+    assert targets(beside, ("90a+PTX",)) == hopper
     for wrong in ("Hopper", "9", "10.0", "7.0"):
         script = build_script(monkeypatch, CUDACXX=nvcc, TORCH_CUDA_ARCH_LIST=wrong)
         with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST"):
