@@ -33,7 +33,8 @@ KERNELS = ["softmax_pack", "label_conv", "winograd", "relu", "relu_pool", "diff_
 KERNELS += ["softmax_bwd"]
 # The same sources, once for each instruction set; dispatch.cpp picks one at run time.
 X86_BUILDS = {
-    # Of CPUs before 2013 (Intel) or 2015 (AMD): half of the compiler's work at -O3.
+    # For CPUs from before 2013 (Intel) or 2015 (AMD), and yet the most work for the compiler, which
+    # makes four registers of each vector: -O3 would take a third more of it.
     "default": "-march=x86-64-v2 -O1",
     "avx2": "-march=x86-64-v3",
     "avx512": "-march=x86-64-v4",

@@ -13,6 +13,8 @@ from gpl_fast import backend as backends
 from gpl_fast import ops
 from gpl_fast.lossnet import LossNet
 
+TARGETS = ("dense", "labels", "topk")  # of a check
+
 
 def collect() -> dict[str, Any]:
     """Versions, devices, backends with reasons, and the default network's fingerprint."""
@@ -80,48 +82,57 @@ def check() -> list[dict[str, Any]]:
 
     Returns rows ``{"device", "backend", "dtype", "target", "value_error", "grad_cosine", "ok"}``.
     """
+    truths = {kind: _step("reference", torch.float64, "cpu", kind) for kind in TARGETS}
     rows = []
     for device, state in collect()["devices"].items():
         names = ["reference", *(["fast"] if state["fast"] == "available" else [])]
         for name in names:
             for dtype in (torch.float32, torch.bfloat16):
-                for target in ("dense", "labels", "topk"):
-                    rows.append(_check_one(device, name, dtype, target))
+                for kind, truth in truths.items():
+                    found = _step(name, dtype, device, kind)
+                    rows.append(
+                        {
+                            "device": device,
+                            "backend": name,
+                            "dtype": str(dtype).removeprefix("torch."),
+                            "target": kind,
+                            **_compared(found, truth, dtype),
+                        }
+                    )
     return rows
 
 
-def _check_one(device: str, name: str, dtype: torch.dtype, kind: str) -> dict[str, Any]:
+def _step(
+    backend: str, dtype: torch.dtype, device: str, kind: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Value and gradient of a small case, as float64 on the CPU."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 19, 65, 66, generator=generator, dtype=torch.float64)
     teacher = torch.randn(2, 19, 65, 66, generator=generator, dtype=torch.float64)
-    labels = teacher.argmax(dim=1)
-    topk = gpl_fast.TopK(*torch.softmax(teacher, dim=1).topk(4, dim=1))
+    x = logits.to(device=device, dtype=dtype).requires_grad_()
+    target: Any = teacher.to(x)
+    if kind == "labels":
+        target = teacher.argmax(dim=1).to(device)
+    elif kind == "topk":
+        values, indices = torch.softmax(teacher, dim=1).topk(4, dim=1)
+        target = gpl_fast.TopK(values.to(x), indices.to(device))
+    value = gpl_fast.GenericPerceptualLoss(19, backend=backend)(x, target)
+    (grad,) = torch.autograd.grad(value, x)
+    return value.detach().double().cpu(), grad.double().cpu()
 
-    def run(backend: str, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-        loss = gpl_fast.GenericPerceptualLoss(19, backend=backend)
-        x = logits.to(device=device, dtype=dtype).requires_grad_()
-        target: Any = {"dense": teacher.to(x), "labels": labels.to(device)}.get(kind)
-        if kind == "topk":
-            target = gpl_fast.TopK(topk.values.to(x), topk.indices.to(device))
-        value = loss(x, target)
-        (grad,) = torch.autograd.grad(value, x)
-        return value.detach().double().cpu(), grad.double().cpu()
 
-    value, grad = run(name, dtype, device)
-    true_value, true_grad = run("reference", torch.float64, "cpu")
+def _compared(
+    found: tuple[torch.Tensor, torch.Tensor],
+    truth: tuple[torch.Tensor, torch.Tensor],
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    (value, grad), (true_value, true_grad) = found, truth
     error = float((value - true_value).abs() / true_value)
     cosine = float(torch.cosine_similarity(grad.flatten(), true_grad.flatten(), dim=0))
     # bfloat16 rounding picks other winners of max pooling: PyTorch itself is at 0.97 to 0.98 here.
     tolerance, least = (1e-3, 0.999) if dtype == torch.float32 else (5e-2, 0.95)
-    return {
-        "device": device,
-        "backend": name,
-        "dtype": str(dtype).removeprefix("torch."),
-        "target": kind,
-        "value_error": error,
-        "grad_cosine": cosine,
-        "ok": error <= tolerance and cosine >= least,
-    }
+    ok = error <= tolerance and cosine >= least
+    return {"value_error": error, "grad_cosine": cosine, "ok": ok}
 
 
 def _version(distribution: str) -> str | None:
