@@ -162,8 +162,8 @@ def nvcc_targets(source: Path, architectures: tuple[str, ...]) -> list[str]:
 
     All of 8.x come from the PTX of the lowest one listed, and all from 10.0 on from the lowest of
     those: nvcc 13.0 makes the same machine code of it as of their own, and PTX is half of its work.
-    So does what sm_90a has beside the kernels of a `*_sm90.cu`, for what those do not take:
-    float32, and shapes that are too large for them.
+    Beside a `*_sm90.cu`, sm_90a's share comes from 8.x's PTX too: float32, and shapes that are too
+    large for its own kernels. There bfloat16 conversions become other instructions.
     """
     if source.stem.endswith("_sm90"):
         architectures = tuple(a for a in architectures if a.startswith("90a")) or architectures

@@ -6,7 +6,7 @@ wrong one is left out and the run will end with status 1; then forward and backw
 in turns, so that load on the machine meets all of them. All cases are visited several times, each
 time for a few rounds, so that minutes of load meet all of them as well.
 
-    python benchmarks/run.py --ceiling                     # every sweep, about ten minutes
+    python benchmarks/run.py --ceiling                     # every sweep, a quarter of an hour
     python benchmarks/run.py --sweep classes               # some of them: `SWEEPS`
     python benchmarks/run.py --shapes 2,150,512,512        # shapes of your own
 """
@@ -175,7 +175,7 @@ def parse_arguments() -> argparse.Namespace:
         help="default: the sweep's, --shapes: all; but those that prove hopeless here once only",
     )
     add("--visits", type=int, default=3, help="to each case, between those to all others")
-    add("--rounds", type=int, default=1, help="of a visit, after one of warm-up: at least")
+    add("--rounds", type=int, default=1, help="of a visit: at least")
     add("--seconds", type=float, default=1.0, help="of a visit: more rounds until they are spent")
     add("--dry", action="store_true", help="tiny shapes, the fewest rounds, nothing compiled")
     add("--no-memory", action="store_true", help="time and errors only")
@@ -307,7 +307,7 @@ class Measurement:
         case = self.case
         timed = {name: times for name, times in self.times.items() if name not in self.hopeless}
         summary = measure.summary(timed, BASELINE) | self.hopeless
-        rows = []
+        rows, protocol = [], report.protocol()
         for name in self.times:
             if name.startswith(LATER):
                 continue
@@ -316,7 +316,7 @@ class Measurement:
             floor, later = self.floors.get(dtype_of(name)), summary.get(LATER + name, {})
             rows.append(
                 {
-                    **report.protocol(),
+                    **protocol,
                     "sweep": case.sweep,
                     "shape": "x".join(map(str, case.shape)),
                     "target": case.kind,

@@ -11,7 +11,7 @@ import emulate
 import pytest
 
 HERE = Path(__file__).resolve().parent
-# Of both sizes of elements, and without what takes minutes: sm_90a's large cases.
+# Of both sizes of elements, and without the slowest: sm_90a's large cases.
 CASES = "(test_sizes or test_strip or test_stride_2 or shared_memory or test_channels)"
 CASES += " and not dtype2 and not (90 and (channels4 or dtype1-7 or dtype1-5 or 300))"
 CASES += " and not (90 and test_strips and test_conv_block_bwd)"
