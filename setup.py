@@ -29,8 +29,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 LIBRARY = "libgpl_fast.so"
-KERNELS = ["softmax_pack", "label_conv", "winograd", "relu", "relu_pool", "diff_reduce"]
-KERNELS += ["softmax_bwd"]
+KERNELS = ["softmax_pack", "label_conv", "winograd", "direct_conv", "relu", "relu_pool"]
+KERNELS += ["diff_reduce", "softmax_bwd"]
 # The same sources, once for each instruction set; dispatch.cpp picks one at run time.
 X86_BUILDS = {
     # For CPUs from before 2013 (Intel) or 2015 (AMD), and yet the most work for the compiler, which

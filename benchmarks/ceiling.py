@@ -1,8 +1,8 @@
 """The floor of a step on the CPU: the convolutions alone, and one pass over the logits.
 
 They are measured layer by layer at the best rate on the layer's own shape, in channels_last, on
-strips that stay near the caches: ATen's (oneDNN), or Winograd's as the fast path has it where that
-is faster. Nothing between them is counted.
+strips that stay near the caches: ATen's (oneDNN), or the fast path's own where that is faster.
+Nothing between them is counted.
 """
 
 from __future__ import annotations
@@ -96,6 +96,8 @@ def _time_layer(
         forward = _winograd(x, weight, 2, False)
         difference = min(forward, _winograd(x, weight, 4, False))
         backward = _winograd(dz, weight, 4, True)
+    elif dtype == torch.bfloat16 and ops.cpu_is_fast(dtype):
+        forward, backward = _direct(x, weight, False), _direct(dz, weight, True)
     forward = _best(lambda: torch.conv2d(x, weight, None, 1, pad), forward)
     backward = _best(lambda: torch.conv_transpose2d(dz, weight, None, 1, pad), backward)
     return forward, min(forward, difference), backward
@@ -112,6 +114,23 @@ def _winograd(x: Tensor, weight: Tensor, tile: int, transposed: bool) -> float:
     def once() -> Tensor:
         z = torch.empty((*maps.shape[:3], c_out), dtype=dtype)
         ops.winograd(maps, u, tile, 1, 0, z)
+        return z
+
+    return _best(once)
+
+
+def _direct(x: Tensor, weight: Tensor, transposed: bool) -> float:
+    """The same by the definition, K x K, of bfloat16 maps."""
+    c_in, c_out = weight.shape[:2] if transposed else weight.shape[1::-1]
+    k = weight.shape[2]
+    u = torch.empty(plan.direct_elements(k * k, c_in, c_out), dtype=x.dtype)
+    ops.direct_weight(weight.permute(0, 2, 3, 1), transposed, u)
+    maps = x.permute(0, 2, 3, 1)
+    dtype = x.dtype if transposed else torch.float32
+
+    def once() -> Tensor:
+        z = torch.empty((*maps.shape[:3], c_out), dtype=dtype)
+        ops.direct_conv(maps, u, k, k // 2, z)
         return z
 
     return _best(once)

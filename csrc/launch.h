@@ -3,6 +3,12 @@
 
 #include <cstdint>
 
+// Whether the compiler knows the matrix unit of x86.
+#if defined(GPL_FAST_X86) && \
+    ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11))
+#define GPL_FAST_AMX 1
+#endif
+
 namespace gpl_fast {
 
 enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
@@ -187,6 +193,26 @@ struct Winograd {
   int64_t x_image_stride, z_image_stride;
 };
 
+// Weights as DirectConv reads them.
+struct DirectWeight {
+  int64_t C_in, C_out, K;  // of the convolution that is to be done
+  bool transposed;         // as in WinogradWeight
+  const void* w;           // bfloat16 [C_out, K, K, C_in]; transposed: [C_in, K, K, C_out]
+  void* u;  // bfloat16 [K * K * padded_to(C_in, 32) * padded_to(C_out, 32)], in its own order
+};
+
+// z = K x K convolution of stride 1, with K / 2 columns of zeros on both sides; of bfloat16, to
+// which float32 maps are rounded.
+struct DirectConv {
+  int64_t N, rows, x_rows, W, C_in, C_out;  // rows of z: x_rows + 2 * pad_h - K + 1
+  int64_t K, pad_h;
+  DType dtype, z_dtype;  // as in Winograd
+  const void* x;         // [N, x_rows, W, C_in]
+  const void* u;         // of DirectWeight
+  void* z;               // [N, rows, W, C_out]
+  int64_t x_image_stride, z_image_stride;
+};
+
 struct DiffReduceFwd {
   int64_t N, M;
   DType dtype;
@@ -205,6 +231,8 @@ void parallel_for(int64_t n, int64_t grain, ParallelBody body, void* ctx);
   STAGE(relu_pool_fwd, ReluPoolFwd)       \
   STAGE(winograd_weight, WinogradWeight)  \
   STAGE(winograd, Winograd)               \
+  STAGE(direct_weight, DirectWeight)      \
+  STAGE(direct_conv, DirectConv)          \
   STAGE(diff_reduce_fwd, DiffReduceFwd)   \
   STAGE(relu_pool_bwd, ReluPoolBwd)       \
   STAGE(relu_bwd, ReluBwd)                \
@@ -217,8 +245,8 @@ GPL_FAST_STAGES(GPL_FAST_DECLARE)
 const char* capability();
 // Maps the pages of memory that will be written all over, in a scattered order.
 void populate(void* data, int64_t bytes);
-// Whether this machine multiplies matrices of a 16-bit dtype much faster than of float32.
-bool multiplies_fast(DType dtype);
+// Whether this machine multiplies matrices of bfloat16 much faster than of float32.
+bool multiplies_bfloat16();
 }  // namespace cpu
 
 namespace cuda {  // stream: a cudaStream_t

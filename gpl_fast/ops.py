@@ -32,6 +32,8 @@ _MUTATING = (
     "softmax_bwd",
     "winograd_weight",
     "winograd",
+    "direct_weight",
+    "direct_conv",
     "populate",
     "conv_block_bwd",
     "conv_block_logits_bwd",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -245,12 +246,11 @@ class Plan:
         """Of the chunk that the walks allocate besides `saved`: at most the workspace."""
         return self._bytes(self.images, self.rows)
 
-    @property
-    def in_parts(self) -> bool:
-        """Whether the first step's results keep what rounding takes from them: on a CPU that
-        convolves in bfloat16, where signs and winners of confident maps hang on it."""
+    def direct(self, i: int) -> bool:
+        """Whether csrc/cpu/direct_conv.cpp does step i's convolution and its data gradient: on a
+        CPU that multiplies bfloat16."""
         native = self.spec.device == "cpu" and not self.spec.float32_convolutions
-        return native and self.dtype == torch.bfloat16 and self.steps[0].stride == 1
+        return native and self.dtype == torch.bfloat16 and self.steps[i].stride == 1
 
     def by_winograd(self, i: int) -> bool:
         """Whether Winograd's algorithm does step i's convolution and its data gradient."""
@@ -333,9 +333,9 @@ class Plan:
                 out = max(out, *self._winograd_bytes(j, self.tile(j)))
             else:
                 c_in = padded_channels(step.in_channels)
-                if j == 0 and self.in_parts:  # of (y, z)
-                    c_in += step.out_channels
-                out = max(out, itemsize * c_in * step.out_channels * step.kernel_size**2)
+                sizes = step.kernel_size**2, c_in, step.out_channels
+                elements = direct_elements(*sizes) if self.direct(j) else math.prod(sizes)
+                out = max(out, itemsize * elements)
         return out
 
     def _whole_only(self, i: int) -> bool:
@@ -376,12 +376,10 @@ class Plan:
         narrow = self.steps[segment[0]].in_channels if i else 0
         # (y, δ) in, (z, δz) out; with several convolutions both pairs are alive.
         # Of (z, δz), and of what they become.
-        parts = i == 0 and self.in_parts
-        wide = 4 if parts or self.spec.float32_convolutions else e
+        own = self.direct(segment[0]) or self.by_winograd(segment[0])
+        wide = 4 if own or self.spec.float32_convolutions else e
         outs = (4 if len(segment) > 1 else 2) * widest * wide
-        if parts:  # y and z in one, and what rounding took
-            outs += e * (padded_channels(self.spec.in_channels) + 3 * widest)
-        elif wide > e and not self.by_winograd(segment[0]):  # float32 copies of (y, δ)
+        if wide > e and not own:  # float32 copies of (y, δ)
             outs += 2 * 4 * max(narrow, padded_channels(self.spec.in_channels))
         if i == 0 and self.front:  # which is left in float32 too
             outs += 3 * self.steps[0].in_channels * (wide - e)
@@ -422,6 +420,11 @@ def winograd_elements(tile: int, c_in: int, c_out: int) -> int:
     """Of the weight that csrc/cpu/winograd.cpp reads, for `tile` results to a side: its points, in
     blocks of 32 output channels."""
     return (tile + 2) ** 2 * c_in * (-(-c_out // 32) * 32)
+
+
+def direct_elements(taps: int, c_in: int, c_out: int) -> int:
+    """Of the weight that csrc/cpu/direct_conv.cpp reads: 32 input and output channels at a time."""
+    return taps * (-(-c_in // 32) * 32) * (-(-c_out // 32) * 32)
 
 
 def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -31,8 +31,8 @@ HALF_BOUND = {torch.bfloat16: (0.05, 0.45), torch.float16: (0.006, 0.2)}
 NARROW = (5, 8, 7, 6, 9)
 
 
-# How the CPU's convolutions are computed: "native", by ATen in the maps' dtype, as where a CPU is
-# fast at it; "float32", by Winograd's algorithm where it pays; "winograd", wherever it can.
+# How the CPU's convolutions are computed: "native", in the maps' dtype, as where a CPU is fast at
+# it; "float32", by Winograd's algorithm where it pays; "winograd", wherever it can.
 ARITHMETIC = ("native", "float32", "winograd")
 
 

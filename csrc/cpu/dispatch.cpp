@@ -4,6 +4,10 @@
 #ifdef GPL_FAST_X86
 #include <cpuid.h>
 #endif
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "../launch.h"
 
@@ -61,33 +65,36 @@ struct Registers {
   }
 };
 
-// AMX's tiles are usable where the system saves them: bits 17 and 18 of XCR0.
-bool has_amx_tiles() {
+// AMX's tiles are usable where the system saves them, bits 17 and 18 of XCR0, and gives them to a
+// process that asks.
+bool has_tiles() {
+#if defined(GPL_FAST_AMX) && defined(__linux__)
   const bool os_xsave = Registers(1, 0).ecx >> 27 & 1, tiles = Registers(7, 0).edx >> 24 & 1;
   if (!os_xsave || !tiles) return false;
   unsigned low, high;
   __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  return (low >> 17 & 3) == 3;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return (low >> 17 & 3) == 3 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
 }
 
-bool detect_fast(DType dtype) {
-  if (dtype == DType::kFloat32 || current() != Capability::kAvx512) return false;
+bool detect_bfloat16() {
   // Not vdpbf16ps: twice the work of a fused multiply-add on AMD's, at half the rate on Intel's, it
   // is no more than Winograd's algorithm saves in float32.
-  const bool amx_bf16 = Registers(7, 0).edx >> 22 & 1, amx_fp16 = Registers(7, 1).eax >> 21 & 1;
-  return has_amx_tiles() && (dtype == DType::kBFloat16 ? amx_bf16 : amx_fp16);
+  const bool amx_bf16 = Registers(7, 0).edx >> 22 & 1;
+  return current() == Capability::kAvx512 && amx_bf16 && has_tiles();
 }
 #endif
 
 }  // namespace
 
-bool multiplies_fast(DType dtype) {
+bool multiplies_bfloat16() {
 #ifdef GPL_FAST_X86
-  static const bool bfloat16 = detect_fast(DType::kBFloat16);
-  static const bool float16 = detect_fast(DType::kFloat16);
-  return dtype == DType::kBFloat16 ? bfloat16 : dtype == DType::kFloat16 && float16;
+  static const bool found = detect_bfloat16();
+  return found;
 #else
-  (void)dtype;
   return false;
 #endif
 }

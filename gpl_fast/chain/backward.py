@@ -78,7 +78,7 @@ class Backward:
             if i and strips:
                 channels = plan.steps[segment[0]].in_channels
                 d_in = self.x.new_empty((n, size.h, size.w, channels), dtype=plan.dtype)
-            elif strips and not plan.front and plan.by_winograd(0):
+            elif strips and not plan.front and self.convolutions.ours(0):
                 # The same memory for every strip, as in the forward.
                 channels = padded_channels(plan.spec.in_channels)
                 d_in = self.x.new_empty((n, rows, size.w, channels), dtype=plan.dtype)

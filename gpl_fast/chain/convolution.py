@@ -11,49 +11,50 @@ from torch import Tensor
 
 from gpl_fast import ops
 from gpl_fast.chain.stages import has_blocks
-from gpl_fast.plan import Plan, winograd_elements
+from gpl_fast.plan import Plan, direct_elements, winograd_elements
 
 
 class Convolutions:
     """The convolutions of a plan's steps and their data gradients, NHWC -> NHWC.
 
-    ATen's, but where `float32_convolutions` 3 x 3 ones of stride 1 are Winograd's
-    (csrc/cpu/winograd.cpp), and others get float32 copies. There a convolution's result stays
-    float32, as the first one's does where it comes `in_parts`; data gradients have the dtype of
-    `dz` always. What decides signs and winners has tiles of 2 x 2 results, since those leave zeros
-    and ties as they are; the rest has larger ones.
+    ATen's, but those of stride 1 on a CPU. Where `float32_convolutions`, 3 x 3 ones are Winograd's
+    (csrc/cpu/winograd.cpp), and others get float32 copies; where not, those of bfloat16 are
+    csrc/cpu/direct_conv.cpp's. All of these results stay float32; data gradients have the dtype of
+    `dz`. What decides signs and winners has Winograd's tiles of 2 x 2 results, since those leave
+    zeros and ties as they are; the rest has larger ones.
     """
 
     def __init__(self, plan: Plan, packs: Mapping[str, Tensor]) -> None:
         self.plan, self.packs = plan, packs
-        self.in_parts = plan.in_parts and not has_blocks(packs[f"w.{plan.steps[0].conv}"].device)
-        # One layer's weight as Winograd reads it, for each tile: strips come one after the other.
+        self.on_cpu = not has_blocks(packs[f"w.{plan.steps[0].conv}"].device)
+        # One layer's weight as the kernels read it, for each tile: strips come one after the other.
         self._layer = ""
         self._weights: dict[int, Tensor] = {}
+
+    def direct(self, i: int) -> bool:
+        """`Plan.direct`; not where Triton's interpreter stands for a GPU."""
+        return self.on_cpu and self.plan.direct(i)
+
+    def ours(self, i: int) -> bool:
+        """Whether step i's are not ATen's."""
+        return self.direct(i) or self.plan.by_winograd(i)
 
     def conv(self, i: int, maps: Tensor, decisive: bool, pad_h: int, row0: int) -> Tensor:
         """Step i's convolution of maps (count, N, rows, W, C_in), `pad_h` rows of zeros above and
         below; its first row is `row0`. The first map is `decisive`: signs and winners come of it.
         """
         step = self.plan.steps[i]
-        w = self.packs[f"w.{step.conv}"]
-        if self.plan.by_winograd(i):
-            count, n, rows, width = maps.shape[:4]
-            shape = (count, n, rows + 2 * pad_h - 2, width, step.out_channels)
-            z = maps.new_empty(shape, dtype=w.dtype)
+        k, (count, n, rows, width) = step.kernel_size, maps.shape[:4]
+        if self.ours(i):
+            shape = (count, n, rows + 2 * pad_h - k + 1, width, step.out_channels)
+            z = maps.new_empty(shape, dtype=torch.float32)
             for j in range(count):
-                tile = 2 if decisive and j == 0 else self.plan.tile(i)
-                u = self._transformed(step.conv, tile, False)
-                ops.winograd(maps[j], u, tile, pad_h, row0, z[j])
+                tile = self._tile(i, decisive and j == 0)
+                self._write(i, maps[j], tile, False, pad_h, row0, z[j])
             return z
-        z = conv(maps.flatten(0, 1), w, step.stride, (pad_h, step.kernel_size // 2))
-        z = z.view(*maps.shape[:2], *z.shape[1:])
-        if i == 0 and self.in_parts:
-            rest = rounded_off(z[0], maps[0], w, pad_h) if decisive else None
-            z = z.float()
-            if rest is not None:
-                z[0] += rest
-        return z
+        w = self.packs[f"w.{step.conv}"]
+        z = conv(maps.flatten(0, 1), w, step.stride, (pad_h, k // 2))
+        return z.view(count, n, *z.shape[1:])
 
     def data_gradient(
         self, i: int, dz: Tensor, strips: bool, row0: int, out: Tensor | None = None
@@ -62,13 +63,11 @@ class Convolutions:
         is `row0`, and it may be in `out`."""
         step, size = self.plan.steps[i], self.plan.sizes[i]
         p, w = step.kernel_size // 2, self.packs[f"w.{step.conv}"]
-        if self.plan.by_winograd(i):
+        if self.ours(i):
             if out is None:
-                rows = dz.shape[1] - 2 if strips else dz.shape[1]
+                rows = dz.shape[1] - 2 * p if strips else dz.shape[1]
                 out = dz.new_empty((dz.shape[0], rows, dz.shape[2], w.shape[1]))
-            tile = self.plan.tile(i)
-            u = self._transformed(step.conv, tile, True)
-            ops.winograd(dz, u, tile, 0 if strips else 1, row0, out)
+            self._write(i, dz, self._tile(i, False), True, 0 if strips else p, row0, out)
             return out
         extra = (0, 0)
         if step.stride == 2:
@@ -81,8 +80,23 @@ class Convolutions:
         """Forget the layer: other layers, or other images, come next."""
         self._weights.clear()
 
+    def _tile(self, i: int, decisive: bool) -> int:
+        """Results to a side that are computed together: 1 is the definition."""
+        if self.direct(i):
+            return 1
+        return 2 if decisive else self.plan.tile(i)
+
+    def _write(
+        self, i: int, maps: Tensor, tile: int, transposed: bool, pad_h: int, row0: int, out: Tensor
+    ) -> None:
+        u = self._transformed(self.plan.steps[i].conv, tile, transposed)
+        if tile == 1:
+            ops.direct_conv(maps, u, self.plan.steps[i].kernel_size, pad_h, out)
+        else:
+            ops.winograd(maps, u, tile, pad_h, row0, out)
+
     def _transformed(self, name: str, tile: int, transposed: bool) -> Tensor:
-        """The weight of a convolution, or of its transpose, as Winograd reads it: a walk asks for
+        """The weight of a convolution, or of its transpose, as its kernel reads it: a walk asks for
         one of the two."""
         if self._layer != name:
             self.release()  # before the next one is allocated
@@ -90,8 +104,12 @@ class Convolutions:
         if tile not in self._weights:
             w = self.packs[f"w.{name}"].permute(0, 2, 3, 1)
             c_in, c_out = (w.shape[0], w.shape[3]) if transposed else (w.shape[3], w.shape[0])
-            u = w.new_empty(winograd_elements(tile, c_in, c_out), dtype=torch.float32)
-            ops.winograd_weight(w, tile, transposed, u)
+            if tile == 1:
+                u = w.new_empty(direct_elements(w.shape[1] ** 2, c_in, c_out))
+                ops.direct_weight(w, transposed, u)
+            else:
+                u = w.new_empty(winograd_elements(tile, c_in, c_out), dtype=torch.float32)
+                ops.winograd_weight(w, tile, transposed, u)
             self._weights[tile] = u
         return self._weights[tile]
 
@@ -100,19 +118,6 @@ def conv(y: Tensor, w: Tensor, stride: int, pad: tuple[int, int]) -> Tensor:
     """NHWC -> NHWC in the dtype of `w`, `pad` = rows and columns of zeros on each side."""
     z = torch.conv2d(y.to(w.dtype).permute(0, 3, 1, 2), w, None, stride, pad)
     return z.permute(0, 2, 3, 1).contiguous()
-
-
-def rounded_off(z: Tensor, y: Tensor, w: Tensor, pad_h: int) -> Tensor:
-    """What rounding to a dtype of few digits took from `z`, the convolution of `y`: that of both
-    together, with a weight of -1 for `z`, since the sums are float32 until they are rounded."""
-    (c_out, c_in, k, _), above = w.shape, w.shape[2] // 2 - pad_h
-    both = y.new_zeros((*y.shape[:3], c_in + c_out))
-    both[..., :c_in] = y
-    both[:, above : above + z.shape[1], :, c_in:] = z
-    weight = w.new_zeros((c_out, c_in + c_out, k, k)).contiguous(memory_format=torch.channels_last)
-    weight[:, :c_in] = w
-    weight[:, c_in:, k // 2, k // 2] = -torch.eye(c_out, dtype=w.dtype)
-    return conv(both, weight, 1, (pad_h, k // 2))
 
 
 def conv_transpose(

@@ -42,7 +42,7 @@ class Forward:
         self.plain = plan.spec.kind in ("features", "encode")
         self.convolutions = Convolutions(plan, packs)
         self.table = packs.get("table")  # of the dtype of what it adds to
-        if self.table is not None and self.convolutions.in_parts and not plan.front:
+        if self.table is not None and self.convolutions.direct(0) and not plan.front:
             self.table = self.table.float()
         self.stages = stages_on(x.device)
         # True float32 is ATen's convolutions; TF32 is the kernels' too.

@@ -42,7 +42,6 @@ from gpl_fast import (
     reference,
 )
 from gpl_fast.chain.branch import carry_target
-from gpl_fast.chain.convolution import conv, rounded_off
 from gpl_fast.ops import load
 
 if (reason := load()) is not None:
@@ -458,15 +457,6 @@ def test_bfloat16_holds_from_flat_to_peaked_maps(c, raised, region, bound, kind)
     assert cosine(got[FLOAT][1], grad64) >= 0.99
     assert error(got[BF16][0], truth) < bound
     assert cosine(got[BF16][1], grad64) >= 0.95
-
-
-@pytest.mark.parametrize(("k", "pad_h"), [(1, 0), (3, 0), (3, 1), (5, 2), (7, 0)])
-def test_two_parts_have_twice_the_digits(k, pad_h):
-    y, w = torch.randn(2, 12, 17, 40).bfloat16(), torch.randn(24, 40, k, k).bfloat16() / k
-    z = conv(y, w, 1, (pad_h, k // 2))
-    truth = conv(y, w.double(), 1, (pad_h, k // 2))
-    assert error(z, truth) > 1e-3
-    assert error(z.float() + rounded_off(z, y, w, pad_h), truth) < 1e-5
 
 
 def test_the_target_is_carried_only_where_it_is_near_and_constant_in_regions():

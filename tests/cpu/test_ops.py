@@ -415,7 +415,8 @@ def every_result():
     z, dz = poisoned(2, 40, 64, 24), draw(2, 40, 64, 24)
     ops.label_conv_fwd(labels, None, table, table.sum(0), odd_images(2), taken, 0, 0, z, dz)
     w = draw(70, 24, 3, 3)
-    return [*out, u, z, dz, *(winograd(z, w, tile=tile) for tile in TILES)]
+    out += [u, z, dz, *(winograd(z, w, tile=tile) for tile in TILES)]
+    return [*out, direct(z.bfloat16(), w.bfloat16())]
 
 
 def test_threads_do_not_change_a_bit():
@@ -754,6 +755,90 @@ def test_winograd_past_the_cache(tile, dtype):
         assert torch.equal(winograd(part, w, tile=tile, pad_h=0), whole[:, first : first + 32])
 
 
+# -- direct_conv ---------------------------------------------------------------------------------
+
+
+def direct(x, w, *, transposed=False, pad_h=None, z_dtype=torch.float32):
+    """As `winograd`, of bfloat16 and by K x K taps."""
+    c_out, k = w.shape[transposed], w.shape[3]
+    pad_h = k // 2 if pad_h is None else pad_h
+    u = poisoned(k * k * padded(x.shape[3]) * padded(c_out), dtype=torch.bfloat16)
+    ops.direct_weight(w.permute(0, 2, 3, 1).contiguous(), transposed, u)
+    z = poisoned(len(x), x.shape[1] + 2 * pad_h - k + 1, x.shape[2], c_out, dtype=z_dtype)
+    ops.direct_conv(x, u, k, pad_h, z)
+    return z
+
+
+def padded(channels):
+    return -(-channels // 32) * 32
+
+
+# Parts of 64 input channels, blocks of 32 pixels and outputs, tasks of 8 x 128 pixels: one of each,
+# several, and odd remainders, of at most 16 and of more.
+DIRECT_SIZES = [
+    (8, 64, (13, 27), 3), (3, 19, (1, 5), 3), (32, 40, (7, 33), 3), (64, 19, (2, 300), 3),
+    (200, 70, (6, 17), 3), (391, 33, (3, 4), 3), (33, 7, (9, 49), 1), (70, 12, (10, 48), 5),
+    (5, 65, (4, 9), 7),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("C", "c_out", "size", "k"), DIRECT_SIZES)
+def test_direct_conv(C, c_out, size, k, transposed):
+    x, bf16 = torch.randn(2, *size, C).bfloat16(), torch.bfloat16
+    w = (torch.randn(*((C, c_out) if transposed else (c_out, C)), k, k) / C**0.5).bfloat16()
+
+    def plain(work):
+        f = F.conv_transpose2d if transposed else F.conv2d
+        return nhwc(f(nchw(x.to(work)), w.to(work), padding=k // 2))
+
+    f32, truth = plain(torch.float32), plain(torch.float64)
+    z = direct(x, w, transposed=transposed)
+    check(z, f32, truth, torch.float32)
+    rounded = direct(x, w, transposed=transposed, z_dtype=bf16)
+    assert torch.equal(z.to(bf16), rounded)
+    unrounded = x.float() * (1 + 2**-10)  # not far enough for another bfloat16
+    assert torch.equal(direct(unrounded, w, transposed=transposed), z)
+
+    around = F.pad(x, (0, 0, 0, 0, k // 2, k // 2))  # strips of rows with their halo
+    for first, rows in ((0, 2), (1, 1), (2, 3), (3, 9)):
+        part = around[:, first : first + rows + k - 1]
+        if part.shape[1] >= k:
+            got = direct(part, w, transposed=transposed, pad_h=0)
+            assert torch.equal(got, z[:, first : first + rows])
+
+
+def test_direct_conv_keeps_zeros_and_ties():
+    """Whatever pixel of a block it is: the same neighbourhood, the same bits."""
+    x, w = torch.zeros(1, 12, 150, 70).bfloat16(), torch.randn(40, 70, 3, 3).bfloat16()
+    x[:, 5, 140] = 1
+    z = direct(x, w)
+    near = torch.zeros(1, 12, 150, dtype=torch.bool)
+    near[:, 4:7, 139:142] = True
+    assert not z[~near].any()
+    assert z[near].all()
+    flat = torch.randn(70).bfloat16().expand(1, 12, 150, 70).contiguous()
+    inner = direct(flat, w)[:, 1:-1, 1:-1]
+    assert torch.equal(inner, inner[:, :1, :1].expand_as(inner))
+
+
+def test_direct_conv_of_no_images():
+    x, w = torch.empty(0, 5, 7, 8).bfloat16(), torch.randn(3, 8, 3, 3).bfloat16()
+    assert direct(x, w).shape == (0, 5, 7, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_direct_conv_past_the_cache(dtype):
+    x = torch.randn(1, 130, 132, 8).bfloat16()
+    w = torch.randn(512 // dtype.itemsize, 8, 3, 3).bfloat16()
+    whole = direct(x, w, z_dtype=dtype)
+    assert whole.nbytes > 8 * 2**20
+    for first in (0, 64):
+        part = F.pad(x, (0, 0, 0, 0, 1, 1))[:, first : first + 34]
+        some = direct(part, w, pad_h=0, z_dtype=dtype)
+        assert torch.equal(some, whole[:, first : first + 32])
+
+
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize("pool", [MAX, AVG])
 @pytest.mark.parametrize(("C", "size"), [(64, (13, 27)), (3, (7, 33))])
@@ -869,6 +954,11 @@ ONES = torch.ones(8, 8, 3, 3)
         (lambda z: ops.winograd(z, poisoned(4096), 3, 1, 0, z), "tile must be 2 or 4, got 3"),
         (lambda z: winograd(z.half(), ONES, z_dtype=torch.bfloat16), "or float32, got BFloat16"),
         (lambda z: ops.winograd(z, poisoned(4096), 2, 0, 0, z), r"z must have the shape \[1, 2, 4"),
+        (lambda z: direct(z.bfloat16(), ONES[..., :2].bfloat16()), "with an odd K, got"),
+        (lambda z: direct(z.bfloat16(), ONES), "w must be BFloat16"),
+        (lambda z: direct(z.half(), ONES.bfloat16()), "x must be float32 or bfloat16"),
+        (lambda z: direct(z.bfloat16(), ONES.bfloat16(), pad_h=2), "pad_h must be in 0 to 1"),
+        (lambda z: ops.direct_conv(z.bfloat16(), z.bfloat16(), 2, 0, z), "K must be odd, got 2"),
         (lambda z: ops.relu_diff_fwd(z, z, odd_images(2), None, z, None), "from_target must have"),
     ],
 )  # fmt: skip
@@ -905,6 +995,8 @@ def opcheck_cases():
             x, x.logsumexp(1), dy, one, None, 1, 1.0, labels, None, one, None, 0.0, 0, 4, x.clone(),
         ),
         "winograd_weight": (torch.randn(8, 3, 3, 8), 2, False, torch.zeros(4096)),
+        "direct_weight": (torch.randn(8, 3, 3, 8).bfloat16(), False, torch.zeros(9216).bfloat16()),
+        "direct_conv": (z.bfloat16(), torch.randn(9216).bfloat16(), 3, 1, dz.clone()),
         "populate": (dz.clone(),),
         "winograd": (z, torch.randn(4096), 2, 1, 0, dz.clone()),
     }  # fmt: skip

@@ -239,12 +239,7 @@ def test_fast_dtypes_are_those_of_the_systems_list():
         pytest.skip(reason)
     text = Path("/proc/cpuinfo").read_text()
     flags = set((re.search(r"^flags\s*:(.*)$", text, re.M) or [""] * 2)[1].split())
-    wanted = []
-    if ops.cpu_capability() == "avx512":
-        if "amx_bf16" in flags:
-            wanted.append("bfloat16")
-        if "amx_fp16" in flags:
-            wanted.append("float16")
+    wanted = ["bfloat16"] if ops.cpu_capability() == "avx512" and "amx_bf16" in flags else []
     assert ops.cpu_fast_dtypes().split() == wanted
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert ops.cpu_is_fast(dtype) == (str(dtype).removeprefix("torch.") in wanted)

@@ -89,7 +89,7 @@ def test_as_the_operators(case, monkeypatch):
 def test_every_stage_has_a_kernel():
     # A block's data gradient in one kernel is CUDA C++'s; Triton's backward takes ATen's.
     blocks = {"conv_block_bwd", "conv_block_logits_bwd"}
-    of_the_cpu = {"winograd_weight", "winograd", "populate"}
+    of_the_cpu = {"winograd_weight", "winograd", "direct_weight", "direct_conv", "populate"}
     stages = {*ops._MUTATING, "diff_reduce_fwd"} - blocks - of_the_cpu
     assert stages == set(kernels.__all__) - {"Listed", "conv_block_fwd"}
 

@@ -1,0 +1,308 @@
+// K x K convolutions of stride 1 on bfloat16 maps by the definition, for CPUs that multiply
+// bfloat16 matrices (AMX): 32 pixels of a row times 32 output channels at a time. Sums are float32
+// and stay so until they are stored, which no operator of ATen's offers.
+#include "tile.h"
+
+#if defined(GPL_AVX512) && defined(GPL_FAST_AMX)
+#define GPL_AMX 1
+// For functions alone: nothing else of this file may run where the unit is missing.
+#define GPL_AMX_TARGET __attribute__((target("amx-tile,amx-bf16")))
+#else
+#define GPL_AMX_TARGET
+#endif
+
+namespace gpl_fast {
+namespace GPL_CPU_NAMESPACE {
+namespace {
+
+constexpr int64_t kPixels = 32;     // of a block: two registers of the unit
+constexpr int64_t kOutputs = 32;    // of a block, likewise
+constexpr int64_t kDepth = 32;      // input channels of a register
+constexpr int64_t kSteps = 2;       // registers of input channels that are gone through at a time
+constexpr int64_t kColumns = 128;   // pixels of a task's rows
+constexpr int64_t kRows = 8;        // of a task, fewer where its sums would leave the L2 cache
+constexpr int64_t kSums = 1 << 19;  // bytes of these
+constexpr int64_t kBlock = kPixels * kOutputs;  // also the elements of two registers of weights
+constexpr int64_t kPastCache = 8 << 20;  // bytes of results from which on they go past the cache
+
+// What a block's sums are made of: for every tap and step, 32 pixels' channels, 64 bytes each, and
+// 32 outputs' weights, in pairs of input channels.
+struct Products {
+  const BFloat16* x;  // of the first tap and step
+  const BFloat16* u;
+  int64_t taps, row, plane, steps;  // taps to a side; elements from row to row, step to step
+  float* sums;                      // [pixels / 16][outputs / 16][16][16]
+  bool first, half;                 // sums begin; the last 16 pixels are left out
+};
+
+#ifdef GPL_AMX
+class MatrixUnit {
+ public:
+  GPL_AMX_TARGET static void configure() {
+    struct Shape {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    };
+    static const Shape shape;  // GCC says that the instruction reads eight bytes of it
+    _tile_loadconfig(&shape);
+  }
+  GPL_AMX_TARGET static void release() { _tile_release(); }
+
+  GPL_AMX_TARGET static void add(const Products& a) {
+    constexpr int64_t kRegister = 16 * kDepth;
+    float* const sums = a.sums;
+    if (a.first) {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    } else {
+      _tile_loadd(0, sums, 64);
+      _tile_loadd(1, sums + 256, 64);
+      if (!a.half) {
+        _tile_loadd(2, sums + 512, 64);
+        _tile_loadd(3, sums + 768, 64);
+      }
+    }
+    const BFloat16* u = a.u;
+    for (int64_t i = 0; i < a.taps; ++i) {
+      for (int64_t j = 0; j < a.taps; ++j) {
+        const BFloat16* x = a.x + i * a.row + j * kDepth;
+        for (int64_t k = 0; k < a.steps; ++k, x += a.plane, u += kBlock) {
+          _tile_loadd(4, x, 64);
+          _tile_loadd(6, u, 64);
+          _tile_loadd(7, u + kRegister, 64);
+          _tile_dpbf16ps(0, 4, 6);
+          _tile_dpbf16ps(1, 4, 7);
+          if (a.half) continue;
+          _tile_loadd(5, x + kRegister, 64);
+          _tile_dpbf16ps(2, 5, 6);
+          _tile_dpbf16ps(3, 5, 7);
+        }
+      }
+    }
+    _tile_stored(0, sums, 64);
+    _tile_stored(1, sums + 256, 64);
+    if (a.half) return;
+    _tile_stored(2, sums + 512, 64);
+    _tile_stored(3, sums + 768, 64);
+  }
+};
+#endif
+
+// The same anywhere, for tests.
+class NoUnit {
+ public:
+  static void configure() {}
+  static void release() {}
+
+  static void add(const Products& a) {
+    for (int64_t half = 0; half < (a.half ? 1 : 2); ++half) {
+      for (int64_t n = 0; n < 2; ++n) add(a, half * 16, n);
+    }
+  }
+
+ private:
+  static void add(const Products& a, int64_t pixel, int64_t n) {
+    float* const sums = a.sums + (pixel / 16 * 2 + n) * 256;
+    Vf sum[16];
+    for (int m = 0; m < 16; ++m) sum[m] = a.first ? fill(0.0f) : load(sums + m * 16);
+    const BFloat16* u = a.u + n * 16 * kDepth;
+    for (int64_t i = 0; i < a.taps; ++i) {
+      for (int64_t j = 0; j < a.taps; ++j) {
+        const BFloat16* x = a.x + i * a.row + (j + pixel) * kDepth;
+        for (int64_t k = 0; k < a.steps; ++k, x += a.plane, u += kBlock) {
+          for (int64_t c = 0; c < kDepth; c += 2) {
+            const Vi pair = load_i((const int32_t*)(u + c * 16));
+            const Vf even = widen(BFloat16{}, pair);
+            const Vf odd = from_bits(pair & fill_i((int32_t)0xffff0000));
+            for (int m = 0; m < 16; ++m) {
+              sum[m] = fma(fill(value(x[m * kDepth + c])), even, sum[m]);
+              sum[m] = fma(fill(value(x[m * kDepth + c + 1])), odd, sum[m]);
+            }
+          }
+        }
+      }
+    }
+    for (int m = 0; m < 16; ++m) store(sums + m * 16, sum[m]);
+  }
+  static GPL_INLINE float value(BFloat16 h) {
+    const uint32_t bits = (uint32_t)h.bits << 16;
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+  }
+};
+
+// A task is a few rows of up to kColumns pixels, of all output channels or of some: its pixels'
+// channels, 64 at a time, are laid out as the unit reads them, with zeros around the image. No sum
+// depends on how the work is cut.
+template <class Unit, class Z, class T>
+class Direct {
+ public:
+  explicit Direct(const DirectConv& a) : a_(a) {
+    blocks_ = ceil_div(a.C_out, kOutputs), parts_ = ceil_div(a.C_in, kSteps * kDepth);
+    const int64_t a_row = kColumns * blocks_ * kOutputs * 4;
+    rows_ = parts_ == 1 ? kRows : min_of(max_of(kSums / a_row, 1), kRows);
+    down_ = ceil_div(a.rows, rows_), across_ = ceil_div(a.W, kColumns);
+    // Few pixels: their outputs are shared out too.
+    const int64_t tasks = a.N * down_ * across_;
+    some_ = ceil_div(blocks_, min_of(blocks_, max_of(64 / max_of(tasks, 1), 1)));
+    width_ = kColumns + a.K - 1, plane_ = (rows_ + a.K - 1) * width_ * kDepth;
+    const int64_t pixel = a.C_out * element_size(a.z_dtype);
+    past_cache_ = pixel % 64 == 0 && (uintptr_t)a.z % 64 == 0 && a.z_image_stride % kLine == 0 &&
+                  a.N * a.rows * a.W * pixel > kPastCache;
+  }
+
+  void run() const {
+    const int64_t shares = ceil_div(blocks_, some_), tasks = a_.N * down_ * across_ * shares;
+    share(tasks, rows_ * kColumns * a_.C_in, [&](Items& items) {
+      // A block's last pixels may lie behind the last row.
+      Scratch x((kSteps * plane_ + kPixels * kDepth) / 2);
+      Scratch sums(parts_ == 1 ? kBlock : rows_ * (kColumns / kPixels) * some_ * kBlock);
+      Unit::configure();
+      for (int64_t i = items.next(); i < items.n; i = items.next()) {
+        const int64_t at = i / shares, strip = at / across_;
+        const int64_t row = strip % down_ * rows_, column = at % across_ * kColumns;
+        const int64_t begin = i % shares * some_;
+        const Task task = {strip / down_,
+                           row,
+                           column,
+                           min_of(a_.rows - row, rows_),
+                           min_of(a_.W - column, kColumns),
+                           begin,
+                           min_of(blocks_ - begin, some_)};
+        for (int64_t part = 0; part < parts_; ++part) {
+          lay_out(task, part, (BFloat16*)x.get());
+          multiply(task, part, (const BFloat16*)x.get(), sums.get());
+        }
+      }
+      Unit::release();
+      if (past_cache_) finish_past_cache();
+    });
+  }
+
+ private:
+  static constexpr int64_t kLine = 64 / sizeof(Z);
+
+  struct Task {
+    int64_t n, row, column, rows, columns, block, blocks;
+  };
+
+  // x[step][row][column][kDepth] of the part's channels.
+  void lay_out(const Task& task, int64_t part, BFloat16* x) const {
+    const T* image = (const T*)a_.x + task.n * a_.x_image_stride;
+    const int64_t c0 = part * kSteps * kDepth, c1 = min_of(a_.C_in, c0 + kSteps * kDepth);
+    for (int64_t r = 0; r < task.rows + a_.K - 1; ++r) {
+      const int64_t h = task.row + r - a_.pad_h;
+      for (int64_t p = 0; p < task.columns + a_.K - 1; ++p) {
+        const int64_t w = task.column + p - a_.K / 2;
+        const bool inside = h >= 0 && h < a_.x_rows && w >= 0 && w < a_.W;
+        const T* from = image + (h * a_.W + w) * a_.C_in;
+        BFloat16* to = x + (r * width_ + p) * kDepth;
+        for (int64_t c = c0; c < c1; c += kDepth, to += plane_) {
+          copy(to, from + c, inside ? min_of(c1 - c, kDepth) : 0);
+        }
+      }
+    }
+  }
+  // kDepth channels, those from n on zeros.
+  static GPL_INLINE void copy(BFloat16* to, const BFloat16* from, int64_t n) {
+    store_i((int32_t*)to, n ? load_bytes(from, 2 * n) : fill_i(0));
+  }
+  static GPL_INLINE void copy(BFloat16* to, const float* from, int64_t n) {
+    for (int64_t c = 0; c < kDepth; c += 16) {
+      store(to + c, c < n ? load_upto(from + c, n - c) : fill(0.0f));
+    }
+  }
+
+  void multiply(const Task& task, int64_t part, const BFloat16* x, float* sums) const {
+    const int64_t taps = a_.K * a_.K, steps = ceil_div(a_.C_in, kDepth);
+    const int64_t some = min_of(steps - part * kSteps, kSteps);
+    for (int64_t b = 0; b < task.blocks; ++b) {
+      const int64_t block = task.block + b;
+      const BFloat16* u = (const BFloat16*)a_.u + (block * steps + part * kSteps) * taps * kBlock;
+      for (int64_t r = 0; r < task.rows; ++r) {
+        for (int64_t p = 0; p < task.columns; p += kPixels) {
+          const int64_t pixels = min_of(task.columns - p, kPixels);
+          const BFloat16* from = x + (r * width_ + p) * kDepth;
+          Unit::add({from, u, a_.K, width_ * kDepth, plane_, some, sums, part == 0, pixels <= 16});
+          if (part + 1 == parts_) put(task, block, r, p, pixels, sums);
+          if (parts_ > 1) sums += kBlock;
+        }
+      }
+    }
+  }
+
+  void put(const Task& task, int64_t block, int64_t r, int64_t p, int64_t pixels,
+           const float* sums) const {
+    const int64_t c = block * kOutputs, left = a_.C_out - c;
+    Z* z = (Z*)a_.z + task.n * a_.z_image_stride +
+           ((task.row + r) * a_.W + task.column + p) * a_.C_out + c;
+    for (int64_t i = 0; i < pixels; ++i, z += a_.C_out) {
+      const float* from = sums + i / 16 * 512 + i % 16 * 16;
+      if (past_cache_) {
+        store_past_cache(z, load(from));
+        if (left > 16) store_past_cache(z + 16, load(from + 256));
+      } else {
+        store_upto(z, load(from), left);
+        if (left > 16) store_upto(z + 16, load(from + 256), left - 16);
+      }
+    }
+  }
+
+  const DirectConv& a_;
+  int64_t blocks_, parts_, rows_, down_, across_, some_, width_, plane_;
+  bool past_cache_;
+};
+
+}  // namespace
+
+// u[block][part][tap][step][outputs / 16][pairs of input channels][16][2]
+void direct_weight(const DirectWeight& a) {
+  const int64_t steps = ceil_div(a.C_in, kDepth), taps = a.K * a.K;
+  parallel(ceil_div(a.C_out, kOutputs) * steps, taps * kBlock, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t block = i / steps, step = i % steps, part = step / kSteps;
+      const int64_t some = min_of(steps - part * kSteps, kSteps);
+      BFloat16* u =
+          (BFloat16*)a.u + (block * steps + part * kSteps) * taps * kBlock + step % kSteps * kBlock;
+      for (int64_t tap = 0; tap < taps; ++tap, u += some * kBlock) {
+        for (int64_t e = 0; e < kBlock; ++e) {
+          const int64_t n = block * kOutputs + e / 512 * 16 + e % 32 / 2;
+          const int64_t k = step * kDepth + e % 512 / 32 * 2 + e % 2;
+          const BFloat16* w = (const BFloat16*)a.w;
+          if (n >= a.C_out || k >= a.C_in) {
+            u[e] = BFloat16{0};
+          } else if (a.transposed) {
+            u[e] = w[(k * taps + taps - 1 - tap) * a.C_out + n];
+          } else {
+            u[e] = w[(n * taps + tap) * a.C_in + k];
+          }
+        }
+      }
+    }
+  });
+}
+
+void direct_conv(const DirectConv& a) {
+  const auto run = [&](auto z, auto x) {
+#ifdef GPL_AMX
+    if (cpu::multiplies_bfloat16()) {
+      return Direct<MatrixUnit, decltype(z), decltype(x)>(a).run();
+    }
+#endif
+    Direct<NoUnit, decltype(z), decltype(x)>(a).run();
+  };
+  if (a.dtype == DType::kFloat32) {
+    run(float{}, float{});
+  } else if (a.z_dtype == DType::kFloat32) {
+    run(float{}, BFloat16{});
+  } else {
+    run(BFloat16{}, BFloat16{});
+  }
+}
+
+}  // namespace GPL_CPU_NAMESPACE
+}  // namespace gpl_fast
