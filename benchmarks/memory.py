@@ -38,10 +38,8 @@ def _here(
     small = shape if name.startswith("compile") else (1, shape[1], 32, 32)
     measure.step(provider, *make_inputs(small, kind, peaked))
     logits, target = make_inputs(shape, kind, peaked)
-    return {
-        "peak_mib": measure.peak_mib(provider, logits, target),
-        "saved_bytes": measure.saved_bytes(provider, logits, target, provider.weights),
-    }
+    peak, saved = measure.memory(provider, logits, target, provider.weights)
+    return {"peak_mib": peak, "saved_bytes": saved}
 
 
 def main() -> None:

@@ -91,8 +91,6 @@ def rows_of(case: Case, device: str, rounds: int) -> list[report.Row]:
         rows[name] |= found
         rows[name]["speedup_vs_eager_fp32"] = rows[name].pop("speedup")
         rows[name]["tflop_per_second"] = work / found["seconds_median"] / 1e12
-        saved = measure.saved_bytes(made[name], logits, target, made[name].weights)
-        rows[name]["saved_bytes"] = saved
     return list(rows.values())
 
 
@@ -107,8 +105,9 @@ def prepare(
         row["error"] = why
         return {}
     measure.step(provider, logits, target)  # compiled, tuned, weights cached
-    if logits.is_cuda:
-        row["peak_mib"] = measure.peak_mib(provider, logits, target)
+    peak, row["saved_bytes"] = measure.memory(provider, logits, target, provider.weights)
+    if logits.is_cuda:  # a CPU's is that of the whole process
+        row["peak_mib"] = peak
     return {name: provider}
 
 

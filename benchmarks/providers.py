@@ -7,7 +7,9 @@ network, the structure `net` with `gpl_fast.LossNet.vgg`'s weights: all give the
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from typing import Any
@@ -24,6 +26,7 @@ TARGETS = ("labels", "dense", "topk")
 NET = "1,1,1,1,1"
 TOP = 8  # classes listed in a pixel of a top-k target
 BLOB = 16  # pixels between the noise's grid points: labels come in regions of about this size
+PIECES = 16  # of random numbers, each from a generator of its own
 PRESENT = 32  # classes at most in an image: scenes show few of many
 # Nats a pixel, the mean over the demo's test scenes of its student after training.
 TRAINED_ENTROPY = 0.11
@@ -47,19 +50,31 @@ def make_inputs(
     n, c, h, w = shape
     if kind == "topk" and c == 1:
         raise ValueError("topk: got 1 class, expected 2 or more")
-    generator = torch.Generator(device).manual_seed(0)
     labels, scores, indices = _blobs(n, c, h, w, device)
-    logits = torch.randn(n, c, h, w, generator=generator, device=device)
+    logits = _noise(shape, 0, device)
     if peaked:
         _raise_right_class(logits, labels)
     if kind == "labels":
         return logits, labels
     if kind == "topk":
         return logits, gpl_fast.TopK(torch.softmax((8 if peaked else 2) * scores, dim=1), indices)
-    teacher = torch.randn(n, c, h, w, generator=generator, device=device)
+    teacher = _noise(shape, PIECES, device)
     if peaked:
         _raise_right_class(teacher, labels)
     return logits, teacher
+
+
+def _noise(shape: Sequence[int], seed: int, device: str) -> Tensor:
+    """Unit Gaussian, drawn in pieces side by side: torch draws one in one thread."""
+    noise = torch.empty(tuple(shape), device=device)
+
+    def draw(i: int, piece: Tensor) -> None:
+        piece.normal_(generator=torch.Generator(device).manual_seed(seed + i))
+
+    pieces = noise.view(-1).chunk(PIECES)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(draw, range(len(pieces)), pieces))
+    return noise
 
 
 def _blobs(n: int, c: int, h: int, w: int, device: str) -> tuple[Tensor, Tensor, Tensor]:

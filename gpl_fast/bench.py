@@ -152,8 +152,7 @@ def used_by(name: str, shape: Shape, kind: str, device: str) -> Used:
     # Libraries, threads and cached weights are up before the baseline.
     measure.step(loss, *make_inputs((1, shape[1], 32, 32), kind, device))
     logits, target = make_inputs(shape, kind, device)
-    peak = measure.peak_mib(loss, logits, target)
-    saved = measure.saved_bytes(loss, logits, target, loss.net.cached_tensors)
+    peak, saved = measure.memory(loss, logits, target, loss.net.cached_tensors)
     inputs = measure.nbytes((logits, *measure.target_tensors(target)))
     return Used(inputs, None if peak is None else int(peak * 2**20), saved)
 

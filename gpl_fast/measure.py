@@ -130,47 +130,33 @@ def summary(
 # ----------------------------------------------------------------------------------------- memory
 
 
-def peak_mib(loss: Loss, logits: Tensor, target: Any) -> float | None:
-    """MiB that one step adds at its highest, the gradient included.
-
-    On a GPU by PyTorch's allocator; on the CPU by the resident set's high-water mark, for which
-    nothing else should have run in the process: see `in_fresh_process`. None where the system does
-    not tell.
-    """
-    if logits.is_cuda:
-        start = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        kept = step(loss, logits, target)
-        peak = torch.cuda.max_memory_allocated()
-        del kept
-        return (peak - start) / 2**20
-    if not reset_peak():
-        return None
-    before = resident_mib("VmRSS")
-    kept = step(loss, logits, target)
-    after = resident_mib("VmHWM")
-    del kept
-    return None if before is None or after is None else max(after - before, 0.0)
-
-
-def saved_bytes(
+def memory(
     loss: Loss, logits: Tensor, target: Any, weights: Callable[[], list[Tensor]]
-) -> int:
-    """Bytes that autograd keeps from forward to backward besides logits, target and `weights`,
-    each storage once."""
-    kept: dict[int, Tensor] = {}  # holds on to the tensors: no storage's address comes twice
+) -> tuple[float | None, int]:
+    """Of one step: MiB that it adds at its highest, the gradient included, and bytes that autograd
+    keeps from forward to backward besides logits, target and `weights`, each storage once.
+
+    The peak is PyTorch's allocator's on a GPU; on the CPU it is the resident set's high-water mark,
+    for which nothing else should have run in the process: see `in_fresh_process`. None where the
+    system does not tell.
+    """
+    kept: dict[int, int] = {}  # bytes by storage; while autograd keeps one, no other is there
 
     def pack(t: Tensor) -> Tensor:
-        kept[t.untyped_storage()._cdata] = t
+        storage = t.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
         return t
 
+    before = _reset_peak(logits.is_cuda)
     x = logits.detach().requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         value = loss(x, target)
     for t in (x, *target_tensors(target), *weights()):
         kept.pop(t.untyped_storage()._cdata, None)
-    del value
-    return nbytes(kept.values())
+    value.backward()  # type: ignore[no-untyped-call]
+    after = torch.cuda.max_memory_allocated() / 2**20 if logits.is_cuda else resident_mib("VmHWM")
+    peak = None if before is None or after is None else max(after - before, 0.0)
+    return peak, sum(kept.values())
 
 
 def target_tensors(target: Any) -> tuple[Tensor, ...]:
@@ -213,15 +199,18 @@ def _send(sender: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> N
     sender.send(function(*args))
 
 
-def reset_peak() -> bool:
-    """Give free memory back, then let ``VmHWM`` start again from ``VmRSS``; False if it cannot."""
+def _reset_peak(cuda: bool) -> float | None:
+    """MiB in use, from which the peak starts again; None if it cannot."""
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 2**20
     gc.collect()
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # glibc's; a step would reuse free pages unseen
-        Path("/proc/self/clear_refs").write_text("5")
+        ctypes.CDLL(None).malloc_trim(0)  # glibc's; a step would use free pages again, unseen
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes VmRSS
     except (AttributeError, OSError):
-        return False
-    return True
+        return None
+    return resident_mib("VmRSS")
 
 
 def resident_mib(field: str) -> float | None:

@@ -72,9 +72,10 @@ def test_saved_bytes_are_those_beyond_inputs_and_weights():
         return (torch.conv2d(x, weight, padding=1).relu() - target).square().sum()
 
     logits, target = torch.randn(1, 5, 8, 8), torch.randn(1, 4, 8, 8)
-    kept = measure.saved_bytes(loss, logits, target, lambda: [weight])
+    _, kept = measure.memory(loss, logits, target, lambda: [weight])
     assert kept == 2 * 4 * 64 * 4  # ReLU's output and the difference
-    assert measure.saved_bytes(loss, logits, target, list) == kept + weight.nbytes
+    _, more = measure.memory(loss, logits, target, list)
+    assert more == kept + weight.nbytes
 
 
 # --------------------------------------------------------------------------------- your own shape
