@@ -257,6 +257,28 @@ class Direct {
   bool past_cache_;
 };
 
+// Of 16 outputs from n0 and kDepth input channels from k0.
+void weight_register(const DirectWeight& a, int64_t tap, int64_t n0, int64_t k0, BFloat16* u) {
+  const BFloat16* w = (const BFloat16*)a.w;
+  const int64_t taps = a.K * a.K;
+  const int64_t n_count = max_of(min_of(a.C_out - n0, 16), 0);
+  const int64_t k_count = min_of(a.C_in - k0, kDepth);
+  Vi pairs[16];
+  for (int64_t i = 0; i < 16; ++i) {
+    if (a.transposed) {
+      const BFloat16* even = w + ((k0 + 2 * i) * taps + taps - 1 - tap) * a.C_out + n0;
+      const Vf low = load_upto(even, 2 * i < k_count ? n_count : 0);
+      const Vf high = load_upto(even + taps * a.C_out, 2 * i + 1 < k_count ? n_count : 0);
+      pairs[i] = narrow(BFloat16{}, low) | bits(high);
+    } else {
+      const BFloat16* from = w + ((n0 + i) * taps + tap) * a.C_in + k0;
+      pairs[i] = i < n_count ? load_bytes(from, 2 * k_count) : fill_i(0);
+    }
+  }
+  if (!a.transposed) transpose(pairs);
+  for (int64_t i = 0; i < 16; ++i) store_i((int32_t*)(u + i * 32), pairs[i]);
+}
+
 }  // namespace
 
 // u[block][part][tap][step][outputs / 16][pairs of input channels][16][2]
@@ -269,17 +291,8 @@ void direct_weight(const DirectWeight& a) {
       BFloat16* u =
           (BFloat16*)a.u + (block * steps + part * kSteps) * taps * kBlock + step % kSteps * kBlock;
       for (int64_t tap = 0; tap < taps; ++tap, u += some * kBlock) {
-        for (int64_t e = 0; e < kBlock; ++e) {
-          const int64_t n = block * kOutputs + e / 512 * 16 + e % 32 / 2;
-          const int64_t k = step * kDepth + e % 512 / 32 * 2 + e % 2;
-          const BFloat16* w = (const BFloat16*)a.w;
-          if (n >= a.C_out || k >= a.C_in) {
-            u[e] = BFloat16{0};
-          } else if (a.transposed) {
-            u[e] = w[(k * taps + taps - 1 - tap) * a.C_out + n];
-          } else {
-            u[e] = w[(n * taps + tap) * a.C_in + k];
-          }
+        for (int64_t n = 0; n < kOutputs; n += 16) {
+          weight_register(a, tap, block * kOutputs + n, step * kDepth, u + n * kDepth);
         }
       }
     }
