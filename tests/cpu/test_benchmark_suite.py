@@ -260,6 +260,11 @@ def test_growth_with_the_classes_is_checked(exponent, verdict, later):
     assert findings.checks(classes_rows(exponent, later, provider="eager-fp32")) == []
 
 
+def test_load_may_hide_the_growth_with_the_classes():
+    (line,) = findings.checks(classes_rows(0.95, later=9.0))
+    assert line.endswith("a step took no longer than its later blocks: not told")
+
+
 def test_speed_and_memory_of_many_classes_are_checked():
     gradient = 4 * 1203 * 512 * 512
     given = {"sweep": "large", "shape": "1x1203x512x512", "peak_mib": (gradient + 2e8) / 2**20}
