@@ -1,6 +1,6 @@
-// K x K convolutions of stride 1 on bfloat16 maps by the definition, for CPUs that multiply
-// bfloat16 matrices (AMX): 32 pixels of a row times 32 output channels at a time. Sums are float32
-// and stay so until they are stored, which no operator of ATen's offers.
+// K x K convolutions of stride 1 in bfloat16 by the definition, for CPUs that multiply its matrices
+// (AMX): 32 pixels of a row times 32 output channels at a time. Sums are float32 and stay so until
+// they are stored, which no operator of ATen's offers.
 #include "tile.h"
 
 #if defined(GPL_AVX512) && defined(GPL_FAST_AMX)

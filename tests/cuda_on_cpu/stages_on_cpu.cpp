@@ -11,7 +11,7 @@ GPL_FAST_STAGES(GPL_FAST_DEFINE)
 #undef GPL_FAST_DEFINE
 
 void populate(void*, int64_t) {}
-bool multiplies_fast(DType) { return false; }
+bool multiplies_bfloat16() { return false; }
 const char* capability() { return "none"; }
 
 }  // namespace gpl_fast::cpu
