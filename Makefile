@@ -31,7 +31,7 @@ help:
 	@echo "make test-cpu, test-interpreter, test-compile, test-cuda  its parts"
 	@echo "make sanitize  the CPU kernels under AddressSanitizer and UBSan"
 	@echo "make lint   ruff, mypy, clang-format"
-	@echo "make bench  time and memory on this machine, about ten minutes on two cores"
+	@echo "make bench  time and memory on this machine, about eleven minutes on two cores"
 	@echo "make bench-gpu  the same of a GPU's workloads, with PYTHON and its torch"
 	@echo "make gpu-report  tests, sanitizer and benchmark of a GPU, with PYTHON and its torch"
 	@echo "make toy    the toy experiment of the paper's supplement, into toy_out/"

@@ -1,7 +1,7 @@
 """Error of half precision against float64, plain form and difference form: a Markdown table.
 
-The difference form twice: with ATen's convolutions, as on a CPU that is fast in the dtype, and with
-those in float32, as on others.
+The difference form twice: with convolutions in the dtype, as on a CPU that is fast in it, and in
+float32, as on others.
 
 One map of 64 x 64, unit Gaussian logits whose right class is raised by a margin, in square regions
 of one class; the teacher is the same logits with noise of half a unit. The table of

@@ -6,7 +6,7 @@ wrong one is left out and the run will end with status 1; then forward and backw
 in turns, so that load on the machine meets all of them. All cases are visited several times, each
 time for a few rounds, so that minutes of load meet all of them as well.
 
-    python benchmarks/run.py --ceiling                     # every sweep, about ten minutes
+    python benchmarks/run.py --ceiling                     # every sweep, about eleven minutes
     python benchmarks/run.py --sweep classes               # some of them: `SWEEPS`
     python benchmarks/run.py --shapes 2,150,512,512        # shapes of your own
 """
