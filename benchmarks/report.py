@@ -1,7 +1,8 @@
 """What is made of the measured rows: CSV, tables, a plot, and what `findings` has to say.
 
 ``python benchmarks/report.py results.csv --markdown FILE --plot FILE`` makes them again without
-measuring; ``--compare OTHER.csv`` says by how much the ratios of two runs differ.
+measuring; ``--machines`` sets those of several machines side by side; ``--compare OTHER.csv`` says
+by how much the ratios of two runs differ.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from findings import (
+    CASE,
     OURS,
     VARIED,
     Row,
@@ -133,6 +135,32 @@ def markdown(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+# Of each case that machines are compared in.
+COMPARED = ("gpl_fast-fp32", "gpl_fast-bf16", "eager-bf16-cl")
+
+
+def machines(rows: list[Row]) -> str:
+    """A line for each case, and in a column for each machine how many times as fast as eager
+    float32 the providers `COMPARED` are there."""
+    names = list(dict.fromkeys(row["machine"] for row in rows))
+    cases: dict[tuple[Any, ...], dict[tuple[str, str], float | None]] = {}
+    for row in rows:
+        case = cases.setdefault(tuple(row[k] for k in CASE), {})
+        case[row["machine"], row["provider"]] = row["speedup_vs_eager_fp32"]
+    lines = ["| logits | target | " + " | ".join(names) + " |", "|---|---|" + "--:|" * len(names)]
+    for (sweep, *case), speedups in cases.items():
+        columns = ([speedups.get((name, p)) for p in COMPARED] for name in names)
+        cells = [" · ".join("–" if x is None else f"{x:.1f}" for x in each) for each in columns]
+        lines.append("| " + " | ".join([*_inputs(sweep, *case), *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _inputs(sweep: str, shape: str, target: str, peaked: bool, net: str) -> list[str]:
+    """The cells that say what a case is of."""
+    kind = f"{target}, {'peaked' if peaked else 'flat'}" + ", training" * (sweep == "training")
+    return [shape.replace("x", "×") + f", {net}" * (net != "1,1,1,1,1"), kind]
+
+
 def _sweep_table(sweep: str, rows: list[Row]) -> list[str]:
     conv = any(row["conv_share"] is not None for row in rows)
     header = ["logits", "target", "provider", "time (p20–p80)", "forward", "backward", "speedup",
@@ -142,9 +170,7 @@ def _sweep_table(sweep: str, rows: list[Row]) -> list[str]:
     lines += [f"`{command}`" if sweep != "own" else f"`{rows[0]['command']}` and its like", ""]
     lines += ["| " + " | ".join(header) + " |", "|---|---|---|" + "--:|" * (len(header) - 3)]
     for case, some in by_case(rows):
-        _, shape, target, peaked, net = case
-        first = [shape.replace("x", "×") + (f", {net}" if net != "1,1,1,1,1" else "")]
-        first += [f"{target}, {'peaked' if peaked else 'flat'}"]
+        first = _inputs(*case)
         for row in some:
             low, high = (_seconds(row[k]) for k in ("seconds_p20", "seconds_p80"))
             cells = [
@@ -258,19 +284,23 @@ def _fixed_sizes(row: Row, sweep: str) -> str:
 def main() -> int:
     """Tables, plot and checks of rows measured before; 1 if `--compare` finds a ratio moved."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("csv", type=Path)
+    parser.add_argument("csv", type=Path, nargs="+")
     parser.add_argument("--sweep", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--markdown", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE")
+    parser.add_argument("--machines", action="store_true", help="one table of all CSVs' machines")
     parser.add_argument("--compare", type=Path, metavar="OTHER.csv")
     args = parser.parse_args()
-    rows = read_csv(args.csv)
+    rows = [row for path in args.csv for row in read_csv(path)]
     if args.sweep:
         rows = [row for row in rows if row["sweep"] in args.sweep]
     if args.compare:
         found, met = comparison(rows, read_csv(args.compare))
         print(found)
         return int(not met)
+    if args.machines:
+        print(machines(rows))
+        return 0
     if args.markdown:
         args.markdown.write_text(markdown(rows))
     else:

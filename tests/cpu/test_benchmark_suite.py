@@ -299,6 +299,24 @@ def test_where_it_is_not_faster_is_listed():
     assert "Nowhere here." in report.markdown([mine])
 
 
+def test_machines_are_set_side_by_side(tmp_path, monkeypatch, capsys):
+    old = [a_row(machine="old"), a_row(machine="old", provider="eager-bf16-cl",
+                                       speedup_vs_eager_fp32=0.75)]  # fmt: skip
+    new = [a_row(machine="new", provider="gpl_fast-fp32", speedup_vs_eager_fp32=5.0),
+           a_row(machine="new", sweep="training", net="vgg19", target="dense")]  # fmt: skip
+    paths = [str(tmp_path / "old.csv"), str(tmp_path / "new.csv")]
+    for rows, path in zip((old, new), paths, strict=True):
+        report.write_csv(rows, Path(path))
+    monkeypatch.setattr(sys, "argv", ["report.py", *paths, "--machines"])
+    assert report.main() == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "| logits | target | old | new |",
+        "|---|---|--:|--:|",
+        "| 1×19×256×256 | labels, peaked | – · 4.0 · 0.8 | 5.0 · – · – |",
+        "| 1×19×256×256, vgg19 | dense, peaked, training | – · – · – | – · 4.0 · – |",
+    ]
+
+
 def test_two_runs_are_compared_by_their_ratios(tmp_path, monkeypatch, capsys):
     first = [a_row(), a_row(shape="1x150x256x256", speedup_vs_eager_fp32=3.0),
              a_row(provider="eager-fp32", speedup_vs_eager_fp32=1.0)]  # fmt: skip
