@@ -92,12 +92,14 @@ def _time_layer(
     weight = torch.randn(c_out, c_in, size, size).to(dtype, memory_format=layout)
     pad = size // 2
     forward = difference = backward = float("inf")
-    if size == 3 and not ops.cpu_is_fast(dtype):
-        forward = _winograd(x, weight, 2, False)
-        difference = min(forward, _winograd(x, weight, 4, False))
+    arithmetic = ops.cpu_arithmetic(dtype)
+    if size == 3 and arithmetic != "own":
+        if arithmetic == "float32":
+            forward = _winograd(x, weight, 2, False)
+        difference = _winograd(x, weight, 4, False)
         backward = _winograd(dz, weight, 4, True)
-    elif dtype == torch.bfloat16 and ops.cpu_is_fast(dtype):
-        forward, backward = _direct(x, weight, False), _direct(dz, weight, True)
+    if dtype == torch.bfloat16 and arithmetic != "float32":
+        forward, backward = _direct(x, weight, False), min(backward, _direct(dz, weight, True))
     forward = _best(lambda: torch.conv2d(x, weight, None, 1, pad), forward)
     backward = _best(lambda: torch.conv_transpose2d(dz, weight, None, 1, pad), backward)
     return forward, min(forward, difference), backward

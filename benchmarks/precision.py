@@ -1,7 +1,7 @@
 """Error of half precision against float64, plain form and difference form: a Markdown table.
 
-The difference form twice: with convolutions in the dtype, as on a CPU that is fast in it, and in
-float32, as on others.
+The difference form with convolutions in the dtype, as on a CPU that multiplies its matrices, in the
+mixed arithmetic of one that multiplies pairs of bfloat16, and in float32, as on others.
 
 One map of 64 x 64, unit Gaussian logits whose right class is raised by a margin, in square regions
 of one class; the teacher is the same logits with noise of half a unit. The table of
@@ -23,6 +23,8 @@ from gpl_fast import GenericPerceptualLoss, LossNet, ops
 SIZE = 64
 # classes, side of a region, margins
 CASES = [(19, 8, (0, 4, 8)), (150, 8, (0, 6, 12)), (847, 8, (0, 8, 14)), (1203, 8, (0, 14))]
+
+FORMS = ("plain", "own", "mixed", "float32")  # plain PyTorch, and by `plan.Spec.arithmetic`
 
 
 def peaked(channels: int, region: int, margin: float) -> tuple[Tensor, Tensor]:
@@ -56,9 +58,14 @@ def row(channels: int, region: int, margin: float, kind: str, dtype: torch.dtype
     )
     cells = [f"{channels}", f"{margin}", kind, str(dtype).removeprefix("torch.")]
     values, cosines = [], []
-    for backend, native in (("reference", True), ("fast", True), ("fast", False)):
+    for arithmetic in FORMS:
+        if arithmetic == "mixed" and dtype != torch.bfloat16:
+            values.append("")
+            cosines.append("")
+            continue
+        backend = "reference" if arithmetic == "plain" else "fast"
         loss = GenericPerceptualLoss(channels, net, backend=backend, compute_dtype=dtype)
-        with mock.patch.object(ops, "cpu_is_fast", lambda _, native=native: native):
+        with mock.patch.object(ops, "cpu_arithmetic", lambda _, found=arithmetic: found):
             value, g = value_and_gradient(loss, logits, target)
         values.append(f"{abs(value - truth) / truth:.2%}")
         cosines.append(f"{float((g * gradient).sum() / (g.norm() * gradient.norm())):.3f}")
@@ -70,8 +77,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     torch.manual_seed(parser.parse_args().seed)
     head = ["C", "margin", "target", "dtype"]
-    forms = ["plain", "difference", "in float32"]
-    head += [f"{what}, {form}" for what in ("value", "cosine") for form in forms]
+    head += [f"{what}, {form}" for what in ("value", "cosine") for form in FORMS]
     print("| " + " | ".join(head) + " |")
     print("|" + "---|" * len(head))
     for channels, region, margins in CASES:

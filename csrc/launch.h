@@ -3,10 +3,10 @@
 
 #include <cstdint>
 
-// Whether the compiler knows the matrix unit of x86.
+// Whether the compiler knows what x86 has for bfloat16: AMX, and vdpbf16ps.
 #if defined(GPL_FAST_X86) && \
     ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11))
-#define GPL_FAST_AMX 1
+#define GPL_FAST_BF16 1
 #endif
 
 namespace gpl_fast {
@@ -178,7 +178,8 @@ struct WinogradWeight {
   int64_t C_in, C_out;  // of the convolution that is to be done
   int64_t tile;         // of F(tile x tile, 3 x 3): 2 or 4
   bool transposed;      // eq. (4): that of the data gradient
-  const float* w;       // [C_out, 3, 3, C_in]; transposed: [C_in, 3, 3, C_out], taps to be reversed
+  DType dtype;          // of w, float32 or bfloat16
+  const void* w;        // [C_out, 3, 3, C_in]; transposed: [C_in, 3, 3, C_out], taps to be reversed
   float* u;  // [(tile + 2)^2 * C_in * padded_to(C_out, 32)], in an order of the kernel's own
 };
 
@@ -245,8 +246,9 @@ GPL_FAST_STAGES(GPL_FAST_DECLARE)
 const char* capability();
 // Maps the pages of memory that will be written all over, in a scattered order.
 void populate(void* data, int64_t bytes);
-// Whether this machine multiplies matrices of bfloat16 much faster than of float32.
-bool multiplies_bfloat16();
+// What multiplies bfloat16 faster than float32 here: pairs twice as fast, matrices many times.
+enum class Bfloat16Unit { kNone, kPairs, kMatrix };
+Bfloat16Unit bfloat16_unit();
 }  // namespace cpu
 
 namespace cuda {  // stream: a cudaStream_t

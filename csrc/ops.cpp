@@ -462,7 +462,9 @@ void winograd_weight(const Tensor& w, int64_t tile, bool transposed, const Tenso
   WinogradWeight a = {};
   a.tile = tile, a.transposed = transposed;
   a.C_in = w.size(transposed ? 0 : 3), a.C_out = w.size(transposed ? 3 : 0);
-  a.w = (const float*)contiguous(w, "w", ScalarType::Float, {w.size(0), 3, 3, w.size(3)});
+  a.dtype = float_dtype(w, "w");
+  STD_TORCH_CHECK(a.dtype != DType::kFloat16, "gpl_fast: w must be float32 or bfloat16");
+  a.w = contiguous(w, "w", w.scalar_type(), {w.size(0), 3, 3, w.size(3)});
   a.u = (float*)contiguous(u, "u", ScalarType::Float, {winograd_elements(tile, a.C_in, a.C_out)});
   cpu::winograd_weight(a);
 }
@@ -528,7 +530,10 @@ void populate(const Tensor& t) {
   cpu::populate(t.data_ptr(), t.numel() * t.element_size());
 }
 
-std::string cpu_fast_dtypes() { return cpu::multiplies_bfloat16() ? "bfloat16" : ""; }
+std::string cpu_bfloat16() {
+  const char* const names[] = {"none", "pairs", "matrix"};
+  return names[(int)cpu::bfloat16_unit()];
+}
 
 std::string cpu_capability() { return cpu::capability(); }
 
@@ -591,7 +596,7 @@ STABLE_TORCH_LIBRARY(gpl_fast, m) {
   m.def("direct_conv(Tensor x, Tensor u, int K, int pad_h, Tensor(a!) z) -> ()");
   m.def("populate(Tensor(a!) t) -> ()");
   m.def("cpu_capability() -> str");
-  m.def("cpu_fast_dtypes() -> str");
+  m.def("cpu_bfloat16() -> str");
   m.def("cuda_build() -> str");
 }
 
@@ -626,6 +631,6 @@ STABLE_TORCH_LIBRARY_IMPL(gpl_fast, CUDA, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(gpl_fast, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&gpl_fast::cpu_capability));
-  m.impl("cpu_fast_dtypes", TORCH_BOX(&gpl_fast::cpu_fast_dtypes));
+  m.impl("cpu_bfloat16", TORCH_BOX(&gpl_fast::cpu_bfloat16));
   m.impl("cuda_build", TORCH_BOX(&gpl_fast::cuda_build));
 }

@@ -91,7 +91,7 @@ def perceptual_terms(
         if cross_entropy.class_weight is not None:
             tensors["class_weight"] = cross_entropy.class_weight.float()
     resized = target.dense is not None and tuple(target.dense.shape[2:]) != tuple(pred.shape[2:])
-    float32 = chain.float32_convolutions(pred.device, dtype)
+    arithmetic = chain.arithmetic(pred.device, dtype)
     spec = plan.make_spec(
         net,
         feature_weights=feature_weights,
@@ -105,11 +105,12 @@ def perceptual_terms(
         cross_entropy=cross_entropy is not None,
         device=pred.device.type,
         dtype=dtype,
-        float32_convolutions=float32,
+        arithmetic=arithmetic,
         workspace_mb=workspace_mb,
     )
     names = tuple(tensors)
-    packed = pred.device, torch.float32 if float32 else dtype, target.kind in ("labels", "topk")
+    weights = torch.float32 if arithmetic == "float32" else dtype
+    packed = pred.device, weights, target.kind in ("labels", "topk")
     packs = net.cached_packs(*packed)
     text = ",".join(names) + ";" + ",".join(chain.pack_names(net, *packed))
     if torch.is_grad_enabled() and pred.requires_grad:
@@ -139,7 +140,7 @@ def encode(
         target: (N, C, H, W) float32, bfloat16 or float16, any strides.
         Others: as `perceptual_terms`.
     """
-    float32 = chain.float32_convolutions(target.device, dtype)
+    arithmetic = chain.arithmetic(target.device, dtype)
     spec = plan.make_spec(
         net,
         feature_weights=dict.fromkeys(layers, 1.0),
@@ -150,10 +151,10 @@ def encode(
         temperature=temperature,
         device=target.device.type,
         dtype=dtype,
-        float32_convolutions=float32,
+        arithmetic=arithmetic,
         workspace_mb=workspace_mb,
     )
-    packed = target.device, torch.float32 if float32 else dtype, False
+    packed = target.device, torch.float32 if arithmetic == "float32" else dtype, False
     packs = net.cached_packs(*packed)
     tensors = [] if valid is None else [valid.contiguous()]
     text = ",".join(["valid"] * len(tensors)) + ";"

@@ -132,7 +132,7 @@ def _explain_fast(
         temperature=o.temperature,
         device=pred.device.type,
         dtype=dtype,
-        float32_convolutions=chain.float32_convolutions(pred.device, dtype),
+        arithmetic=chain.arithmetic(pred.device, dtype),
         workspace_mb=o.workspace_mb,
     )
     n, _, height, width = pred.shape
@@ -145,7 +145,7 @@ def _explain_fast(
         total += target.valid.numel()
     flops = sum(layer.flops for layer in layers)
     workspace = planned.bytes_transient()
-    float32 = planned.spec.float32_convolutions
+    float32 = planned.spec.arithmetic == "float32"
     return Explanation(choice.name, choice.reason, dtype, flops, total, workspace, layers, float32)
 
 

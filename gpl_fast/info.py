@@ -60,10 +60,14 @@ def _operators() -> dict[str, str]:
     if (reason := ops.load()) is not None:
         return {"library": f"unavailable: {reason}"}
     build = ops.parse_cuda_build(ops.cuda_build())
-    fast = ["float32", *ops.cpu_fast_dtypes().split()]
+    bfloat16 = {
+        "none": "bfloat16 is computed in float32",
+        "pairs": "bfloat16 in pairs (AVX512_BF16)",
+        "matrix": "bfloat16 by matrices (AMX)",
+    }[ops.cpu_bfloat16()]
     return {
         "library": str(ops.LIBRARY),
-        "cpu": f"{ops.cpu_capability()} instructions, fast in {' and '.join(fast)}",
+        "cpu": f"{ops.cpu_capability()} instructions, {bfloat16}",
         "cuda": str(build) if build else "none: it was built without nvcc",
     }
 

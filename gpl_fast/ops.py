@@ -38,7 +38,7 @@ _MUTATING = (
     "conv_block_bwd",
     "conv_block_logits_bwd",
 )
-_TEXTS = ("cpu_capability", "cpu_fast_dtypes", "cuda_build")
+_TEXTS = ("cpu_capability", "cpu_bfloat16", "cuda_build")
 
 
 @functools.cache
@@ -106,9 +106,12 @@ def cuda_obstacle(device: torch.device) -> str | None:
 
 
 @functools.cache
-def cpu_is_fast(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies matrices of a 16-bit dtype much faster than of float32."""
-    return str(dtype).removeprefix("torch.") in __getattr__("cpu_fast_dtypes")().split()
+def cpu_arithmetic(dtype: torch.dtype) -> str:
+    """How this CPU's convolutions of maps of `dtype` are computed: `plan.Spec.arithmetic`."""
+    if dtype != torch.bfloat16:
+        return "float32"
+    unit: str = __getattr__("cpu_bfloat16")()
+    return {"none": "float32", "pairs": "mixed", "matrix": "own"}[unit]
 
 
 def _mutating_fake(*args: Any, **kwargs: Any) -> None:

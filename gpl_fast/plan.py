@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -64,7 +63,7 @@ class Spec:
     cross_entropy: bool
     device: str
     dtype: str
-    float32_convolutions: bool  # whatever the dtype, see `chain.stages`
+    arithmetic: str  # of the convolutions: in the maps' "own" dtype, "float32", or "mixed" of both
     workspace_bytes: int
 
 
@@ -246,35 +245,47 @@ class Plan:
         """Of the chunk that the walks allocate besides `saved`: at most the workspace."""
         return self._bytes(self.images, self.rows)
 
-    def direct(self, i: int) -> bool:
-        """Whether csrc/cpu/direct_conv.cpp does step i's convolution and its data gradient: on a
-        CPU that multiplies bfloat16."""
-        native = self.spec.device == "cpu" and not self.spec.float32_convolutions
-        return native and self.dtype == torch.bfloat16 and self.steps[i].stride == 1
+    def tile(self, i: int, decisive: bool) -> int:
+        """Results to a side that a CPU computes together of step i's convolution: 4 and 2 are
+        Winograd's, 1 is the definition in bfloat16 (csrc/cpu/direct_conv.cpp), 0 is ATen's.
 
-    def by_winograd(self, i: int) -> bool:
-        """Whether Winograd's algorithm does step i's convolution and its data gradient."""
-        step = self.steps[i]
-        fits = step.kernel_size == 3 and step.stride == 1 and self._enough_tiles(i, 2)
-        return self.spec.float32_convolutions and fits
+        `decisive` are those of which signs and winners come. Winograd's tiles of 4 x 4 are for the
+        others alone, δ and the data gradient, and pay unless matrices of bfloat16 are multiplied.
+        """
+        step, arithmetic = self.steps[i], self.spec.arithmetic
+        if self.spec.device != "cpu" or step.stride != 1:
+            return 0
+        winograd = step.kernel_size == 3 and arithmetic != "own"
+        if winograd and not decisive and self._large_tiles_fit(i) and self._enough_tiles(i, 4):
+            return 4
+        if self.dtype == torch.bfloat16 and arithmetic != "float32":
+            return 1
+        return 2 if winograd and self._enough_tiles(i, 2) else 0
 
-    def tile(self, i: int) -> int:
-        """Its results to a side where they decide no sign and no winner: of δ, and backward."""
-        weight = max(self._winograd_bytes(i, 4))
-        fits = self.large_tiles and WINOGRAD_SHARE * weight <= self.spec.workspace_bytes
-        return 4 if fits and self._enough_tiles(i, 4) else 2
+    def _large_tiles_fit(self, i: int) -> bool:
+        weight = max(self._weights_bytes(i, {2, 4}, {4}))
+        return self.large_tiles and WINOGRAD_SHARE * weight <= self.spec.workspace_bytes
 
     def _enough_tiles(self, i: int, tile: int) -> bool:
         size = self.sizes[i]
         tiles = self.n * -(-size.conv_h // tile) * -(-size.conv_w // tile)
         return tiles >= WINOGRAD_TILES[tile]
 
-    def _winograd_bytes(self, i: int, tile: int) -> tuple[int, int]:
-        """Of the weights of step i's convolution, of y' and of δ, and of its data gradient's."""
+    def _weights_bytes(self, i: int, forward: set[int], backward: set[int]) -> tuple[int, int]:
+        """Of step i's weights as its convolution reads them, for the tiles of `forward`, and as its
+        data gradient does."""
+        k = self.steps[i].kernel_size
         c_in, c_out = padded_channels(self.steps[i].in_channels), self.steps[i].out_channels
-        tiles = {2, tile}
-        forward = sum(winograd_elements(t, c_in, c_out) for t in tiles)
-        return 4 * forward, 4 * winograd_elements(tile, c_out, c_in)
+        itemsize = 4 if self.spec.arithmetic == "float32" else self.dtype.itemsize
+
+        def of(tile: int, c_in: int, c_out: int) -> int:
+            if tile > 1:
+                return 4 * winograd_elements(tile, c_in, c_out)
+            if tile == 1:
+                return itemsize * direct_elements(k * k, c_in, c_out)
+            return itemsize * k * k * c_in * c_out
+
+        return sum(of(t, c_in, c_out) for t in forward), sum(of(t, c_out, c_in) for t in backward)
 
     # --------------------------------------------------------------------------------- coefficients
 
@@ -326,16 +337,10 @@ class Plan:
     def _weight_bytes(self, i: int) -> int:
         """What no chunk makes smaller: the weight of one of segment i's convolutions, as Winograd's
         algorithm reads it (one for each tile) or in ATen's order."""
-        itemsize, out = 4 if self.spec.float32_convolutions else self.dtype.itemsize, 0
+        out = 0
         for j in self.segments[i]:
-            step = self.steps[j]
-            if self.by_winograd(j):
-                out = max(out, *self._winograd_bytes(j, self.tile(j)))
-            else:
-                c_in = padded_channels(step.in_channels)
-                sizes = step.kernel_size**2, c_in, step.out_channels
-                elements = direct_elements(*sizes) if self.direct(j) else math.prod(sizes)
-                out = max(out, itemsize * elements)
+            rest = self.tile(j, False)
+            out = max(out, *self._weights_bytes(j, {self.tile(j, True), rest}, {rest}))
         return out
 
     def _whole_only(self, i: int) -> bool:
@@ -376,8 +381,8 @@ class Plan:
         narrow = self.steps[segment[0]].in_channels if i else 0
         # (y, δ) in, (z, δz) out; with several convolutions both pairs are alive.
         # Of (z, δz), and of what they become.
-        own = self.direct(segment[0]) or self.by_winograd(segment[0])
-        wide = 4 if own or self.spec.float32_convolutions else e
+        own = self.tile(segment[0], True) > 0
+        wide = 4 if own or self.spec.arithmetic == "float32" else e
         outs = (4 if len(segment) > 1 else 2) * widest * wide
         if wide > e and not own:  # float32 copies of (y, δ)
             outs += 2 * 4 * max(narrow, padded_channels(self.spec.in_channels))
@@ -445,7 +450,7 @@ def make_spec(
     cross_entropy: bool = False,
     device: str = "cpu",
     dtype: torch.dtype,
-    float32_convolutions: bool = False,
+    arithmetic: str = "own",
     workspace_mb: float,
 ) -> str:
     """The Spec of a loss on a network without `obstacle`, as JSON for `load_spec`."""
@@ -462,7 +467,7 @@ def make_spec(
         cross_entropy=cross_entropy,
         device=device,
         dtype=dtype,
-        float32_convolutions=float32_convolutions,
+        arithmetic=arithmetic,
         workspace_mb=workspace_mb,
     )
 

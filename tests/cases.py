@@ -31,21 +31,28 @@ HALF_BOUND = {torch.bfloat16: (0.05, 0.45), torch.float16: (0.006, 0.2)}
 NARROW = (5, 8, 7, 6, 9)
 
 
-# How the CPU's convolutions are computed: "native", in the maps' dtype, as where a CPU is fast at
-# it; "float32", by Winograd's algorithm where it pays; "winograd", wherever it can.
-ARITHMETIC = ("native", "float32", "winograd")
+# How the CPU's convolutions are computed: "own", in the maps' dtype, as where a CPU multiplies its
+# matrices; "mixed", bfloat16 partly so, partly by Winograd's algorithm, wherever that can be;
+# "float32", by Winograd's algorithm where it pays; "winograd", wherever it can be.
+ARITHMETIC = ("own", "mixed", "float32", "winograd")
 
 
 def use_arithmetic(patch: pytest.MonkeyPatch, name: str) -> None:
     """One of `ARITHMETIC`, whatever CPU this is."""
-    patch.setattr(ops, "cpu_is_fast", lambda dtype: name == "native")
-    if name == "winograd":
+
+    def arithmetic(dtype: torch.dtype) -> str:
+        if name == "own" or (name == "mixed" and dtype == torch.bfloat16):
+            return name
+        return "float32"
+
+    patch.setattr(ops, "cpu_arithmetic", arithmetic)
+    if name in ("mixed", "winograd"):
         patch.setattr(plan, "WINOGRAD_TILES", {2: 0, 4: 0})
 
 
-def both_ways(test):
-    """Runs a test with ATen's convolutions and with Winograd's."""
-    ways = pytest.mark.parametrize("arithmetic", ["native", "winograd"], indirect=True)
+def every_way(test):
+    """Runs a test with each arithmetic of the convolutions, Winograd's wherever it can be."""
+    ways = pytest.mark.parametrize("arithmetic", ["own", "mixed", "winograd"], indirect=True)
     return pytest.mark.usefixtures("arithmetic")(ways(test))
 
 

@@ -41,6 +41,6 @@ def one_thread():
 
 @pytest.fixture
 def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """See `cases.both_ways`."""
+    """See `cases.every_way`."""
     use_arithmetic(monkeypatch, request.param)
     return str(request.param)

@@ -1,14 +1,13 @@
 // K x K convolutions of stride 1 in bfloat16 by the definition, for CPUs that multiply its matrices
-// (AMX): 32 pixels of a row times 32 output channels at a time. Sums are float32 and stay so until
-// they are stored, which no operator of ATen's offers.
+// (AMX) or pairs (AVX512_BF16): 32 pixels of a row times 32 output channels at a time. Sums are
+// float32 and stay so until they are stored, which no operator of ATen's offers.
 #include "tile.h"
 
-#if defined(GPL_AVX512) && defined(GPL_FAST_AMX)
-#define GPL_AMX 1
+#if defined(GPL_AVX512) && defined(GPL_FAST_BF16)
+#define GPL_UNITS 1
 // For functions alone: nothing else of this file may run where the unit is missing.
 #define GPL_AMX_TARGET __attribute__((target("amx-tile,amx-bf16")))
-#else
-#define GPL_AMX_TARGET
+#define GPL_PAIRS_TARGET __attribute__((target("avx512bf16")))
 #endif
 
 namespace gpl_fast {
@@ -32,10 +31,11 @@ struct Products {
   const BFloat16* u;
   int64_t taps, row, plane, steps;  // taps to a side; elements from row to row, step to step
   float* sums;                      // [pixels / 16][outputs / 16][16][16]
-  bool first, half;                 // sums begin; the last 16 pixels are left out
+  bool first;                       // sums begin
+  int64_t pixels;                   // that are wanted
 };
 
-#ifdef GPL_AMX
+#ifdef GPL_UNITS
 class MatrixUnit {
  public:
   GPL_AMX_TARGET static void configure() {
@@ -52,6 +52,7 @@ class MatrixUnit {
   GPL_AMX_TARGET static void add(const Products& a) {
     constexpr int64_t kRegister = 16 * kDepth;
     float* const sums = a.sums;
+    const bool half = a.pixels <= 16;
     if (a.first) {
       _tile_zero(0);
       _tile_zero(1);
@@ -60,7 +61,7 @@ class MatrixUnit {
     } else {
       _tile_loadd(0, sums, 64);
       _tile_loadd(1, sums + 256, 64);
-      if (!a.half) {
+      if (!half) {
         _tile_loadd(2, sums + 512, 64);
         _tile_loadd(3, sums + 768, 64);
       }
@@ -75,7 +76,7 @@ class MatrixUnit {
           _tile_loadd(7, u + kRegister, 64);
           _tile_dpbf16ps(0, 4, 6);
           _tile_dpbf16ps(1, 4, 7);
-          if (a.half) continue;
+          if (half) continue;
           _tile_loadd(5, x + kRegister, 64);
           _tile_dpbf16ps(2, 5, 6);
           _tile_dpbf16ps(3, 5, 7);
@@ -84,9 +85,54 @@ class MatrixUnit {
     }
     _tile_stored(0, sums, 64);
     _tile_stored(1, sums + 256, 64);
-    if (a.half) return;
+    if (half) return;
     _tile_stored(2, sums + 512, 64);
     _tile_stored(3, sums + 768, 64);
+  }
+};
+
+class PairUnit {
+ public:
+  static void configure() {}
+  static void release() {}
+
+  GPL_PAIRS_TARGET static void add(const Products& a) {
+    for (int64_t p = 0; p < a.pixels; p += kTogether) add(a, p);
+  }
+
+ private:
+  static constexpr int kTogether = 8;  // pixels; times two registers of outputs
+
+  GPL_PAIRS_TARGET static void add(const Products& a, int64_t pixel) {
+    float* const sums = a.sums + pixel / 16 * 512 + pixel % 16 * 16;
+    __m512 sum[kTogether][2];
+    GPL_UNROLL for (int m = 0; m < kTogether; ++m) {
+      GPL_UNROLL for (int n = 0; n < 2; ++n) {
+        sum[m][n] = a.first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + n * 256 + m * 16);
+      }
+    }
+    const BFloat16* u = a.u;
+    for (int64_t i = 0; i < a.taps; ++i) {
+      for (int64_t j = 0; j < a.taps; ++j) {
+        const BFloat16* x = a.x + i * a.row + (j + pixel) * kDepth;
+        for (int64_t k = 0; k < a.steps; ++k, x += a.plane, u += kBlock) {
+          for (int64_t c = 0; c < kDepth; c += 2) {
+            const __m512bh low = (__m512bh)_mm512_loadu_si512(u + c * 16);
+            const __m512bh high = (__m512bh)_mm512_loadu_si512(u + (kDepth + c) * 16);
+            GPL_UNROLL for (int m = 0; m < kTogether; ++m) {
+              int32_t pair;
+              std::memcpy(&pair, x + m * kDepth + c, sizeof pair);
+              const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+              sum[m][0] = _mm512_dpbf16_ps(sum[m][0], both, low);
+              sum[m][1] = _mm512_dpbf16_ps(sum[m][1], both, high);
+            }
+          }
+        }
+      }
+    }
+    GPL_UNROLL for (int m = 0; m < kTogether; ++m) {
+      GPL_UNROLL for (int n = 0; n < 2; ++n) _mm512_storeu_ps(sums + n * 256 + m * 16, sum[m][n]);
+    }
   }
 };
 #endif
@@ -98,7 +144,7 @@ class NoUnit {
   static void release() {}
 
   static void add(const Products& a) {
-    for (int64_t half = 0; half < (a.half ? 1 : 2); ++half) {
+    for (int64_t half = 0; half < (a.pixels <= 16 ? 1 : 2); ++half) {
       for (int64_t n = 0; n < 2; ++n) add(a, half * 16, n);
     }
   }
@@ -203,6 +249,8 @@ class Direct {
         BFloat16* to = x + (r * width_ + p) * kDepth;
         for (int64_t c = c0; c < c1; c += kDepth, to += plane_) {
           copy(to, from + c, inside ? min_of(c1 - c, kDepth) : 0);
+          // The next part's: pixels of many channels lie too far apart to be fetched unasked.
+          if (inside && c1 < a_.C_in) __builtin_prefetch(from + c + kSteps * kDepth, 0, 2);
         }
       }
     }
@@ -227,7 +275,7 @@ class Direct {
         for (int64_t p = 0; p < task.columns; p += kPixels) {
           const int64_t pixels = min_of(task.columns - p, kPixels);
           const BFloat16* from = x + (r * width_ + p) * kDepth;
-          Unit::add({from, u, a_.K, width_ * kDepth, plane_, some, sums, part == 0, pixels <= 16});
+          Unit::add({from, u, a_.K, width_ * kDepth, plane_, some, sums, part == 0, pixels});
           if (part + 1 == parts_) put(task, block, r, p, pixels, sums);
           if (parts_ > 1) sums += kBlock;
         }
@@ -301,9 +349,13 @@ void direct_weight(const DirectWeight& a) {
 
 void direct_conv(const DirectConv& a) {
   const auto run = [&](auto z, auto x) {
-#ifdef GPL_AMX
-    if (cpu::multiplies_bfloat16()) {
+#ifdef GPL_UNITS
+    const cpu::Bfloat16Unit unit = cpu::bfloat16_unit();
+    if (unit == cpu::Bfloat16Unit::kMatrix) {
       return Direct<MatrixUnit, decltype(z), decltype(x)>(a).run();
+    }
+    if (unit == cpu::Bfloat16Unit::kPairs) {
+      return Direct<PairUnit, decltype(z), decltype(x)>(a).run();
     }
 #endif
     Direct<NoUnit, decltype(z), decltype(x)>(a).run();

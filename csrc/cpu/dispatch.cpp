@@ -68,7 +68,7 @@ struct Registers {
 // AMX's tiles are usable where the system saves them, bits 17 and 18 of XCR0, and gives them to a
 // process that asks.
 bool has_tiles() {
-#if defined(GPL_FAST_AMX) && defined(__linux__)
+#if defined(GPL_FAST_BF16) && defined(__linux__)
   const bool os_xsave = Registers(1, 0).ecx >> 27 & 1, tiles = Registers(7, 0).edx >> 24 & 1;
   if (!os_xsave || !tiles) return false;
   unsigned low, high;
@@ -80,22 +80,26 @@ bool has_tiles() {
 #endif
 }
 
-bool detect_bfloat16() {
-  // Not vdpbf16ps: twice the work of a fused multiply-add on AMD's, at half the rate on Intel's, it
-  // is no more than Winograd's algorithm saves in float32.
-  const bool amx_bf16 = Registers(7, 0).edx >> 22 & 1;
-  return current() == Capability::kAvx512 && amx_bf16 && has_tiles();
+// vdpbf16ps does twice the work of a fused multiply-add; Intel's CPUs do it at half the rate.
+Bfloat16Unit detect_bfloat16() {
+  const bool amx_bf16 = Registers(7, 0).edx >> 22 & 1, pairs = Registers(7, 1).eax >> 5 & 1;
+  if (current() != Capability::kAvx512) return Bfloat16Unit::kNone;
+  if (amx_bf16 && has_tiles()) return Bfloat16Unit::kMatrix;
+#ifdef GPL_FAST_BF16
+  if (pairs && __builtin_cpu_is("amd")) return Bfloat16Unit::kPairs;
+#endif
+  return Bfloat16Unit::kNone;
 }
 #endif
 
 }  // namespace
 
-bool multiplies_bfloat16() {
+Bfloat16Unit bfloat16_unit() {
 #ifdef GPL_FAST_X86
-  static const bool found = detect_bfloat16();
+  static const Bfloat16Unit found = detect_bfloat16();
   return found;
 #else
-  return false;
+  return Bfloat16Unit::kNone;
 #endif
 }
 

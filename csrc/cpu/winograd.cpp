@@ -298,10 +298,11 @@ class Grouped {
 
 // u[block][point][panel][k][kPanel] of a block and of input channels [k0, k0 + 16); w is
 // [N][tap][K] or, for the transpose, [K][tap][N] with the taps in reverse.
-template <class F>
+template <class F, class T>
 void weight_block(const WinogradWeight& a, int64_t b, int64_t k0) {
   constexpr int kSide = F::kResults + 2, kPoints = kSide * kSide;
   const int64_t K = a.C_in, N = a.C_out, k_count = min_of(K - k0, 16);
+  const T* w = (const T*)a.w;
   float* u = a.u + b * kPoints * K * kBlock;
   for (int64_t j = 0; j < kBlock; j += 16) {
     const int64_t n0 = b * kBlock + j, n_count = max_of(min_of(N - n0, 16), 0);
@@ -311,9 +312,9 @@ void weight_block(const WinogradWeight& a, int64_t b, int64_t k0) {
       GPL_UNROLL for (int tap = 0; tap < 9; ++tap) {
         if (a.transposed) {
           g[tap] =
-              r < k_count ? load_n(a.w + ((k0 + r) * 9 + 8 - tap) * N + n0, n_count) : fill(0.0f);
+              r < k_count ? load_n(w + ((k0 + r) * 9 + 8 - tap) * N + n0, n_count) : fill(0.0f);
         } else {
-          g[tap] = r < n_count ? load_n(a.w + ((n0 + r) * 9 + tap) * K + k0, k_count) : fill(0.0f);
+          g[tap] = r < n_count ? load_n(w + ((n0 + r) * 9 + tap) * K + k0, k_count) : fill(0.0f);
         }
       }
       for (int j = 0; j < 3; ++j) F::weight(g[j], g[3 + j], g[6 + j], columns[j]);
@@ -341,13 +342,21 @@ void weight_block(const WinogradWeight& a, int64_t b, int64_t k0) {
 
 void winograd_weight(const WinogradWeight& a) {
   const int64_t blocks = ceil_div(a.C_out, kBlock), steps = ceil_div(a.C_in, 16);
-  parallel(blocks * steps, 16 * kBlock * (a.tile + 2) * (a.tile + 2),
-           [&](int64_t begin, int64_t end) {
-             for (int64_t i = begin; i < end; ++i) {
-               with_tile(a.tile,
-                         [&](auto f) { weight_block<decltype(f)>(a, i / steps, i % steps * 16); });
-             }
-           });
+  const auto run = [&](auto f, auto w) {
+    const int64_t cost = 16 * kBlock * (a.tile + 2) * (a.tile + 2);
+    parallel(blocks * steps, cost, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        weight_block<decltype(f), decltype(w)>(a, i / steps, i % steps * 16);
+      }
+    });
+  };
+  with_tile(a.tile, [&](auto f) {
+    if (a.dtype == DType::kFloat32) {
+      run(f, float{});
+    } else {
+      run(f, BFloat16{});
+    }
+  });
 }
 
 void winograd(const Winograd& a) {

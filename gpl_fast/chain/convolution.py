@@ -17,11 +17,11 @@ from gpl_fast.plan import Plan, direct_elements, winograd_elements
 class Convolutions:
     """The convolutions of a plan's steps and their data gradients, NHWC -> NHWC.
 
-    ATen's, but those of stride 1 on a CPU. Where `float32_convolutions`, 3 x 3 ones are Winograd's
-    (csrc/cpu/winograd.cpp), and others get float32 copies; where not, those of bfloat16 are
-    csrc/cpu/direct_conv.cpp's. All of these results stay float32; data gradients have the dtype of
-    `dz`. What decides signs and winners has Winograd's tiles of 2 x 2 results, since those leave
-    zeros and ties as they are; the rest has larger ones.
+    On a CPU what `Plan.tile` says: csrc/cpu/winograd.cpp's, csrc/cpu/direct_conv.cpp's, or ATen's,
+    which get float32 copies where the arithmetic is float32; on a GPU ATen's. Results of our own
+    stay float32; data gradients have the dtype of `dz`. What decides signs and winners is computed
+    by the definition or by Winograd's tiles of 2 x 2 results, which leave zeros and ties as they
+    are.
     """
 
     def __init__(self, plan: Plan, packs: Mapping[str, Tensor]) -> None:
@@ -31,13 +31,9 @@ class Convolutions:
         self._layer = ""
         self._weights: dict[int, Tensor] = {}
 
-    def direct(self, i: int) -> bool:
-        """`Plan.direct`; not where Triton's interpreter stands for a GPU."""
-        return self.on_cpu and self.plan.direct(i)
-
     def ours(self, i: int) -> bool:
-        """Whether step i's are not ATen's."""
-        return self.direct(i) or self.plan.by_winograd(i)
+        """Whether step i's are not ATen's, as they are where Triton's interpreter is the GPU."""
+        return self.on_cpu and self.plan.tile(i, True) > 0
 
     def conv(self, i: int, maps: Tensor, decisive: bool, pad_h: int, row0: int) -> Tensor:
         """Step i's convolution of maps (count, N, rows, W, C_in), `pad_h` rows of zeros above and
@@ -49,7 +45,7 @@ class Convolutions:
             shape = (count, n, rows + 2 * pad_h - k + 1, width, step.out_channels)
             z = maps.new_empty(shape, dtype=torch.float32)
             for j in range(count):
-                tile = self._tile(i, decisive and j == 0)
+                tile = self.plan.tile(i, decisive and j == 0)
                 self._write(i, maps[j], tile, False, pad_h, row0, z[j])
             return z
         w = self.packs[f"w.{step.conv}"]
@@ -67,7 +63,7 @@ class Convolutions:
             if out is None:
                 rows = dz.shape[1] - 2 * p if strips else dz.shape[1]
                 out = dz.new_empty((dz.shape[0], rows, dz.shape[2], w.shape[1]))
-            self._write(i, dz, self._tile(i, False), True, 0 if strips else p, row0, out)
+            self._write(i, dz, self.plan.tile(i, False), True, 0 if strips else p, row0, out)
             return out
         extra = (0, 0)
         if step.stride == 2:
@@ -79,12 +75,6 @@ class Convolutions:
     def release(self) -> None:
         """Forget the layer: other layers, or other images, come next."""
         self._weights.clear()
-
-    def _tile(self, i: int, decisive: bool) -> int:
-        """Results to a side that are computed together: 1 is the definition."""
-        if self.direct(i):
-            return 1
-        return 2 if decisive else self.plan.tile(i)
 
     def _write(
         self, i: int, maps: Tensor, tile: int, transposed: bool, pad_h: int, row0: int, out: Tensor

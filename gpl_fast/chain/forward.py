@@ -42,7 +42,7 @@ class Forward:
         self.plain = plan.spec.kind in ("features", "encode")
         self.convolutions = Convolutions(plan, packs)
         self.table = packs.get("table")  # of the dtype of what it adds to
-        if self.table is not None and self.convolutions.direct(0) and not plan.front:
+        if self.table is not None and self.convolutions.ours(0) and not plan.front:
             self.table = self.table.float()
         self.stages = stages_on(x.device)
         # True float32 is ATen's convolutions; TF32 is the kernels' too.
@@ -209,7 +209,7 @@ class Forward:
         if self.plan.spec.adapter:
             flat = conv(flat, self.packs["w.adapter"], 1, (0, 0))
         else:
-            dtype = torch.float32 if self.plan.spec.float32_convolutions else flat.dtype
+            dtype = torch.float32 if self.plan.spec.arithmetic == "float32" else flat.dtype
             flat = flat[..., : self.plan.spec.in_channels].to(dtype).contiguous()
         maps = flat.view(*maps.shape[:4], flat.shape[-1])
         if self.taken[0] is not None:

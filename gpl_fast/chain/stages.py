@@ -19,10 +19,10 @@ def has_blocks(device: torch.device) -> bool:
 
 
 @constant_in_graphs
-def float32_convolutions(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether convolutions of maps of `dtype` are computed in float32, by float32 weights: on a CPU
-    that multiplies matrices of `dtype` no faster."""
-    return device.type == "cpu" and not has_blocks(device) and not ops.cpu_is_fast(dtype)
+def arithmetic(device: torch.device, dtype: torch.dtype) -> str:
+    """How convolutions of maps of `dtype` are computed: `plan.Spec.arithmetic`."""
+    on_cpu = device.type == "cpu" and not has_blocks(device)
+    return ops.cpu_arithmetic(dtype) if on_cpu else "own"
 
 
 def stages_on(device: torch.device) -> ModuleType:

@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from cases import ATOL, NARROW, both_ways, error, value_and_grad
+from cases import ATOL, NARROW, error, every_way, value_and_grad
 from saved import Walk, fast_node, left_by, network_input, terms, unpack_code
 from torch import Tensor, nn
 
@@ -259,13 +259,13 @@ def test_log_sum_exp_of_both_terms(activation, temperature):
 def halves(loss, pred, target, dtype=FLOAT):
     """Plan, targets and weights by name, as the walks take them."""
     planned, _ = left_by(loss(pred.clone().requires_grad_(), target))
-    dtype = FLOAT if chain.float32_convolutions(pred.device, dtype) else dtype
+    dtype = FLOAT if chain.arithmetic(pred.device, dtype) == "float32" else dtype
     packs = loss.net.cached_packs(pred.device, dtype, False)
     names = chain.pack_names(loss.net, pred.device, dtype, False)
     return planned, {"dense": target}, dict(zip(names, packs, strict=True))
 
 
-@both_ways
+@every_way
 @pytest.mark.parametrize("rows", [None, 4])
 @pytest.mark.parametrize("name", SAVING)
 def test_backward_reads_reference_made_tensors(name, rows, monkeypatch):
@@ -335,7 +335,7 @@ POISONED = {
 }
 
 
-@both_ways
+@every_way
 @pytest.mark.parametrize("rows", [None, 4])
 @pytest.mark.parametrize("name", POISONED)
 def test_walks_write_all_that_they_read(name, rows, monkeypatch):
@@ -493,27 +493,51 @@ def test_large_tiles_have_weights_that_fit(mb, most):
     net = GenericPerceptualLoss(150, "vgg19").net
     spec = load_spec(make_spec(
         net, feature_weights={"pool5": 1.0}, style_weights={}, kind="dense", activation="softmax",
-        target_activation="softmax", temperature=1.0, dtype=FLOAT, float32_convolutions=True,
+        target_activation="softmax", temperature=1.0, dtype=FLOAT, arithmetic="float32",
         workspace_mb=mb,
     ))  # fmt: skip
     planned = Plan(spec, 16, 512, 512)
     for i, step in enumerate(planned.steps):
         weight = padded_channels(step.in_channels) * step.out_channels
-        assert planned.tile(i) == (4 if weight <= most else 2), step.conv
-    one = Plan(spec, 1, 40, 40)  # 100 tiles
-    assert {one.tile(i) for i in range(len(one.steps))} == {2}
+        assert planned.tile(i, False) == (4 if weight <= most else 2), step.conv
+        assert planned.tile(i, True) == 2
+    one = Plan(spec, 1, 40, 40)  # 100 tiles of 4 x 4
+    assert [one.tile(i, False) for i in one.segments[0]] == [2, 2]
 
 
-@pytest.mark.parametrize("float32", [False, True])
+@pytest.mark.parametrize(
+    ("arithmetic", "first", "fifth"),
+    [("own", (1, 1), (1, 1)), ("mixed", (1, 4), (1, 1)), ("float32", (2, 4), (0, 0))],
+)
+def test_who_convolves_bfloat16(arithmetic, first, fifth):
+    """What signs and winners come of, and the rest: of 64 x 64 pixels, and of 4 x 4."""
+
+    def tiles(**net):
+        made = GenericPerceptualLoss(5, **net).net
+        spec = load_spec(make_spec(
+            made, feature_weights={made.layers[-1].name: 1.0}, style_weights={}, kind="dense",
+            activation="softmax", target_activation="softmax", temperature=1.0, dtype=BF16,
+            arithmetic=arithmetic, workspace_mb=256,
+        ))  # fmt: skip
+        planned = Plan(spec, 1, 64, 64)
+        return [(planned.tile(i, True), planned.tile(i, False)) for i in (0, -1)]
+
+    assert tiles() == [first, fifth]
+    definition = 0 if arithmetic == "float32" else 1
+    assert tiles(kernel_size=5) == [(definition, definition)] * 2
+    assert tiles(pool="stride")[-1] == (0, 0)
+
+
+@pytest.mark.parametrize("arithmetic", ["own", "mixed", "float32"])
 @pytest.mark.parametrize("kind", ["dense", "labels", "features"])
 @pytest.mark.parametrize("size", [(3, 64, 96), (1, 512, 512), (16, 512, 683)])
 @pytest.mark.parametrize("mb", [64, 256, 2048])
 @pytest.mark.parametrize("blocks", ["1,1,1,1,1", "vgg19"])
-def test_chunks_fit_the_workspace(blocks, mb, size, kind, float32):
+def test_chunks_fit_the_workspace(blocks, mb, size, kind, arithmetic):
     net = GenericPerceptualLoss(150, blocks).net
     spec = load_spec(make_spec(
         net, feature_weights={"pool5": 1.0}, style_weights={}, kind=kind, activation="softmax",
-        target_activation="softmax", temperature=1.0, dtype=BF16, float32_convolutions=float32,
+        target_activation="softmax", temperature=1.0, dtype=BF16, arithmetic=arithmetic,
         workspace_mb=mb,
     ))  # fmt: skip
     try:
@@ -529,16 +553,18 @@ def test_chunks_fit_the_workspace(blocks, mb, size, kind, float32):
         assert rows == height or (rows % 2 == 0 and 0 < rows < height)
 
 
-@pytest.mark.parametrize("float32", [False, True])
-@pytest.mark.parametrize("dtype", [FLOAT, BF16])
+@pytest.mark.parametrize(
+    ("dtype", "arithmetic"),
+    [(FLOAT, "own"), (FLOAT, "float32"), (BF16, "own"), (BF16, "mixed"), (BF16, "float32")],
+)
 @pytest.mark.parametrize("kind", ["dense", "labels"])
-def test_little_workspace_is_enough_for_many_classes(kind, dtype, float32):
+def test_little_workspace_is_enough_for_many_classes(kind, dtype, arithmetic):
     """64 MB for crops of 512 x 512, whatever the deep layers' weights take."""
     for c in (19, 150, 1203):
         spec = load_spec(make_spec(
             GenericPerceptualLoss(c).net, feature_weights={"pool5": 1.0}, style_weights={},
             kind=kind, activation="softmax", target_activation="softmax", temperature=1.0,
-            dtype=dtype, float32_convolutions=float32, workspace_mb=64,
+            dtype=dtype, arithmetic=arithmetic, workspace_mb=64,
         ))  # fmt: skip
         assert Plan(spec, 2, 512, 512).bytes_transient() <= 64 * 2**20
 

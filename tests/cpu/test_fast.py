@@ -20,8 +20,8 @@ from cases import (
     ARITHMETIC,
     ATOL,
     NARROW,
-    both_ways,
     error,
+    every_way,
     use_arithmetic,
     value_and_grad,
 )
@@ -289,12 +289,12 @@ def target_of(kind: str, pred: Tensor, loss: GenericPerceptualLoss) -> Any:
 KINDS = ("dense", "resized", "labels", "topk", "features")
 
 
-@both_ways
+@every_way
 @pytest.mark.parametrize("rows", [2, 4, 8, "images"])
 @pytest.mark.parametrize("pool", ["max", "avg", "stride"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_chunks_are_the_whole(kind, pool, rows, arithmetic, monkeypatch):
-    kernel = 3 if arithmetic == "winograd" else 5
+    kernel = 5 if arithmetic == "own" else 3
     loss = fast(3, "2,1,1", pool=pool, kernel_size=kernel, level_weights=(0.5, 1, 2))
     pred = 2 * torch.randn(3, 3, 29, 22)
     target, mask = target_of(kind, pred, loss), torch.rand(3, 29, 22) < 0.9
@@ -311,7 +311,7 @@ def test_chunks_are_the_whole(kind, pool, rows, arithmetic, monkeypatch):
     assert all(map(torch.equal, again, chunked))  # deterministic for the same chunks
 
 
-@both_ways
+@every_way
 @pytest.mark.parametrize("rows", [2, 8])
 @pytest.mark.parametrize("kind", ["dense", "labels"])
 def test_chunks_of_the_total_are_the_whole(kind, rows, monkeypatch):
@@ -324,7 +324,7 @@ def test_chunks_of_the_total_are_the_whole(kind, rows, monkeypatch):
     close(value_and_grad(total, logits, labels, teacher), whole, CLOSE[FLOAT])
 
 
-@both_ways
+@every_way
 @pytest.mark.parametrize("dtype", [FLOAT, BF16])
 @pytest.mark.parametrize("kind", ["dense", "labels", "topk"])
 def test_threads_do_not_change_a_bit(kind, dtype):
@@ -342,7 +342,7 @@ def test_threads_do_not_change_a_bit(kind, dtype):
     assert all(map(torch.equal, *found))
 
 
-@both_ways
+@every_way
 @pytest.mark.parametrize("rows", [None, 2])
 @pytest.mark.parametrize("dtype", [FLOAT, BF16, HALF])
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid", "none"])
@@ -375,7 +375,7 @@ def test_a_confident_sigmoid_keeps_its_difference_to_labels(c, dtype):
           truth, tolerance)  # fmt: skip
 
 
-@both_ways
+@every_way
 @pytest.mark.parametrize("dtype", [FLOAT, BF16])
 @pytest.mark.parametrize("masked", [False, True])
 def test_encode_is_the_reference_in_chunks(masked, dtype):
@@ -425,7 +425,7 @@ PEAKED = [
 ]
 
 
-@both_ways
+@every_way
 @pytest.mark.parametrize(
     ("c", "raised", "region", "bound", "kind"),
     [
@@ -637,7 +637,7 @@ def _double(x: Any) -> Any:
     return doubled(x) if isinstance(x, Tensor | TopK) else x
 
 
-@both_ways
+@every_way
 @pytest.mark.parametrize("rows", [None, 4])
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("taps", TAPS)
@@ -675,7 +675,7 @@ def test_style_targets(style, rows, monkeypatch):
     three_way(make, FLOAT, pred, make("reference").encode(target), style)
 
 
-@both_ways
+@every_way
 @pytest.mark.parametrize("kind", ["labels", "topk"])
 @pytest.mark.parametrize("net", ["max", "adapter"])
 def test_looked_up_targets_behind_biases_and_normalisation(net, kind):
@@ -706,7 +706,7 @@ def test_stride_two_levels_and_style(kind):
     three_way(make, FLOAT, pred, target_of(kind, pred, make("reference")))
 
 
-@both_ways
+@every_way
 @pytest.mark.parametrize("dtype", [BF16, HALF])
 def test_perceptual_family_in_half_precision(dtype):
     """Average pools: no winner to lose, so the gradient too is the definition's but for rounding

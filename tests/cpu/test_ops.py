@@ -693,6 +693,10 @@ def test_winograd(C, c_out, size, tile, transposed, dtype):
     check(exact, f32, truth, torch.float32)
     assert torch.equal(exact.to(dtype), z)
 
+    short = w.bfloat16()
+    of_short = winograd(x, short, tile=tile, transposed=transposed)
+    assert torch.equal(of_short, winograd(x, short.float(), tile=tile, transposed=transposed))
+
     # strips of rows with their halo, some that begin in the middle of a tile
     around = F.pad(x, (0, 0, 0, 0, 1, 1))
     for first, rows in ((0, 2), (0, 1), (1, 1), (2, 3), (3, 4), (5, 5), (4, 8)):
@@ -948,7 +952,7 @@ ONES = torch.ones(8, 8, 3, 3)
         (lambda z: ops.populate(z[..., :3]), "t must be dense in memory"),
         (lambda z: winograd(z, torch.ones(8, 8, 5, 5)), r"w must be \[C_out, 3, 3, C_in\]"),
         (lambda z: winograd(z, torch.ones(8, 9, 3, 3)), r"u must have the shape \[4608\]"),
-        (lambda z: winograd(z, ONES.half()), "w must be Float"),
+        (lambda z: winograd(z, ONES.half()), "w must be float32 or bfloat16"),
         (lambda z: winograd(z, ONES, pad_h=2), "pad_h must be 0 or 1"),
         (lambda z: winograd(z, ONES, tile=3), "tile must be 2 or 4, got 3"),
         (lambda z: ops.winograd(z, poisoned(4096), 3, 1, 0, z), "tile must be 2 or 4, got 3"),

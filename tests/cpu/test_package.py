@@ -233,16 +233,21 @@ def test_info_says_what_the_library_holds(capsys, monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="the system lists no CPU features")
-def test_fast_dtypes_are_those_of_the_systems_list():
+def test_the_arithmetic_follows_from_the_systems_list():
     """By CPUID, and by what Linux makes of it."""
     if (reason := ops.load()) is not None:
         pytest.skip(reason)
     text = Path("/proc/cpuinfo").read_text()
     flags = set((re.search(r"^flags\s*:(.*)$", text, re.M) or [""] * 2)[1].split())
-    wanted = ["bfloat16"] if ops.cpu_capability() == "avx512" and "amx_bf16" in flags else []
-    assert ops.cpu_fast_dtypes().split() == wanted
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert ops.cpu_is_fast(dtype) == (str(dtype).removeprefix("torch.") in wanted)
+    wide, amd = ops.cpu_capability() == "avx512", "AuthenticAMD" in text
+    if wide and "amx_bf16" in flags:
+        wanted = "matrix", "own"
+    elif wide and amd and "avx512_bf16" in flags:
+        wanted = "pairs", "mixed"
+    else:
+        wanted = "none", "float32"
+    assert (ops.cpu_bfloat16(), ops.cpu_arithmetic(torch.bfloat16)) == wanted
+    assert ops.cpu_arithmetic(torch.float32) == ops.cpu_arithmetic(torch.float16) == "float32"
 
 
 # ------------------------------------------------------------------------------------------- build
@@ -476,17 +481,17 @@ def test_explain_prints_what_a_user_asks_for():
     assert "float64" in double
 
 
-@pytest.mark.parametrize("fast", [False, True])
-def test_explain_says_where_half_precision_is_computed(fast, monkeypatch):
+@pytest.mark.parametrize("arithmetic", ["own", "mixed", "float32"])
+def test_explain_says_where_half_precision_is_computed(arithmetic, monkeypatch):
     if (reason := ops.load()) is not None:
         pytest.skip(reason)
-    monkeypatch.setattr(ops, "cpu_is_fast", lambda dtype: fast)
+    monkeypatch.setattr(ops, "cpu_arithmetic", lambda dtype: arithmetic)
     loss = gpl_fast.GenericPerceptualLoss(5, widths=NARROW)
     pred, target = torch.randn(1, 5, 32, 32).bfloat16(), torch.randint(5, (1, 32, 32))
     found = loss.explain(pred, target)
     assert found.compute_dtype == torch.bfloat16
-    assert found.float32_convolutions is not fast
-    assert ("convolutions in float32" in str(found)) is not fast
+    assert found.float32_convolutions is (arithmetic == "float32")
+    assert ("convolutions in float32" in str(found)) is (arithmetic == "float32")
     assert "convolutions in" not in str(loss.explain(pred.float(), target))
 
 

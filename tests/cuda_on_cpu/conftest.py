@@ -72,4 +72,4 @@ def kernels(built, request):
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch):
     """Where a CPU stands for a GPU, convolutions are ATen's and in the maps' dtype."""
-    use_arithmetic(monkeypatch, "native")
+    use_arithmetic(monkeypatch, "own")

@@ -11,7 +11,7 @@ GPL_FAST_STAGES(GPL_FAST_DEFINE)
 #undef GPL_FAST_DEFINE
 
 void populate(void*, int64_t) {}
-bool multiplies_bfloat16() { return false; }
+Bfloat16Unit bfloat16_unit() { return Bfloat16Unit::kNone; }
 const char* capability() { return "none"; }
 
 }  // namespace gpl_fast::cpu
