@@ -321,7 +321,7 @@ class LossNet:
         key = (device, dtype)
         if key not in self._cast:
             with torch.inference_mode(False), torch.no_grad():
-                cast = [self._weights[k].to(device=device, dtype=dtype) for k in self._names]
+                cast = [_rounded(self._weights[k], dtype).to(device) for k in self._names]
             if torch._guards.detect_fake_mode() is not None:  # fake tensors must not outlive it
                 return cast
             self._cast[key] = cast
@@ -452,6 +452,21 @@ class LossNet:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cast": {}, "_cast_module": {}, "_packs": {}}
+
+
+def _rounded(w: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight in `dtype`; in half precision the rounding error of a kernel's tap goes on to its
+    next tap, so that their sum, which is all that flat regions see of them, is off by one error at
+    most instead of by all of theirs (docs/derivation.md, section 4)."""
+    if w.dim() != 4 or torch.finfo(dtype).bits >= torch.finfo(w.dtype).bits:
+        return w.to(dtype)
+    taps, out = w.flatten(2), torch.empty_like(w.flatten(2), dtype=dtype)
+    error = torch.zeros_like(taps[..., 0])
+    for i in range(taps.shape[2]):
+        wanted = taps[..., i] + error
+        out[..., i] = wanted
+        error = wanted - out[..., i].float()
+    return out.view_as(w)
 
 
 def _normalisation(

@@ -74,12 +74,12 @@ def pack_weights(
     packs += [torch.tensor(v, device=device) for v in (net.mean, net.std) if v is not None]
     if looked_up:
         if front:
-            rows = exact["adapter"][:, :, 0, 0] if "adapter" in exact else None
+            rows = weights["adapter"][:, :, 0, 0] if "adapter" in weights else None
             eye = torch.eye(net.in_channels, device=device)
             table = (eye if rows is None else rows.t()).unsqueeze(0)
         else:
-            table = exact[first].permute(2, 3, 1, 0).flatten(0, 1)
-        # Sums of the rounded rows: z must be the convolution by the weights that δ sees.
+            table = weights[first].permute(2, 3, 1, 0).flatten(0, 1)
+        # The rounded rows, and sums of them: z must be the convolution by the weights that δ sees.
         table = table.to(dtype).contiguous()
         packs += [table, table.float().sum(dim=0), table.float().sum(dim=1)]
     return packs

@@ -551,6 +551,24 @@ def test_casts_are_made_once():
     assert a.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_the_sum_of_a_kernels_taps(dtype):
+    net = LossNet.vgg(19, (1, 1), (32, 16))
+    device = torch.device("cpu")
+    exact, short = (net.weights_on(device, d) for d in (torch.float32, dtype))
+    for name, w in exact.items():
+        got = short[name]
+        assert got.dtype == dtype
+        one_error = torch.finfo(dtype).eps * (w.abs().amax(dim=(2, 3)) + 1e-4)
+        assert ((got.double() - w).sum(dim=(2, 3)).abs() <= one_error).all()
+        assert ((got.double() - w).abs().amax(dim=(2, 3)) <= 2 * one_error).all()
+        plain = (w.to(dtype).double() - w).sum(dim=(2, 3))
+        assert (got.double() - w).sum(dim=(2, 3)).norm() < plain.norm() / 2
+    pointwise = LossNet.vgg(3, (1,), NARROW).with_input_adapter(40)
+    adapter = pointwise.weights_on(device, dtype)["adapter"]
+    assert torch.equal(adapter, pointwise.weights["adapter"].to(dtype))
+
+
 def test_nets_made_and_used_under_inference_mode_train_later():
     with torch.inference_mode():
         made = [LossNet.vgg(3, (1, 1), NARROW), LossNet.from_sequential(chain()),
