@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from providers import NET, Provider, dtype_of, loss_net
 from torch import Tensor
 
@@ -29,20 +28,15 @@ def errors(
     """Relative value error and gradient cosine of each provider against the float64 reference."""
     c = logits.shape[1]
     activation = "sigmoid" if c == 1 else "softmax"
-    truth = gpl_fast.GenericPerceptualLoss(
+    exact = gpl_fast.GenericPerceptualLoss(
         c, loss_net(c, net), activation=activation, backend="reference"
     )
     dense = isinstance(target, Tensor) and target.is_floating_point()
-    true_value, true_grad = measure.step(
-        truth, logits.double(), target.double() if dense else target
-    )
-    found = {}
-    for name, provider in made.items():
-        value, grad = measure.step(provider, logits, target)
-        error = (value.double() - true_value).abs() / true_value
-        cosine = torch.cosine_similarity(grad.double().flatten(), true_grad.flatten(), dim=0)
-        found[name] = (float(error), float(cosine))
-    return found
+    truth = measure.step(exact, logits.double(), target.double() if dense else target)
+    return {
+        name: measure.deviation(measure.step(provider, logits, target), truth)
+        for name, provider in made.items()
+    }
 
 
 def complaints(found: Mapping[str, tuple[float, float]]) -> dict[str, str]:

@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from gpl_fast import GenericPerceptualLoss, LossNet, ops
+from gpl_fast import GenericPerceptualLoss, LossNet, measure, ops
 
 SIZE = 64
 # classes, side of a region, margins
@@ -35,16 +35,6 @@ def peaked(channels: int, region: int, margin: float) -> tuple[Tensor, Tensor]:
     return torch.randn(1, channels, SIZE, SIZE).scatter_add(1, labels.unsqueeze(1), raised), labels
 
 
-def value_and_gradient(
-    loss: GenericPerceptualLoss, logits: Tensor, target: Tensor
-) -> tuple[float, Tensor]:
-    logits = logits.detach().requires_grad_()
-    value = loss(logits, target)
-    value.backward()
-    assert logits.grad is not None
-    return value.item(), logits.grad.double()
-
-
 def row(channels: int, region: int, margin: float, kind: str, dtype: torch.dtype) -> list[str]:
     logits, labels = peaked(channels, region, margin)
     # float32, as float16 cannot hold the gradient of this loss; values that every dtype here holds.
@@ -53,9 +43,7 @@ def row(channels: int, region: int, margin: float, kind: str, dtype: torch.dtype
     target = labels if kind == "labels" else teacher
     net = LossNet.vgg(channels)
     exact = GenericPerceptualLoss(channels, net, backend="reference")
-    truth, gradient = value_and_gradient(
-        exact, logits.double(), labels if kind == "labels" else teacher.double()
-    )
+    truth = measure.step(exact, logits.double(), labels if kind == "labels" else teacher.double())
     cells = [f"{channels}", f"{margin}", kind, str(dtype).removeprefix("torch.")]
     values, cosines = [], []
     for arithmetic in FORMS:
@@ -66,9 +54,9 @@ def row(channels: int, region: int, margin: float, kind: str, dtype: torch.dtype
         backend = "reference" if arithmetic == "plain" else "fast"
         loss = GenericPerceptualLoss(channels, net, backend=backend, compute_dtype=dtype)
         with mock.patch.object(ops, "cpu_arithmetic", lambda _, found=arithmetic: found):
-            value, g = value_and_gradient(loss, logits, target)
-        values.append(f"{abs(value - truth) / truth:.2%}")
-        cosines.append(f"{float((g * gradient).sum() / (g.norm() * gradient.norm())):.3f}")
+            error, cosine = measure.deviation(measure.step(loss, logits, target), truth)
+        values.append(f"{error:.2%}")
+        cosines.append(f"{cosine:.3f}")
     return [*cells, *values, *cosines]
 
 

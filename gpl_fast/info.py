@@ -10,7 +10,7 @@ import torch
 
 import gpl_fast
 from gpl_fast import backend as backends
-from gpl_fast import ops
+from gpl_fast import measure, ops
 from gpl_fast.lossnet import LossNet
 
 TARGETS = ("dense", "labels", "topk")  # of a check
@@ -130,9 +130,7 @@ def _compared(
     truth: tuple[torch.Tensor, torch.Tensor],
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    (value, grad), (true_value, true_grad) = found, truth
-    error = float((value - true_value).abs() / true_value)
-    cosine = float(torch.cosine_similarity(grad.flatten(), true_grad.flatten(), dim=0))
+    error, cosine = measure.deviation(found, truth)
     # bfloat16 rounding picks other winners of max pooling: PyTorch itself is at 0.97 to 0.98 here.
     tolerance, least = (1e-3, 0.999) if dtype == torch.float32 else (5e-2, 0.95)
     ok = error <= tolerance and cosine >= least

@@ -32,6 +32,18 @@ def step(loss: Loss, logits: Tensor, target: Any) -> tuple[Tensor, ...]:
     return value.detach(), x.grad
 
 
+def deviation(found: Sequence[Tensor], truth: Sequence[Tensor]) -> tuple[float, float]:
+    """How far (value, gradient) are from the true ones: the value's relative error, and the cosine
+    of the angle between the gradients. In float64.
+
+    Not by torch.cosine_similarity, which takes every norm below 1e-8 for 1e-8: gradients of
+    confident predictions are that small.
+    """
+    (value, grad), (true_value, true_grad) = ([t.double() for t in pair] for pair in (found, truth))
+    cosine = (grad * true_grad).sum() / (grad.norm() * true_grad.norm())
+    return float((value - true_value).abs() / true_value), float(cosine)
+
+
 # ------------------------------------------------------------------------------------------- time
 
 

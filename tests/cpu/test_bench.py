@@ -59,6 +59,16 @@ def test_the_ratio_is_of_the_same_round():
     assert [one[k] for k in ("seconds_p20", "seconds_median", "seconds_p80")] == [3.0, 3.0, 3.0]
 
 
+def test_the_deviation_of_a_tiny_gradient():
+    """Below 1e-8, where torch.cosine_similarity takes a norm for 1e-8."""
+    grad, value = torch.tensor([[3e-12, 4e-12]]), torch.tensor(1.02)
+    truth = torch.tensor(1.0, dtype=torch.float64), torch.tensor([[4e-12, 3e-12]]).double()
+    error, cosine = measure.deviation((value, grad), truth)
+    assert error == pytest.approx(0.02, rel=1e-5)
+    assert cosine == pytest.approx(0.96, rel=1e-6)
+    assert measure.deviation((value, -truth[1]), truth)[1] == pytest.approx(-1)
+
+
 def test_a_fresh_process_gives_its_result_or_says_that_it_died():
     assert measure.in_fresh_process(abs, -3) == 3
     with pytest.raises(RuntimeError, match="_exit: its process ended with 3"):
