@@ -6,7 +6,7 @@ wrong one is left out and the run will end with status 1; then forward and backw
 in turns, so that load on the machine meets all of them. All cases are visited several times, each
 time for a few rounds, so that minutes of load meet all of them as well.
 
-    python benchmarks/run.py --ceiling                     # every sweep, about eleven minutes
+    python benchmarks/run.py --visits 3 --minutes 9.5      # every sweep, ten minutes
     python benchmarks/run.py --sweep classes               # some of them: `SWEEPS`
     python benchmarks/run.py --shapes 2,150,512,512        # shapes of your own
 """
@@ -17,9 +17,11 @@ import argparse
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,7 @@ def main() -> int:
     args = parse_arguments()
     # Before the first compilation, here and in the processes started from here.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(report.ROOT / ".cache" / "inductor"))
+    start = time.monotonic()
     measured: list[Measurement] = []
     for case in args.cases:
         if why := obstacle(case):
@@ -137,13 +140,18 @@ def main() -> int:
     if not rows:
         print("nothing was measured", file=sys.stderr)
         return 1
-    for number in range(2, args.visits + 1):
-        print(f"visit {number} of {args.visits}", flush=True)
+    took = [0.0, 0.0]  # seconds of the visits: the next one is most like the last but one
+    for number in count(2):
+        begin = time.monotonic()
+        if number > args.visits and begin + took[-2] > start + 60 * args.minutes:
+            break
+        print(f"visit {number}", flush=True)
         for one in measured:
             if number % 2 or one.gflop < HUGE:
                 print(_title(one.case), flush=True)
                 one.visit()
         rows = write(measured, args)
+        took.append(time.monotonic() - begin)
     for one in measured:
         print(_title(one.case), *map(_line, one.rows()), sep="\n", flush=True)
     for line in (*growth(rows), *checks(rows)):
@@ -175,7 +183,8 @@ def parse_arguments() -> argparse.Namespace:
         choices=PROVIDERS,
         help="default: the sweep's, --shapes: all; but those that prove hopeless here once only",
     )
-    add("--visits", type=int, default=6, help="to each case, between those to all others")
+    add("--visits", type=int, default=6, help="to each case, between those to others: at least")
+    add("--minutes", type=float, default=0.0, help="more visits as long as they end within these")
     add("--rounds", type=int, default=1, help="of a visit: at least")
     add("--seconds", type=float, default=0.5, help="of a visit: more rounds until they are spent")
     add("--dry", action="store_true", help="tiny shapes, the fewest rounds, nothing compiled")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -152,8 +154,13 @@ def test_cases_are_visited_in_turns(monkeypatch, tmp_path, capsys):
     assert run_with(monkeypatch, *words) == 0
     titles = [line for line in capsys.readouterr().out.splitlines() if line[:4] in ("own:", "visi")]
     cases = [f"own: 1x{c}x32x32 labels, flat, 1,1,1,1,1" for c in (3, 4)]
-    assert titles == [*cases, "visit 2 of 2", *cases, *cases]  # the last ones are the rows'
+    assert titles == [*cases, "visit 2", *cases, *cases]  # the last ones are the rows'
     assert {row["rounds"] for row in report.read_csv(tmp_path / "rows.csv")} == {2}
+    # A clock that is read twice a visit: those that begin at 1, 3 and 5 end within six seconds.
+    clock = SimpleNamespace(monotonic=map(float, itertools.count()).__next__)
+    monkeypatch.setattr(run, "time", clock)
+    assert run_with(monkeypatch, *words, "--minutes", 0.1) == 0
+    assert {row["rounds"] for row in report.read_csv(tmp_path / "rows.csv")} == {4}
 
 
 def test_memory_is_measured_in_processes_of_their_own(monkeypatch, tmp_path):
