@@ -24,6 +24,8 @@ PREFERRED_STRIP_BYTES = 24 * MIB
 PREFERRED_ROWS = 8
 # Transforming the weight pays from so many tiles of 2 x 2, of 4 x 4 results on.
 WINOGRAD_TILES = {2: 128, 4: 128}
+# Tiles of 2 x 2 pay from so many on where the definition in bfloat16 is the alternative.
+MIXED_TILES = 4096
 # The weights for tiles of 4 x 4 take at most this part of the workspace.
 WINOGRAD_SHARE = 8
 
@@ -249,27 +251,27 @@ class Plan:
         """Results to a side that a CPU computes together of step i's convolution: 4 and 2 are
         Winograd's, 1 is the definition in bfloat16 (csrc/cpu/direct_conv.cpp), 0 is ATen's.
 
-        `decisive` are those of which signs and winners come. Winograd's tiles of 4 x 4 are for the
-        others alone, δ and the data gradient, and pay unless matrices of bfloat16 are multiplied.
+        `decisive` are those of which signs and winners come: tiles of 4 x 4 are for the others
+        alone, δ and the data gradient. In the maps' own bfloat16 there are no tiles.
         """
         step, arithmetic = self.steps[i], self.spec.arithmetic
         if self.spec.device != "cpu" or step.stride != 1:
             return 0
         winograd = step.kernel_size == 3 and arithmetic != "own"
-        if winograd and not decisive and self._large_tiles_fit(i) and self._enough_tiles(i, 4):
+        definition = self.dtype == torch.bfloat16 and arithmetic != "float32"
+        large = not decisive and self._large_tiles_fit(i)
+        if winograd and large and self._tiles(i, 4) >= WINOGRAD_TILES[4]:
             return 4
-        if self.dtype == torch.bfloat16 and arithmetic != "float32":
-            return 1
-        return 2 if winograd and self._enough_tiles(i, 2) else 0
+        enough = MIXED_TILES if definition else WINOGRAD_TILES[2]
+        return 2 if winograd and self._tiles(i, 2) >= enough else int(definition)
 
     def _large_tiles_fit(self, i: int) -> bool:
         weight = max(self._weights_bytes(i, {2, 4}, {4}))
         return self.large_tiles and WINOGRAD_SHARE * weight <= self.spec.workspace_bytes
 
-    def _enough_tiles(self, i: int, tile: int) -> bool:
+    def _tiles(self, i: int, tile: int) -> int:
         size = self.sizes[i]
-        tiles = self.n * -(-size.conv_h // tile) * -(-size.conv_w // tile)
-        return tiles >= WINOGRAD_TILES[tile]
+        return self.n * -(-size.conv_h // tile) * -(-size.conv_w // tile)
 
     def _weights_bytes(self, i: int, forward: set[int], backward: set[int]) -> tuple[int, int]:
         """Of step i's weights as its convolution reads them, for the tiles of `forward`, and as its

@@ -506,11 +506,15 @@ def test_large_tiles_have_weights_that_fit(mb, most):
 
 
 @pytest.mark.parametrize(
-    ("arithmetic", "first", "fifth"),
-    [("own", (1, 1), (1, 1)), ("mixed", (1, 4), (1, 1)), ("float32", (2, 4), (0, 0))],
+    ("arithmetic", "tiles_of_levels"),
+    [
+        ("own", [(1, 1)] * 5),
+        ("mixed", [(2, 4), (1, 4), (1, 1), (1, 1), (1, 1)]),
+        ("float32", [(2, 4), (2, 4), (2, 2), (0, 0), (0, 0)]),
+    ],
 )
-def test_who_convolves_bfloat16(arithmetic, first, fifth):
-    """What signs and winners come of, and the rest: of 64 x 64 pixels, and of 4 x 4."""
+def test_who_convolves_bfloat16(arithmetic, tiles_of_levels):
+    """What signs and winners come of, and the rest, of 128 x 128 pixels and less."""
 
     def tiles(**net):
         made = GenericPerceptualLoss(5, **net).net
@@ -519,12 +523,12 @@ def test_who_convolves_bfloat16(arithmetic, first, fifth):
             activation="softmax", target_activation="softmax", temperature=1.0, dtype=BF16,
             arithmetic=arithmetic, workspace_mb=256,
         ))  # fmt: skip
-        planned = Plan(spec, 1, 64, 64)
-        return [(planned.tile(i, True), planned.tile(i, False)) for i in (0, -1)]
+        planned = Plan(spec, 1, 128, 128)
+        return [(planned.tile(i, True), planned.tile(i, False)) for i in range(len(planned.steps))]
 
-    assert tiles() == [first, fifth]
+    assert tiles() == tiles_of_levels
     definition = 0 if arithmetic == "float32" else 1
-    assert tiles(kernel_size=5) == [(definition, definition)] * 2
+    assert tiles(kernel_size=5) == [(definition, definition)] * 5
     assert tiles(pool="stride")[-1] == (0, 0)
 
 
