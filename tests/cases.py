@@ -32,8 +32,8 @@ NARROW = (5, 8, 7, 6, 9)
 
 
 # How the CPU's convolutions are computed: "own", in the maps' dtype, as where a CPU multiplies its
-# matrices; "mixed", bfloat16 so on small maps and by Winograd's algorithm on larger ones; "float32",
-# by Winograd's algorithm where it pays; "winograd", wherever it can be.
+# matrices; "mixed", bfloat16 so on small maps and by Winograd's algorithm on larger ones;
+# "float32", by Winograd's algorithm where it pays; "winograd", wherever it can be.
 ARITHMETIC = ("own", "mixed", "float32", "winograd")
 
 
