@@ -4,9 +4,11 @@ Each case is one shape, target and network. First peak memory and saved bytes, a
 each provider; then the value and the gradient of every provider against float64 on a crop, where a
 wrong one is left out and the run will end with status 1; then forward and backward of all providers
 in turns, so that load on the machine meets all of them. All cases are visited several times, each
-time for a few rounds, so that minutes of load meet all of them as well.
+time for a few rounds, so that minutes of load meet all of them as well. The allocator keeps its
+pages: with glibc's default, page faults took two fifths of a step of plain PyTorch, more or fewer
+from run to run (`--give-back` measures that).
 
-    python benchmarks/run.py --visits 3 --minutes 9.5      # every sweep, ten minutes
+    python benchmarks/run.py --visits 3 --minutes 8        # every sweep, eight minutes
     python benchmarks/run.py --sweep classes               # some of them: `SWEEPS`
     python benchmarks/run.py --shapes 2,150,512,512        # shapes of your own
 """
@@ -124,6 +126,8 @@ LONG = 50  # GFLOP of a step to which the first call's own costs are little: non
 def main() -> int:
     """Measure all cases and write what was asked for; 1 if a provider is wrong."""
     args = parse_arguments()
+    if not args.give_back:
+        measure.keep_pages()
     # Before the first compilation, here and in the processes started from here.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(report.ROOT / ".cache" / "inductor"))
     start = time.monotonic()
@@ -187,6 +191,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--minutes", type=float, default=0.0, help="more visits as long as they end within these")
     add("--rounds", type=int, default=1, help="of a visit: at least")
     add("--seconds", type=float, default=0.5, help="of a visit: more rounds until they are spent")
+    add(
+        "--give-back", action="store_true", help="freed memory to the system: glibc's default"
+    )
     add("--dry", action="store_true", help="tiny shapes, the fewest rounds, nothing compiled")
     add("--no-memory", action="store_true", help="time and errors only")
     add("--ceiling", action="store_true", help="every case's floor too")

@@ -139,6 +139,21 @@ def summary(
     return out
 
 
+def keep_pages() -> bool:
+    """Let glibc's allocator give nothing back to the system from here on; False where that cannot
+    be said.
+
+    By default it unmaps what large tensors leave, and the next ones pay for page faults, as much as
+    the system happens to ask.
+    """
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:
+        return False
+    return bool(mallopt(trim_threshold, -1) and mallopt(mmap_max, 0))
+
+
 # ----------------------------------------------------------------------------------------- memory
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +59,27 @@ def test_the_ratio_is_of_the_same_round():
     assert measure.summary({"own": [[1.0], [2.0]]}, "base")["own"]["speedup"] is None
     one = measure.summary({"own": [[1.0, 2.0]]}, "base")["own"]
     assert [one[k] for k in ("seconds_p20", "seconds_median", "seconds_p80")] == [3.0, 3.0, 3.0]
+
+
+def faults_of_large_tensors(keep):
+    if keep:
+        measure.keep_pages()
+    before = 0
+    for step in range(8):
+        for megabytes in (3, 40, 70):
+            torch.ones(megabytes << 18)
+        if step == 4:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's allocator")
+def test_kept_pages_fault_once():
+    kept, given_back = (
+        measure.in_fresh_process(faults_of_large_tensors, keep) for keep in (True, False)
+    )
+    assert given_back > 40 << 8  # pages of 4 KiB: 40 MB and 70 MB, three times
+    assert kept < given_back / 20
 
 
 def test_the_deviation_of_a_tiny_gradient():
