@@ -94,12 +94,12 @@ def _time_layer(
     forward = difference = backward = float("inf")
     arithmetic = ops.cpu_arithmetic(dtype)
     if size == 3 and arithmetic != "own":
-        if arithmetic == "float32":
-            forward = _winograd(x, weight, 2, False)
+        forward = _winograd(x, weight, 2, False)
         difference = _winograd(x, weight, 4, False)
         backward = _winograd(dz, weight, 4, True)
     if dtype == torch.bfloat16 and arithmetic != "float32":
-        forward, backward = _direct(x, weight, False), min(backward, _direct(dz, weight, True))
+        forward = min(forward, _direct(x, weight, False))
+        backward = min(backward, _direct(dz, weight, True))
     forward = _best(lambda: torch.conv2d(x, weight, None, 1, pad), forward)
     backward = _best(lambda: torch.conv_transpose2d(dz, weight, None, 1, pad), backward)
     return forward, min(forward, difference), backward
