@@ -24,7 +24,7 @@ SIZE = 64
 # classes, side of a region, margins
 CASES = [(19, 8, (0, 4, 8)), (150, 8, (0, 6, 12)), (847, 8, (0, 8, 14)), (1203, 8, (0, 14))]
 
-FORMS = ("plain", "own", "mixed", "float32")  # plain PyTorch, and by `plan.Spec.arithmetic`
+FORMS = ("plain", "own", "mixed", "float32")  # the reference, and by `plan.Spec.arithmetic`
 
 
 def peaked(channels: int, region: int, margin: float) -> tuple[Tensor, Tensor]:

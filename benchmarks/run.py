@@ -4,9 +4,9 @@ Each case is one shape, target and network. First peak memory and saved bytes, a
 each provider; then the value and the gradient of every provider against float64 on a crop, where a
 wrong one is left out and the run will end with status 1; then forward and backward of all providers
 in turns, so that load on the machine meets all of them. All cases are visited several times, each
-time for a few rounds, so that minutes of load meet all of them as well. With glibc's
-allocator page faults take up to three fifths of a step of plain PyTorch, as users have it, more or
-fewer from run to run; `--keep-pages` measures without them.
+time for a few rounds, so that minutes of load meet all of them as well. With glibc's allocator, as
+users have it, page faults take up to three fifths of a step of plain PyTorch, more or fewer from
+run to run; `--keep-pages` measures without them.
 
     python benchmarks/run.py --visits 3 --minutes 8        # every sweep, eight minutes
     python benchmarks/run.py --sweep classes               # some of them: `SWEEPS`
@@ -350,7 +350,7 @@ class Measurement:
                     "conv_share": None if floor is None else floor / seconds["seconds_median"],
                     "read_seconds": self.read,
                     "later_seconds": later.get("seconds_median"),
-                    "command": case.command(),
+                    "command": case.command() + " --keep-pages" * self.args.keep_pages,
                 }
             )
         return rows

@@ -38,6 +38,7 @@ from gpl_fast import (
     SegmentationLoss,
     TargetFeatures,
     TopK,
+    lossnet,
     plan,
     reference,
 )
@@ -457,6 +458,27 @@ def test_bfloat16_holds_from_flat_to_peaked_maps(c, raised, region, bound, kind)
     assert cosine(got[FLOAT][1], grad64) >= 0.99
     assert error(got[BF16][0], truth) < bound
     assert cosine(got[BF16][1], grad64) >= 0.95
+
+
+@every_way
+@pytest.mark.parametrize("kind", ["dense", "labels"])
+def test_bfloat16_is_as_exact_as_with_weights_rounded_one_by_one(kind, monkeypatch):
+    """Noise, where carrying a tap's rounding error on gains nothing: against PyTorch's rounding."""
+    for c, scale in ((5, 1.0), (19, 3.0)):
+        pred = (scale * torch.randn(2, c, 37, 48)).bfloat16().float()
+        target = pred + torch.randn_like(pred) if kind == "dense" else torch.randint(c, (2, 37, 48))
+
+        def make(backend, dtype, c=c):
+            net = LossNet.vgg(c)  # with weights of its own
+            return GenericPerceptualLoss(c, net, backend=backend, compute_dtype=dtype)
+
+        _, truth = value_and_grad(make("reference", None), pred.double(), doubled(target))
+        _, grad = value_and_grad(make("fast", BF16), pred, target)
+        with monkeypatch.context() as patch:
+            patch.setattr(lossnet, "_rounded", lambda w, dtype: w.to(dtype))
+            _, stock = value_and_grad(make("reference", BF16), pred, target)
+        assert not torch.equal(stock, value_and_grad(make("reference", BF16), pred, target)[1])
+        assert error(grad, truth) <= 2 * error(stock, truth)
 
 
 def test_the_target_is_carried_only_where_it_is_near_and_constant_in_regions():
