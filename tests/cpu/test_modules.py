@@ -178,6 +178,8 @@ def _ddp_worker(rank, folder):
         grad = ddp.module.head.weight.grad
         found[case] = (ddp.module.loss.fingerprint(), value.item(), grad, list(ddp.buffers()))
     torch.save(found, f"{folder}/{rank}.pt")
+    torch.distributed.barrier()
+    del ddp
     torch.distributed.destroy_process_group()
 
 
