@@ -61,7 +61,8 @@ def layer_rates(
         rows = h if whole else max(plan.PREFERRED_STRIP_BYTES * n // row, plan.PREFERRED_ROWS)
         part = (images, min(rows, h), w)
         scale = n * h / (part[0] * part[1])
-        seconds = _time_layer(part, c_in, c_out, layer.kernel_size, dtype)
+        paired = not rates and c_in >= plan.MIXED_CHANNELS
+        seconds = _time_layer(part, c_in, c_out, layer.kernel_size, dtype, paired)
         forward, difference, backward = (scale * s for s in seconds)
         gflop = 2e-9 * layer.kernel_size**2 * layer.in_channels * c_out * n * h * w
         # Labels and top-k maps enter the first layer by look-up.
@@ -81,10 +82,10 @@ def layer_rates(
 
 @cache  # most layers are the same for all class counts
 def _time_layer(
-    part: tuple[int, int, int], c_in: int, c_out: int, size: int, dtype: torch.dtype
+    part: tuple[int, int, int], c_in: int, c_out: int, size: int, dtype: torch.dtype, paired: bool
 ) -> tuple[float, float, float]:
     """Seconds of a convolution of the prediction, of the difference, and of its data gradient on
-    (images, rows, W)."""
+    (images, rows, W); the prediction's tiles may be `paired` where the arithmetic is mixed."""
     images, rows, width = part
     layout = torch.channels_last
     x = torch.randn(images, c_in, rows, width).to(dtype, memory_format=layout)
@@ -94,9 +95,10 @@ def _time_layer(
     forward = difference = backward = float("inf")
     arithmetic = ops.cpu_arithmetic(dtype)
     if size == 3 and arithmetic != "own":
-        forward = _winograd(x, weight, 2, False)
-        difference = _winograd(x, weight, 4, False)
-        backward = _winograd(dz, weight, 4, True)
+        mixed = arithmetic == "mixed"
+        forward = _winograd(x, weight, 2, False, mixed and paired)
+        difference = _winograd(x, weight, 4, False, False)
+        backward = min(_winograd(dz, weight, tile, True, mixed) for tile in (2, 4))
     if dtype == torch.bfloat16 and arithmetic != "float32":
         forward = min(forward, _direct(x, weight, False))
         backward = min(backward, _direct(dz, weight, True))
@@ -105,11 +107,13 @@ def _time_layer(
     return forward, min(forward, difference), backward
 
 
-def _winograd(x: Tensor, weight: Tensor, tile: int, transposed: bool) -> float:
+def _winograd(x: Tensor, weight: Tensor, tile: int, transposed: bool, paired: bool) -> float:
     """Seconds of the convolution of x (N, C, H, W) by `weight`, or of its transpose."""
     c_in, c_out = weight.shape[:2] if transposed else weight.shape[1::-1]
-    u = torch.empty(plan.winograd_elements(tile, c_in, c_out))
-    ops.winograd_weight(weight.float().permute(0, 2, 3, 1).contiguous(), tile, transposed, u)
+    multiplied = torch.bfloat16 if paired else torch.float32
+    u = torch.empty(plan.winograd_elements(tile, c_in, c_out), dtype=multiplied)
+    w = weight.to(multiplied).permute(0, 2, 3, 1).contiguous()
+    ops.winograd_weight(w, tile, transposed, u)
     maps = x.permute(0, 2, 3, 1)
     dtype = x.dtype if transposed else torch.float32
 

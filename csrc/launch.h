@@ -175,12 +175,12 @@ struct LabelConvFwd {
 
 // Weights as Winograd reads them.
 struct WinogradWeight {
-  int64_t C_in, C_out;  // of the convolution that is to be done
-  int64_t tile;         // of F(tile x tile, 3 x 3): 2 or 4
-  bool transposed;      // eq. (4): that of the data gradient
-  DType dtype;          // of w, float32 or bfloat16
-  const void* w;        // [C_out, 3, 3, C_in]; transposed: [C_in, 3, 3, C_out], taps to be reversed
-  float* u;  // [(tile + 2)^2 * C_in * padded_to(C_out, 32)], in an order of the kernel's own
+  int64_t C_in, C_out;   // of the convolution that is to be done
+  int64_t tile;          // of F(tile x tile, 3 x 3): 2 or 4
+  bool transposed;       // eq. (4): that of the data gradient
+  DType dtype, u_dtype;  // float32 or bfloat16; of u only where w has it
+  const void* w;  // [C_out, 3, 3, C_in]; transposed: [C_in, 3, 3, C_out], taps to be reversed
+  void* u;        // [(tile + 2)^2 * padded_to(C_in, 2) * padded_to(C_out, 32)], in its own order
 };
 
 // z = 3 x 3 convolution of stride 1, with a column of zeros on both sides.
@@ -188,8 +188,9 @@ struct Winograd {
   int64_t N, rows, x_rows, W, C_in, C_out;  // rows of z: x_rows + 2 * pad_h - 2
   int64_t tile, pad_h, row0;                // row0: the image's row that z begins with
   DType dtype, z_dtype;                     // the same, or z's is float32
+  DType u_dtype;                            // bfloat16: to which what it multiplies is rounded
   const void* x;                            // [N, x_rows, W, C_in]
-  const float* u;                           // of WinogradWeight
+  const void* u;                            // of WinogradWeight
   void* z;                                  // [N, rows, W, C_out]
   int64_t x_image_stride, z_image_stride;
 };

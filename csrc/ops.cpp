@@ -451,9 +451,13 @@ void conv_block_logits_bwd(const Tensor& dy, const MaybeTensor& code, const Tens
 #endif
 
 // Of a weight as `winograd` reads it.
-int64_t winograd_elements(int64_t tile, int64_t C_in, int64_t C_out) {
+DType winograd_dtype(const Tensor& u, int64_t tile, int64_t C_in, int64_t C_out) {
   STD_TORCH_CHECK(tile == 2 || tile == 4, "gpl_fast: tile must be 2 or 4, got ", tile);
-  return (tile + 2) * (tile + 2) * C_in * padded_to(C_out, 32);
+  const DType dtype = float_dtype(u, "u");
+  STD_TORCH_CHECK(dtype != DType::kFloat16, "gpl_fast: u must be float32 or bfloat16");
+  contiguous(u, "u", u.scalar_type(),
+             {(tile + 2) * (tile + 2) * padded_to(C_in, 2) * padded_to(C_out, 32)});
+  return dtype;
 }
 
 void winograd_weight(const Tensor& w, int64_t tile, bool transposed, const Tensor& u) {
@@ -465,7 +469,9 @@ void winograd_weight(const Tensor& w, int64_t tile, bool transposed, const Tenso
   a.dtype = float_dtype(w, "w");
   STD_TORCH_CHECK(a.dtype != DType::kFloat16, "gpl_fast: w must be float32 or bfloat16");
   a.w = contiguous(w, "w", w.scalar_type(), {w.size(0), 3, 3, w.size(3)});
-  a.u = (float*)contiguous(u, "u", ScalarType::Float, {winograd_elements(tile, a.C_in, a.C_out)});
+  a.u_dtype = winograd_dtype(u, tile, a.C_in, a.C_out), a.u = u.data_ptr();
+  STD_TORCH_CHECK(a.u_dtype != DType::kBFloat16 || a.dtype == DType::kBFloat16,
+                  "gpl_fast: u must be float32 where w is");
   cpu::winograd_weight(a);
 }
 
@@ -481,8 +487,9 @@ void winograd(const Tensor& x, const Tensor& u, int64_t tile, int64_t pad_h, int
   a.x_image_stride = image_stride(x, "x", x.scalar_type(), {a.N, a.x_rows, a.W, a.C_in});
   a.z_image_stride = image_stride(z, "z", z.scalar_type(), {a.N, a.rows, a.W, a.C_out});
   a.x = x.data_ptr(), a.z = z.data_ptr();
-  const int64_t elements = winograd_elements(tile, a.C_in, a.C_out);
-  a.u = (const float*)contiguous(u, "u", ScalarType::Float, {elements});
+  a.u_dtype = winograd_dtype(u, tile, a.C_in, a.C_out), a.u = u.data_ptr();
+  STD_TORCH_CHECK(a.u_dtype != DType::kBFloat16 || a.dtype != DType::kFloat16,
+                  "gpl_fast: x must be float32 or bfloat16 where u is bfloat16");
   if (z.numel() == 0) return;
   cpu::winograd(a);
 }

@@ -11,7 +11,7 @@ import functools
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -24,10 +24,24 @@ PREFERRED_STRIP_BYTES = 24 * MIB
 PREFERRED_ROWS = 8
 # Transforming the weight pays from so many tiles of 2 x 2, of 4 x 4 results on.
 WINOGRAD_TILES = {2: 128, 4: 128}
-# Tiles of 2 x 2 pay from so many on where the definition in bfloat16 is the alternative.
+# Tiles of 2 x 2 in float32 pay from so many on where the definition in bfloat16 is the alternative.
 MIXED_TILES = 4096
+# From so many input channels on, pairs of bfloat16 make the first layer's tiles of 2 x 2.
+MIXED_CHANNELS = 64
 # The weights for tiles of 4 x 4 take at most this part of the workspace.
 WINOGRAD_SHARE = 8
+
+# Signs and winners come of the prediction's convolutions; the others decide nothing.
+Role = Literal["prediction", "difference", "gradient"]
+
+
+class Way(NamedTuple):
+    """How a CPU computes a convolution."""
+
+    # Results to a side that are computed together: 4 and 2 by Winograd's algorithm
+    # (csrc/cpu/winograd.cpp), 1 by the definition in bfloat16 (direct_conv.cpp), 0 by ATen.
+    tile: int
+    dtype: torch.dtype  # of the weight as it is read, and of what is multiplied by it
 
 
 @dataclass(frozen=True)
@@ -247,47 +261,51 @@ class Plan:
         """Of the chunk that the walks allocate besides `saved`: at most the workspace."""
         return self._bytes(self.images, self.rows)
 
-    def tile(self, i: int, decisive: bool) -> int:
-        """Results to a side that a CPU computes together of step i's convolution: 4 and 2 are
-        Winograd's, 1 is the definition in bfloat16 (csrc/cpu/direct_conv.cpp), 0 is ATen's.
-
-        `decisive` are those of which signs and winners come: tiles of 4 x 4 are for the others
-        alone, δ and the data gradient. In the maps' own bfloat16 there are no tiles.
-        """
+    def way(self, i: int, role: Role) -> Way:
+        """Of step i's convolution, or of its data gradient: docs/derivation.md, section 4."""
         step, arithmetic = self.steps[i], self.spec.arithmetic
+        dtype = torch.float32 if arithmetic == "float32" else self.dtype
         if self.spec.device != "cpu" or step.stride != 1:
-            return 0
-        winograd = step.kernel_size == 3 and arithmetic != "own"
-        definition = self.dtype == torch.bfloat16 and arithmetic != "float32"
-        large = not decisive and self._large_tiles_fit(i)
-        if winograd and large and self._tiles(i, 4) >= WINOGRAD_TILES[4]:
-            return 4
-        enough = MIXED_TILES if definition else WINOGRAD_TILES[2]
-        return 2 if winograd and self._tiles(i, 2) >= enough else int(definition)
+            return Way(0, dtype)
+        mixed = arithmetic == "mixed"
+        in_pairs = mixed and (
+            role == "gradient"
+            or (role == "prediction" and i == 0 and step.in_channels >= MIXED_CHANNELS)
+        )
+        if step.kernel_size == 3 and arithmetic != "own":
+            multiplied = self.dtype if in_pairs else torch.float32
+            large = role != "prediction" and self._large_tiles_fit(i)
+            if large and self._tiles(i, 4) >= WINOGRAD_TILES[4]:
+                return Way(4, multiplied)
+            enough = MIXED_TILES if mixed and not in_pairs else WINOGRAD_TILES[2]
+            if self._tiles(i, 2) >= enough:
+                return Way(2, multiplied)
+        return Way(int(dtype == torch.bfloat16), dtype)
 
     def _large_tiles_fit(self, i: int) -> bool:
-        weight = max(self._weights_bytes(i, {2, 4}, {4}))
+        small, large = (Way(tile, torch.float32) for tile in (2, 4))
+        weight = max(self._weights_bytes(i, {small, large}, {large}))
         return self.large_tiles and WINOGRAD_SHARE * weight <= self.spec.workspace_bytes
 
     def _tiles(self, i: int, tile: int) -> int:
         size = self.sizes[i]
         return self.n * -(-size.conv_h // tile) * -(-size.conv_w // tile)
 
-    def _weights_bytes(self, i: int, forward: set[int], backward: set[int]) -> tuple[int, int]:
-        """Of step i's weights as its convolution reads them, for the tiles of `forward`, and as its
+    def _weights_bytes(self, i: int, forward: set[Way], backward: set[Way]) -> tuple[int, int]:
+        """Of step i's weights as its convolution reads them, in the ways of `forward`, and as its
         data gradient does."""
         k = self.steps[i].kernel_size
         c_in, c_out = padded_channels(self.steps[i].in_channels), self.steps[i].out_channels
-        itemsize = 4 if self.spec.arithmetic == "float32" else self.dtype.itemsize
 
-        def of(tile: int, c_in: int, c_out: int) -> int:
-            if tile > 1:
-                return 4 * winograd_elements(tile, c_in, c_out)
-            if tile == 1:
-                return itemsize * direct_elements(k * k, c_in, c_out)
-            return itemsize * k * k * c_in * c_out
+        def of(way: Way, c_in: int, c_out: int) -> int:
+            elements = k * k * c_in * c_out
+            if way.tile > 1:
+                elements = winograd_elements(way.tile, c_in, c_out)
+            elif way.tile == 1:
+                elements = direct_elements(k * k, c_in, c_out)
+            return way.dtype.itemsize * elements
 
-        return sum(of(t, c_in, c_out) for t in forward), sum(of(t, c_out, c_in) for t in backward)
+        return sum(of(w, c_in, c_out) for w in forward), sum(of(w, c_out, c_in) for w in backward)
 
     # --------------------------------------------------------------------------------- coefficients
 
@@ -338,11 +356,11 @@ class Plan:
 
     def _weight_bytes(self, i: int) -> int:
         """What no chunk makes smaller: the weight of one of segment i's convolutions, as Winograd's
-        algorithm reads it (one for each tile) or in ATen's order."""
+        algorithm reads it (one for each way) or in ATen's order."""
         out = 0
         for j in self.segments[i]:
-            rest = self.tile(j, False)
-            out = max(out, *self._weights_bytes(j, {self.tile(j, True), rest}, {rest}))
+            forward = {self.way(j, "prediction"), self.way(j, "difference")}
+            out = max(out, *self._weights_bytes(j, forward, {self.way(j, "gradient")}))
         return out
 
     def _whole_only(self, i: int) -> bool:
@@ -383,7 +401,7 @@ class Plan:
         narrow = self.steps[segment[0]].in_channels if i else 0
         # (y, δ) in, (z, δz) out; with several convolutions both pairs are alive.
         # Of (z, δz), and of what they become.
-        own = self.tile(segment[0], True) > 0
+        own = self.way(segment[0], "prediction").tile > 0
         wide = 4 if own or self.spec.arithmetic == "float32" else e
         outs = (4 if len(segment) > 1 else 2) * widest * wide
         if wide > e and not own:  # float32 copies of (y, δ)
@@ -425,8 +443,8 @@ class Plan:
 
 def winograd_elements(tile: int, c_in: int, c_out: int) -> int:
     """Of the weight that csrc/cpu/winograd.cpp reads, for `tile` results to a side: its points, in
-    blocks of 32 output channels."""
-    return (tile + 2) ** 2 * c_in * (-(-c_out // 32) * 32)
+    blocks of 32 output channels and of pairs of input channels."""
+    return (tile + 2) ** 2 * (-(-c_in // 2) * 2) * (-(-c_out // 32) * 32)
 
 
 def direct_elements(taps: int, c_in: int, c_out: int) -> int:

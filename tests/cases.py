@@ -47,6 +47,7 @@ def use_arithmetic(patch: pytest.MonkeyPatch, name: str) -> None:
 
     patch.setattr(ops, "cpu_arithmetic", arithmetic)
     patch.setattr(plan, "MIXED_TILES", 100)
+    patch.setattr(plan, "MIXED_CHANNELS", 5)
     if name in ("mixed", "winograd"):
         patch.setattr(plan, "WINOGRAD_TILES", {2: 0, 4: 0})
 

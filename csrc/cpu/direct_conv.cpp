@@ -3,8 +3,7 @@
 // float32 and stay so until they are stored, which no operator of ATen's offers.
 #include "tile.h"
 
-#if defined(GPL_AVX512) && defined(GPL_FAST_BF16)
-#define GPL_UNITS 1
+#ifdef GPL_BF16_UNITS
 // For functions alone: nothing else of this file may run where the unit is missing.
 #define GPL_AMX_TARGET __attribute__((target("amx-tile,amx-bf16")))
 #define GPL_PAIRS_TARGET __attribute__((target("avx512bf16")))
@@ -35,7 +34,7 @@ struct Products {
   int64_t pixels;                   // that are wanted
 };
 
-#ifdef GPL_UNITS
+#ifdef GPL_BF16_UNITS
 class MatrixUnit {
  public:
   GPL_AMX_TARGET static void configure() {
@@ -349,7 +348,7 @@ void direct_weight(const DirectWeight& a) {
 
 void direct_conv(const DirectConv& a) {
   const auto run = [&](auto z, auto x) {
-#ifdef GPL_UNITS
+#ifdef GPL_BF16_UNITS
     const cpu::Bfloat16Unit unit = cpu::bfloat16_unit();
     if (unit == cpu::Bfloat16Unit::kMatrix) {
       return Direct<MatrixUnit, decltype(z), decltype(x)>(a).run();

@@ -19,6 +19,9 @@ namespace GPL_CPU_NAMESPACE {
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
 #define GPL_AVX512 1
+#ifdef GPL_FAST_BF16
+#define GPL_BF16_UNITS 1  // the compiler knows them, cpu::bfloat16_unit() whether they are there
+#endif
 constexpr int kLanes = 16;
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define GPL_AVX2 1

@@ -1,6 +1,7 @@
 // 3 x 3 convolutions of stride 1 with fewer multiplications than the definition's 36 for 4 results:
 // 16 by Winograd's F(2 x 2, 3 x 3), 9 by F(4 x 4, 3 x 3) (Lavin and Gray, Fast Algorithms for
-// Convolutional Neural Networks, CVPR 2016). Arithmetic is float32 for every dtype.
+// Convolutional Neural Networks, CVPR 2016). Arithmetic is float32 for every dtype of the maps;
+// where the weights are bfloat16, what is multiplied is rounded to it.
 //
 // F(2 x 2)'s input transform only subtracts and adds pixels that the result's own 3 x 3
 // neighbourhood holds, so a neighbourhood of zeros gives exactly 0, and neighbourhoods that are
@@ -17,8 +18,8 @@ constexpr int kRows = kLanes == 16 ? 12 : 6;  // tiles in registers
 constexpr int kColumns = 2;                   // registers of output channels
 constexpr int64_t kPanel = kColumns * kLanes;
 constexpr int64_t kBlock = 32;  // output channels of a block of u, see WinogradWeight
-constexpr int64_t kDepth = kLanes == 16 ? 192 : 96;  // input channels at a time: CPUs with AVX-512
-                                                     // have an L2 cache of 1 MB or more
+constexpr int64_t kWords = kLanes == 16 ? 192 : 96;  // input channels at a time, or pairs of them:
+                                                     // CPUs with AVX-512 have 1 MB of L2 or more
 constexpr int64_t kPastCache = 8 << 20;  // bytes of results from which on they go past the cache
 
 GPL_INLINE NativeF load_native(const float* p) {
@@ -106,20 +107,62 @@ GPL_INLINE void with_tile(int64_t tile, const Call& f) {
   }
 }
 
-// m[kRows][kPanel] += v[kRows][depth] u[depth][kPanel], or = where these are the first: of many
+// What is multiplied, in words of 32 bits: a float32, or the bfloat16 of two input channels, to
+// which points are rounded.
+struct Floats {
+  using Element = float;
+  static GPL_INLINE void put(float* to, NativeF x) { std::memcpy(to, &x, sizeof x); }
+  static GPL_INLINE NativeF add(NativeF sum, float a, NativeF b) {
+    return fma_native(a - NativeF{}, b, sum);
+  }
+};
+
+#ifdef GPL_BF16_UNITS
+// In assembly: GCC inlines no intrinsic of an instruction that the rest of this file may not use.
+struct Pairs {
+  using Element = BFloat16;
+  static GPL_INLINE void put(BFloat16* to, NativeF x) {
+    __m256i rounded;
+    __asm__("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(x));
+    _mm256_storeu_si256((__m256i*)to, rounded);
+  }
+  static GPL_INLINE NativeF add(NativeF sum, float a, NativeF b) {
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(b), "v"(_mm512_set1_ps(a)));
+    return sum;
+  }
+};
+#endif
+
+// The same anywhere, for tests.
+struct NoPairs {
+  using Element = BFloat16;
+  static GPL_INLINE void put(BFloat16* to, NativeF x) {
+    const NativeI rounded = narrow(BFloat16{}, Vf{{x}}).v[0];
+    const NativeH h = __builtin_convertvector((NativeU)rounded, NativeH);
+    std::memcpy(to, &h, sizeof h);
+  }
+  static GPL_INLINE NativeF add(NativeF sum, float a, NativeF b) {
+    const NativeI pair = (NativeI)(a - NativeF{}), pairs = (NativeI)b;
+    const NativeI odd = (int32_t)0xffff0000 - NativeI{};
+    sum = fma_native((NativeF)(pair << 16), (NativeF)(pairs << 16), sum);
+    return fma_native((NativeF)(pair & odd), (NativeF)(pairs & odd), sum);
+  }
+};
+
+// m[kRows][kPanel] += v[kRows][words] u[words][kPanel], or = where these are the first: of many
 // channels, sums of sums, which round less. `next` is this call's share of the panel that will be
 // read soon.
-template <int64_t kAhead>
-GPL_INLINE void multiply(float* m, const float* v, const float* u, int64_t depth, bool first,
+template <class Unit, int64_t kAhead>
+GPL_INLINE void multiply(float* m, const float* v, const float* u, int64_t words, bool first,
                          const float* next) {
   NativeF sum[kRows][kColumns] = {};
-  for (int64_t k = 0; k < depth; ++k, u += kPanel, next += kAhead) {
+  for (int64_t k = 0; k < words; ++k, u += kPanel, next += kAhead) {
     __builtin_prefetch(next, 0, 2);
     NativeF b[kColumns];
     GPL_UNROLL for (int j = 0; j < kColumns; ++j) b[j] = load_native(u + j * kLanes);
     GPL_UNROLL for (int r = 0; r < kRows; ++r) {
-      const NativeF a = v[r * kDepth + k] - NativeF{};
-      GPL_UNROLL for (int j = 0; j < kColumns; ++j) sum[r][j] = fma_native(a, b[j], sum[r][j]);
+      const float a = v[r * kWords + k];
+      GPL_UNROLL for (int j = 0; j < kColumns; ++j) sum[r][j] = Unit::add(sum[r][j], a, b[j]);
     }
   }
   GPL_UNROLL for (int r = 0; r < kRows; ++r) {
@@ -136,7 +179,7 @@ GPL_INLINE void multiply(float* m, const float* v, const float* u, int64_t depth
 // channels come in several parts. Neither the tiles of a group nor, with F(2 x 2), the rows of a
 // strip change a sum: tiles begin at multiples of their size in the image's rows, and a tile's
 // second row of results does not depend on its first row of pixels, nor its first on the last.
-template <class F, class Z, class T>
+template <class F, class Unit, class Z, class T>
 class Grouped {
  public:
   explicit Grouped(const Winograd& a) : a_(a) {
@@ -144,6 +187,7 @@ class Grouped {
     above_ = a.row0 & (kResults - 1), rows_ = ceil_div(a.rows + above_, kResults);
     columns_ = ceil_div(a.W, kResults), tiles_ = a.N * rows_ * columns_;
     const int64_t pixel = a.C_out * element_size(a.z_dtype);
+    words_ = ceil_div(a.C_in, kPair);
     past_cache_ = pixel % 64 == 0 && (uintptr_t)a.z % 64 == 0 && a.z_image_stride % kLine == 0 &&
                   a.N * a.rows * a.W * pixel > kPastCache;
   }
@@ -161,14 +205,16 @@ class Grouped {
   }
 
  private:
+  using Element = typename Unit::Element;
   static constexpr int kResults = F::kResults, kSide = kResults + 2, kPoints = kSide * kSide;
-  static constexpr int64_t kTiles = F::kTiles;
+  static constexpr int kPair = kChannelsPerLane<Element>;
+  static constexpr int64_t kTiles = F::kTiles, kDepth = kWords * kPair;
   // Results at a time: those of a cache line, since half a line is slow to write past the cache.
   static constexpr int64_t kLine = 64 / sizeof(Z);
   // From point to point, not by a power of two: the points of a tile lie in different cache sets.
   // Constants, since the innermost loop has no registers to spare for strides.
-  static constexpr int64_t kPointV = kTiles * kDepth + 16, kPointM = kTiles * kBlock + 16;
-  static constexpr int64_t kAhead = kPanel * kRows / kTiles;  // floats of the next panel, a channel
+  static constexpr int64_t kPointV = kTiles * kWords + 16, kPointM = kTiles * kBlock + 16;
+  static constexpr int64_t kAhead = kPanel * kRows / kTiles;  // words of the next panel, a word
   static_assert(kAhead * kTiles == kPanel * kRows, "a group's calls ask for the whole panel");
 
   // Of its first result, in z; that row is negative where z begins in the middle of a tile.
@@ -181,19 +227,19 @@ class Grouped {
   }
 
   void group(int64_t first, int64_t count, const T* zeros, float* v, float* m) const {
-    const int64_t u_block = kPoints * a_.C_in * kBlock;
+    const int64_t u_block = kPoints * words_ * kBlock;
     for (int64_t c0 = 0; c0 < a_.C_in; c0 += kDepth) {
-      transform_input(first, count, c0, zeros, v);
+      transform_input(first, count, c0, zeros, (Element*)v);
       for (int64_t b = 0; b * kBlock < a_.C_out; ++b) {
         float* sums = m + b % blocks_ * kPoints * kPointM;
-        multiply_points(v, a_.u + b * u_block, c0, count, sums);
+        multiply_points(v, (const float*)a_.u + b * u_block, c0, count, sums);
         if (c0 + kDepth >= a_.C_in) transform_output(first, count, b * kBlock, sums);
       }
     }
   }
 
   // The input channels from c0 on.
-  void transform_input(int64_t first, int64_t count, int64_t c0, const T* zeros, float* v) const {
+  void transform_input(int64_t first, int64_t count, int64_t c0, const T* zeros, Element* v) const {
     const int64_t depth = min_of(a_.C_in - c0, kDepth);
     for (int64_t t = 0; t < count; ++t, v += kDepth) {
       const Tile at = tile(first + t);
@@ -218,10 +264,8 @@ class Grouped {
           for (int i = 0; i < kSide; ++i) {
             NativeF out[kSide];
             F::points(columns[k] + i * kSide, 1, out);
-            float* to = v + i * kSide * kPointV + c + k * kLanes;
-            GPL_UNROLL for (int j = 0; j < kSide; ++j) {
-              std::memcpy(to + j * kPointV, &out[j], sizeof out[j]);
-            }
+            Element* to = v + i * kSide * kPointV * kPair + c + k * kLanes;
+            GPL_UNROLL for (int j = 0; j < kSide; ++j) Unit::put(to + j * kPointV * kPair, out[j]);
           }
         }
       }
@@ -229,13 +273,14 @@ class Grouped {
   }
 
   void multiply_points(const float* v, const float* u, int64_t c0, int64_t count, float* m) const {
-    const int64_t depth = min_of(a_.C_in - c0, kDepth), u_point = a_.C_in * kBlock;
+    const int64_t from = c0 / kPair, words = min_of(words_ - from, kWords);
+    const int64_t u_point = words_ * kBlock;
     for (int64_t p = 0; p < kPoints; ++p, v += kPointV, u += u_point, m += kPointM) {
       for (int64_t j = 0; j < kBlock; j += kPanel) {
-        const float* panel = u + j * a_.C_in + c0 * kPanel;
+        const float* panel = u + j * words_ + from * kPanel;
         for (int64_t t = 0; t < count; t += kRows) {
-          const float* next = panel + u_point + t / kRows * depth * kAhead;
-          multiply<kAhead>(m + t * kBlock + j, v + t * kDepth, panel, depth, c0 == 0, next);
+          const float* next = panel + u_point + t / kRows * words * kAhead;
+          multiply<Unit, kAhead>(m + t * kBlock + j, v + t * kWords, panel, words, c0 == 0, next);
         }
       }
     }
@@ -292,18 +337,28 @@ class Grouped {
   }
 
   const Winograd& a_;
-  int64_t blocks_, above_, rows_, columns_, tiles_;
+  int64_t blocks_, above_, rows_, columns_, tiles_, words_;
   bool past_cache_;
 };
 
-// u[block][point][panel][k][kPanel] of a block and of input channels [k0, k0 + 16); w is
-// [N][tap][K] or, for the transpose, [K][tap][N] with the taps in reverse.
-template <class F, class T>
+// Channels of a word each.
+GPL_INLINE void pair(float, Vi*) {}
+GPL_INLINE void pair(BFloat16 h, Vi* rows) {
+  GPL_UNROLL for (int i = 0; i < 8; ++i) {
+    const Vi even = narrow(h, from_bits(rows[2 * i])), odd = narrow(h, from_bits(rows[2 * i + 1]));
+    rows[i] = even | shift_left(odd, 16);
+  }
+}
+
+// u[block][point][panel][word of input channels][kPanel] of a block and of input channels
+// [k0, k0 + 16); w is [N][tap][K] or, for the transpose, [K][tap][N] with the taps in reverse.
+template <class F, class U, class T>
 void weight_block(const WinogradWeight& a, int64_t b, int64_t k0) {
   constexpr int kSide = F::kResults + 2, kPoints = kSide * kSide;
-  const int64_t K = a.C_in, N = a.C_out, k_count = min_of(K - k0, 16);
+  constexpr int kPair = kChannelsPerLane<U>;
+  const int64_t K = a.C_in, N = a.C_out, k_count = min_of(K - k0, 16), words = ceil_div(K, kPair);
   const T* w = (const T*)a.w;
-  float* u = a.u + b * kPoints * K * kBlock;
+  int32_t* u = (int32_t*)a.u + b * kPoints * words * kBlock;
   for (int64_t j = 0; j < kBlock; j += 16) {
     const int64_t n0 = b * kBlock + j, n_count = max_of(min_of(N - n0, 16), 0);
     Vf points[kPoints][16];  // [point][channel of the rows]
@@ -327,11 +382,12 @@ void weight_block(const WinogradWeight& a, int64_t b, int64_t k0) {
       Vi rows[16];
       GPL_UNROLL for (int i = 0; i < 16; ++i) rows[i] = bits(points[p][i]);
       if (!a.transposed) transpose(rows);
+      pair(U{}, rows);
       for (int i = 0; i < kParts; ++i) {  // a panel may end between these registers
         const int64_t n = j + i * kLanes;
-        float* panel = u + p * K * kBlock + n / kPanel * kPanel * K + n % kPanel;
-        for (int64_t k = 0; k < k_count; ++k) {
-          std::memcpy(panel + (k0 + k) * kPanel, &rows[k].v[i], sizeof rows[k].v[i]);
+        int32_t* panel = u + (p * kBlock + n / kPanel * kPanel) * words + n % kPanel;
+        for (int64_t k = 0; k < k_count; k += kPair) {
+          std::memcpy(panel + (k0 + k) / kPair * kPanel, &rows[k / kPair].v[i], sizeof(NativeI));
         }
       }
     }
@@ -342,27 +398,47 @@ void weight_block(const WinogradWeight& a, int64_t b, int64_t k0) {
 
 void winograd_weight(const WinogradWeight& a) {
   const int64_t blocks = ceil_div(a.C_out, kBlock), steps = ceil_div(a.C_in, 16);
-  const auto run = [&](auto f, auto w) {
+  const auto run = [&](auto f, auto u, auto w) {
     const int64_t cost = 16 * kBlock * (a.tile + 2) * (a.tile + 2);
     parallel(blocks * steps, cost, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        weight_block<decltype(f), decltype(w)>(a, i / steps, i % steps * 16);
+        weight_block<decltype(f), decltype(u), decltype(w)>(a, i / steps, i % steps * 16);
       }
     });
   };
   with_tile(a.tile, [&](auto f) {
-    if (a.dtype == DType::kFloat32) {
-      run(f, float{});
+    if (a.u_dtype == DType::kBFloat16) {
+      run(f, BFloat16{}, BFloat16{});
+    } else if (a.dtype == DType::kBFloat16) {
+      run(f, float{}, BFloat16{});
     } else {
-      run(f, BFloat16{});
+      run(f, float{}, float{});
     }
   });
 }
 
 void winograd(const Winograd& a) {
   with_tile(a.tile, [&](auto f) {
-    with_dtypes(a.z_dtype, a.dtype,
-                [&](auto z, auto x) { Grouped<decltype(f), decltype(z), decltype(x)>(a).run(); });
+    const auto run = [&](auto unit, auto z, auto x) {
+      Grouped<decltype(f), decltype(unit), decltype(z), decltype(x)>(a).run();
+    };
+    const auto run_pairs = [&](auto unit) {
+      if (a.dtype == DType::kFloat32) {
+        run(unit, float{}, float{});
+      } else if (a.z_dtype == DType::kFloat32) {
+        run(unit, float{}, BFloat16{});
+      } else {
+        run(unit, BFloat16{}, BFloat16{});
+      }
+    };
+    if (a.u_dtype == DType::kFloat32) {
+      with_dtypes(a.z_dtype, a.dtype, [&](auto z, auto x) { run(Floats{}, z, x); });
+      return;
+    }
+#ifdef GPL_BF16_UNITS
+    if (cpu::bfloat16_unit() == cpu::Bfloat16Unit::kPairs) return run_pairs(Pairs{});
+#endif
+    run_pairs(NoPairs{});
   });
 }
 

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from gpl_fast import ops
 from gpl_fast.chain.stages import has_blocks
-from gpl_fast.plan import Plan, direct_elements, winograd_elements
+from gpl_fast.plan import Plan, Role, Way, direct_elements, winograd_elements
 
 
 class Convolutions:
     """The convolutions of a plan's steps and their data gradients, NHWC -> NHWC.
 
-    On a CPU what `Plan.tile` says: csrc/cpu/winograd.cpp's, csrc/cpu/direct_conv.cpp's, or ATen's,
+    On a CPU in the way that `Plan.way` says: csrc/cpu/winograd.cpp's, direct_conv.cpp's, or ATen's,
     which get float32 copies where the arithmetic is float32; on a GPU ATen's. Results of our own
     stay float32; data gradients have the dtype of `dz`. What decides signs and winners is computed
     by the definition or by Winograd's tiles of 2 x 2 results, which leave zeros and ties as they
@@ -27,13 +27,13 @@ class Convolutions:
     def __init__(self, plan: Plan, packs: Mapping[str, Tensor]) -> None:
         self.plan, self.packs = plan, packs
         self.on_cpu = not has_blocks(packs[f"w.{plan.steps[0].conv}"].device)
-        # One layer's weight as the kernels read it, for each tile: strips come one after the other.
+        # One layer's weight as the kernels read it, each way: strips come one after the other.
         self._layer = ""
-        self._weights: dict[int, Tensor] = {}
+        self._weights: dict[Way, Tensor] = {}
 
     def ours(self, i: int) -> bool:
         """Whether step i's are not ATen's, as they are where Triton's interpreter is the GPU."""
-        return self.on_cpu and self.plan.tile(i, True) > 0
+        return self.on_cpu and self.plan.way(i, "prediction").tile > 0
 
     def conv(self, i: int, maps: Tensor, decisive: bool, pad_h: int, row0: int) -> Tensor:
         """Step i's convolution of maps (count, N, rows, W, C_in), `pad_h` rows of zeros above and
@@ -45,8 +45,8 @@ class Convolutions:
             shape = (count, n, rows + 2 * pad_h - k + 1, width, step.out_channels)
             z = maps.new_empty(shape, dtype=torch.float32)
             for j in range(count):
-                tile = self.plan.tile(i, decisive and j == 0)
-                self._write(i, maps[j], tile, False, pad_h, row0, z[j])
+                role: Role = "prediction" if decisive and j == 0 else "difference"
+                self._write(i, maps[j], role, pad_h, row0, z[j])
             return z
         w = self.packs[f"w.{step.conv}"]
         z = conv(maps.flatten(0, 1), w, step.stride, (pad_h, k // 2))
@@ -63,7 +63,7 @@ class Convolutions:
             if out is None:
                 rows = dz.shape[1] - 2 * p if strips else dz.shape[1]
                 out = dz.new_empty((dz.shape[0], rows, dz.shape[2], w.shape[1]))
-            self._write(i, dz, self.plan.tile(i, False), True, 0 if strips else p, row0, out)
+            self._write(i, dz, "gradient", 0 if strips else p, row0, out)
             return out
         extra = (0, 0)
         if step.stride == 2:
@@ -76,32 +76,31 @@ class Convolutions:
         """Forget the layer: other layers, or other images, come next."""
         self._weights.clear()
 
-    def _write(
-        self, i: int, maps: Tensor, tile: int, transposed: bool, pad_h: int, row0: int, out: Tensor
-    ) -> None:
-        u = self._transformed(self.plan.steps[i].conv, tile, transposed)
-        if tile == 1:
-            ops.direct_conv(maps, u, self.plan.steps[i].kernel_size, pad_h, out)
+    def _write(self, i: int, maps: Tensor, role: Role, pad_h: int, row0: int, out: Tensor) -> None:
+        step, way = self.plan.steps[i], self.plan.way(i, role)
+        u = self._transformed(step.conv, way, role == "gradient")
+        if way.tile == 1:
+            ops.direct_conv(maps, u, step.kernel_size, pad_h, out)
         else:
-            ops.winograd(maps, u, tile, pad_h, row0, out)
+            ops.winograd(maps, u, way.tile, pad_h, row0, out)
 
-    def _transformed(self, name: str, tile: int, transposed: bool) -> Tensor:
+    def _transformed(self, name: str, way: Way, transposed: bool) -> Tensor:
         """The weight of a convolution, or of its transpose, as its kernel reads it: a walk asks for
         one of the two."""
         if self._layer != name:
             self.release()  # before the next one is allocated
             self._layer = name
-        if tile not in self._weights:
+        if way not in self._weights:
             w = self.packs[f"w.{name}"].permute(0, 2, 3, 1)
             c_in, c_out = (w.shape[0], w.shape[3]) if transposed else (w.shape[3], w.shape[0])
-            if tile == 1:
-                u = w.new_empty(direct_elements(w.shape[1] ** 2, c_in, c_out))
+            if way.tile == 1:
+                u = w.new_empty(direct_elements(w.shape[1] ** 2, c_in, c_out), dtype=way.dtype)
                 ops.direct_weight(w, transposed, u)
             else:
-                u = w.new_empty(winograd_elements(tile, c_in, c_out), dtype=torch.float32)
-                ops.winograd_weight(w, tile, transposed, u)
-            self._weights[tile] = u
-        return self._weights[tile]
+                u = w.new_empty(winograd_elements(way.tile, c_in, c_out), dtype=way.dtype)
+                ops.winograd_weight(w, way.tile, transposed, u)
+            self._weights[way] = u
+        return self._weights[way]
 
 
 def conv(y: Tensor, w: Tensor, stride: int, pad: tuple[int, int]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import get_args
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from gpl_fast import (
     plan,
 )
 from gpl_fast.ops import load
-from gpl_fast.plan import Plan, load_spec, make_spec, padded_channels
+from gpl_fast.plan import Plan, Role, load_spec, make_spec, padded_channels
 
 if (reason := load()) is not None:
     pytest.skip(reason, allow_module_level=True)
@@ -499,37 +500,47 @@ def test_large_tiles_have_weights_that_fit(mb, most):
     planned = Plan(spec, 16, 512, 512)
     for i, step in enumerate(planned.steps):
         weight = padded_channels(step.in_channels) * step.out_channels
-        assert planned.tile(i, False) == (4 if weight <= most else 2), step.conv
-        assert planned.tile(i, True) == 2
+        for role in ("difference", "gradient"):
+            assert planned.way(i, role).tile == (4 if weight <= most else 2), step.conv
+        assert planned.way(i, "prediction").tile == 2
     one = Plan(spec, 1, 40, 40)  # 100 tiles of 4 x 4
-    assert [one.tile(i, False) for i in one.segments[0]] == [2, 2]
+    assert [one.way(i, "difference").tile for i in one.segments[0]] == [2, 2]
 
 
 @pytest.mark.parametrize(
-    ("arithmetic", "tiles_of_levels"),
+    ("arithmetic", "first", "rest"),
     [
-        ("own", [(1, 1)] * 5),
-        ("mixed", [(2, 4), (1, 4), (1, 1), (1, 1), (1, 1)]),
-        ("float32", [(2, 4), (2, 4), (2, 2), (0, 0), (0, 0)]),
+        ("own", "1 1 1", ["1 1 1", "1 1 1", "1 1 1", "1 1 1"]),
+        ("mixed", "2 4. 4", ["1 4. 4", "1 1 2", "1 1 1", "1 1 1"]),
+        ("float32", "2. 4. 4.", ["2. 4. 4.", "2. 2. 2.", "0. 0. 0.", "0. 0. 0."]),
     ],
 )
-def test_who_convolves_bfloat16(arithmetic, tiles_of_levels):
-    """What signs and winners come of, and the rest, of 128 x 128 pixels and less."""
+def test_who_convolves_bfloat16(arithmetic, first, rest):
+    """The prediction, the difference and the data gradient of 128 x 128 pixels and less, how many
+    results together; with a point where float32 is multiplied."""
 
-    def tiles(**net):
-        made = GenericPerceptualLoss(5, **net).net
+    def ways(channels=150, **net):
+        made = GenericPerceptualLoss(channels, **net).net
         spec = load_spec(make_spec(
             made, feature_weights={made.layers[-1].name: 1.0}, style_weights={}, kind="dense",
             activation="softmax", target_activation="softmax", temperature=1.0, dtype=BF16,
             arithmetic=arithmetic, workspace_mb=256,
         ))  # fmt: skip
         planned = Plan(spec, 1, 128, 128)
-        return [(planned.tile(i, True), planned.tile(i, False)) for i in range(len(planned.steps))]
+        return [
+            " ".join(
+                f"{way.tile}{'.' * (way.dtype == FLOAT)}"
+                for way in (planned.way(i, role) for role in get_args(Role))
+            )
+            for i in range(len(planned.steps))
+        ]
 
-    assert tiles() == tiles_of_levels
-    definition = 0 if arithmetic == "float32" else 1
-    assert tiles(kernel_size=5) == [(definition, definition)] * 5
-    assert tiles(pool="stride")[-1] == (0, 0)
+    assert ways() == [first, *rest]
+    if arithmetic == "mixed":  # few channels do not average the rounding of points
+        assert ways(19) == ["2. 4. 4", *rest]
+    definition = "0. 0. 0." if arithmetic == "float32" else "1 1 1"
+    assert ways(kernel_size=5) == [definition] * 5
+    assert ways(pool="stride")[-1] == definition.replace("1", "0")
 
 
 @pytest.mark.parametrize("arithmetic", ["own", "mixed", "float32"])
