@@ -1,8 +1,8 @@
 """What is made of the measured rows: CSV, tables, a plot, and what `findings` has to say.
 
 ``python benchmarks/report.py results.csv --markdown FILE --plot FILE`` makes them again without
-measuring; ``--machines`` sets those of several machines side by side; ``--compare OTHER.csv`` says
-by how much the ratios of two runs differ.
+measuring; ``--summary`` is one table of the main columns, ``--machines`` sets those of several
+machines side by side; ``--compare OTHER.csv`` says by how much the ratios of two runs differ.
 """
 
 from __future__ import annotations
@@ -135,6 +135,20 @@ def markdown(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def summary(rows: list[Row]) -> str:
+    """One table of all cases without percentiles, empty where nothing was measured."""
+    header = ["logits", "target", "provider", "time", "speedup", "peak", "saved", "value error",
+              "gradient cosine", "convolutions' share"]  # fmt: skip
+    lines = ["| " + " | ".join(header) + " |", "|---|---|---|" + "--:|" * (len(header) - 3)]
+    for case, some in by_case(rows):
+        first = _inputs(*case)
+        for row in some:
+            cells = [first[0], first[1], row["provider"], *_main_cells(row, "")]
+            lines.append("| " + " | ".join(cells) + " |")
+            first = ["", ""]
+    return "\n".join(lines)
+
+
 # Of each case that machines are compared in.
 COMPARED = ("gpl_fast-fp32", "gpl_fast-bf16", "eager-bf16-cl")
 
@@ -178,16 +192,23 @@ def _sweep_table(sweep: str, rows: list[Row]) -> list[str]:
                 row["provider"],
                 f"{_seconds(row['seconds_median'])} ({low}–{high})",
                 *(_seconds(row[k]) for k in ("forward_seconds", "backward_seconds")),
-                text(row["speedup_vs_eager_fp32"], "{:.2f}×"),
-                text(row["peak_mib"], "{:.0f} MiB"),
-                text(row["saved_bytes"], "{:.1f} MiB", 2**-20),
-                text(row["value_error"], "{:.1e}"),
-                text(row["grad_cosine"], "{:.4f}"),
+                *_main_cells(row, "n/a")[1 : None if conv else -1],
             ]
-            share = [text(row["conv_share"], "{:.0%}")] * conv
-            lines.append("| " + " | ".join(cells + share) + " |")
+            lines.append("| " + " | ".join(cells) + " |")
             first = ["", ""]
     return [*lines, ""]
+
+
+def _main_cells(row: Row, missing: str) -> list[str]:
+    return [
+        _seconds(row["seconds_median"]),
+        text(row["speedup_vs_eager_fp32"], "{:.2f}×", missing=missing),
+        text(row["peak_mib"], "{:.0f} MiB", missing=missing),
+        text(row["saved_bytes"], "{:.1f} MiB", 2**-20, missing),
+        text(row["value_error"], "{:.1e}", missing=missing),
+        text(row["grad_cosine"], "{:.4f}", missing=missing),
+        text(row["conv_share"], "{:.0%}", missing=missing),
+    ]
 
 
 def _seconds(s: float | None) -> str:
@@ -196,9 +217,9 @@ def _seconds(s: float | None) -> str:
     return f"{1e3 * s:.1f} ms" if s < 0.1 else f"{s:.3f} s" if s < 10 else f"{s:.1f} s"
 
 
-def text(value: float | None, form: str, scale: float = 1) -> str:
-    """The cell, "n/a" for None."""
-    return "n/a" if value is None else form.format(value * scale)
+def text(value: float | None, form: str, scale: float = 1, missing: str = "n/a") -> str:
+    """The cell, `missing` for None."""
+    return missing if value is None else form.format(value * scale)
 
 
 # -------------------------------------------------------------------------------------------- plot
@@ -288,6 +309,7 @@ def main() -> int:
     parser.add_argument("--sweep", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--markdown", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE")
+    parser.add_argument("--summary", action="store_true", help="one table of the main columns")
     parser.add_argument("--machines", action="store_true", help="one table of all CSVs' machines")
     parser.add_argument("--compare", type=Path, metavar="OTHER.csv")
     args = parser.parse_args()
@@ -298,8 +320,8 @@ def main() -> int:
         found, met = comparison(rows, read_csv(args.compare))
         print(found)
         return int(not met)
-    if args.machines:
-        print(machines(rows))
+    if args.machines or args.summary:
+        print(machines(rows) if args.machines else summary(rows))
         return 0
     if args.markdown:
         args.markdown.write_text(markdown(rows))

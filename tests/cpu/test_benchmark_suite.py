@@ -324,6 +324,21 @@ def test_machines_are_set_side_by_side(tmp_path, monkeypatch, capsys):
     ]
 
 
+def test_a_summary_has_a_line_for_each_row(tmp_path, monkeypatch, capsys):
+    rows = [a_row(seconds_median=0.25, peak_mib=12.3, saved_bytes=2**21, conv_share=0.5),
+            a_row(provider="eager-fp32", value_error=None, grad_cosine=None, peak_mib=None,
+                  saved_bytes=None, speedup_vs_eager_fp32=1.0)]  # fmt: skip
+    report.write_csv(rows, tmp_path / "a.csv")
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path / "a.csv"), "--summary"])
+    assert report.main() == 0
+    ours, plain = capsys.readouterr().out.splitlines()[2:]
+    assert ours.startswith("| 1×19×256×256 | labels, peaked | gpl_fast-bf16 | 0.250 s | 4.00× |")
+    assert "| 12 MiB | 2.0 MiB |" in ours
+    assert ours.endswith("| 50% |")
+    assert plain.startswith("|  |  | eager-fp32 |")
+    assert plain.endswith("| 1.00× |  |  |  |  |  |")
+
+
 def test_two_runs_are_compared_by_their_ratios(tmp_path, monkeypatch, capsys):
     first = [a_row(), a_row(shape="1x150x256x256", speedup_vs_eager_fp32=3.0),
              a_row(provider="eager-fp32", speedup_vs_eager_fp32=1.0)]  # fmt: skip
