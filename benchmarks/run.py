@@ -121,7 +121,9 @@ SWEEPS: dict[str, list[Case]] = {
 CROP = 96
 HOPELESS = 8  # times the baseline's time: once is enough
 HUGE = 500  # GFLOP of a step: only every second visit, as it takes as long as all others
-LONG = 50  # GFLOP of a step to which the first call's own costs are little: none for warm-up
+# GFLOP of a step that takes little longer as the first of a visit: warmed up in the first visit alone,
+# when the memory is mapped that is kept from then on.
+LONG = 50
 
 
 def main() -> int:
@@ -304,7 +306,7 @@ class Measurement:
         """Some more rounds; the hopeless ones leave few to the others, which are then timed again
         without them."""
         steps, args = self.steps(), self.args
-        warm_up = int(self.gflop < LONG)
+        warm_up = int(self.gflop < LONG or not self.times)
         while True:
             times = measure.interleave(steps, args.rounds, seconds=args.seconds, warm_up=warm_up)
             for name in times:
