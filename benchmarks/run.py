@@ -121,8 +121,8 @@ SWEEPS: dict[str, list[Case]] = {
 CROP = 96
 HOPELESS = 8  # times the baseline's time: once is enough
 HUGE = 500  # GFLOP of a step: only every second visit, as it takes as long as all others
-# GFLOP of a step that takes little longer as the first of a visit: warmed up in the first visit alone,
-# when the memory is mapped that is kept from then on.
+# GFLOP of a step that takes little longer as the first of a visit: warmed up in the first visit
+# alone, when the memory is mapped that is kept from then on.
 LONG = 50
 
 
