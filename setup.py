@@ -229,7 +229,8 @@ def build_ninja(library: Path) -> str:
         objects.append(f"{source.stem}.cuda.o")
         flags = " ".join(nvcc_targets(source, cuda.architectures))
         edges.append(f"build {objects[-1]}: compile_cuda {escape(source)}\n  flags = {flags}\n")
-    compile_edge(csrc / "ops.cpp", "ops.o", torch_flags)
+    for name in ("ops", "convolutions"):
+        compile_edge(csrc / f"{name}.cpp", f"{name}.o", torch_flags)
     for name in ("dispatch", "memory"):
         compile_edge(csrc / "cpu" / f"{name}.cpp", f"{name}.o", "")
     for build, march in builds.items():

@@ -1,7 +1,7 @@
 """Loads the compiled operators. The only file that names ``torch.ops.gpl_fast``.
 
 Every operator writes into buffers that the caller owns, so that a workspace is used again without
-page faults; shapes, dtypes and layouts are checked in ``csrc/ops.cpp``. Maps are NHWC. A strip is
+page faults; shapes, dtypes and layouts are checked in ``csrc/*.cpp``. Maps are NHWC. A strip is
 the rows ``[row0, row0 + rows)`` of every image; rows outside the image are written as zeros.
 """
 
