@@ -37,6 +37,8 @@ struct Products {
 #ifdef GPL_BF16_UNITS
 class MatrixUnit {
  public:
+  static constexpr int64_t kTogether = 16;  // pixels: it takes a multiple of them
+
   GPL_AMX_TARGET static void configure() {
     struct Shape {
       uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -92,6 +94,8 @@ class MatrixUnit {
 
 class PairUnit {
  public:
+  static constexpr int64_t kTogether = 8;  // times two registers of outputs
+
   static void configure() {}
   static void release() {}
 
@@ -100,8 +104,6 @@ class PairUnit {
   }
 
  private:
-  static constexpr int kTogether = 8;  // pixels; times two registers of outputs
-
   GPL_PAIRS_TARGET static void add(const Products& a, int64_t pixel) {
     float* const sums = a.sums + pixel / 16 * 512 + pixel % 16 * 16;
     __m512 sum[kTogether][2];
@@ -139,6 +141,8 @@ class PairUnit {
 // The same anywhere, for tests.
 class NoUnit {
  public:
+  static constexpr int64_t kTogether = 16;
+
   static void configure() {}
   static void release() {}
 
@@ -181,20 +185,24 @@ class NoUnit {
 };
 
 // A task is a few rows of up to kColumns pixels, of all output channels or of some: its pixels'
-// channels, 64 at a time, are laid out as the unit reads them, with zeros around the image. No sum
-// depends on how the work is cut.
+// channels, 64 at a time, are laid out as the unit reads them, with zeros around the image. Where
+// rows are so short that ends of blocks would be wasted, all of a task's rows are one line, with
+// the pixels between them computed for nothing. No sum depends on how the work is cut.
 template <class Unit, class Z, class T>
 class Direct {
  public:
   explicit Direct(const DirectConv& a) : a_(a) {
     blocks_ = ceil_div(a.C_out, kOutputs), parts_ = ceil_div(a.C_in, kSteps * kDepth);
-    const int64_t a_row = kColumns * blocks_ * kOutputs * 4;
+    row_blocks_ = ceil_div(min_of(a.W, kColumns), kPixels);
+    const int64_t a_row = row_blocks_ * kBlock * blocks_ * 4;
     rows_ = parts_ == 1 ? kRows : min_of(max_of(kSums / a_row, 1), kRows);
     down_ = ceil_div(a.rows, rows_), across_ = ceil_div(a.W, kColumns);
     // Few pixels: their outputs are shared out too.
     const int64_t tasks = a.N * down_ * across_;
     some_ = ceil_div(blocks_, min_of(blocks_, max_of(64 / max_of(tasks, 1), 1)));
-    width_ = kColumns + a.K - 1, plane_ = (rows_ + a.K - 1) * width_ * kDepth;
+    width_ = min_of(a.W, kColumns) + a.K - 1, plane_ = (rows_ + a.K - 1) * width_ * kDepth;
+    const int64_t rows = min_of(rows_, a.rows);
+    one_line_ = across_ == 1 && whole_groups(rows * width_ - a.K + 1) < rows * whole_groups(a.W);
     const int64_t pixel = a.C_out * element_size(a.z_dtype);
     past_cache_ = pixel % 64 == 0 && (uintptr_t)a.z % 64 == 0 && a.z_image_stride % kLine == 0 &&
                   a.N * a.rows * a.W * pixel > kPastCache;
@@ -205,7 +213,7 @@ class Direct {
     share(tasks, rows_ * kColumns * a_.C_in, [&](Items& items) {
       // A block's last pixels may lie behind the last row.
       Scratch x((kSteps * plane_ + kPixels * kDepth) / 2);
-      Scratch sums(parts_ == 1 ? kBlock : rows_ * (kColumns / kPixels) * some_ * kBlock);
+      Scratch sums(parts_ == 1 ? kBlock : rows_ * row_blocks_ * some_ * kBlock);
       Unit::configure();
       for (int64_t i = items.next(); i < items.n; i = items.next()) {
         const int64_t at = i / shares, strip = at / across_;
@@ -234,6 +242,10 @@ class Direct {
   struct Task {
     int64_t n, row, column, rows, columns, block, blocks;
   };
+
+  static int64_t whole_groups(int64_t pixels) {
+    return ceil_div(pixels, (int64_t)Unit::kTogether) * Unit::kTogether;
+  }
 
   // x[step][row][column][kDepth] of the part's channels.
   void lay_out(const Task& task, int64_t part, BFloat16* x) const {
@@ -270,9 +282,11 @@ class Direct {
     for (int64_t b = 0; b < task.blocks; ++b) {
       const int64_t block = task.block + b;
       const BFloat16* u = (const BFloat16*)a_.u + (block * steps + part * kSteps) * taps * kBlock;
-      for (int64_t r = 0; r < task.rows; ++r) {
-        for (int64_t p = 0; p < task.columns; p += kPixels) {
-          const int64_t pixels = min_of(task.columns - p, kPixels);
+      const int64_t lines = one_line_ ? 1 : task.rows;
+      const int64_t length = one_line_ ? task.rows * width_ - a_.K + 1 : task.columns;
+      for (int64_t r = 0; r < lines; ++r) {
+        for (int64_t p = 0; p < length; p += kPixels) {
+          const int64_t pixels = min_of(length - p, kPixels);
           const BFloat16* from = x + (r * width_ + p) * kDepth;
           Unit::add({from, u, a_.K, width_ * kDepth, plane_, some, sums, part == 0, pixels});
           if (part + 1 == parts_) put(task, block, r, p, pixels, sums);
@@ -282,12 +296,18 @@ class Direct {
     }
   }
 
+  // From pixel p of line r on.
   void put(const Task& task, int64_t block, int64_t r, int64_t p, int64_t pixels,
            const float* sums) const {
     const int64_t c = block * kOutputs, left = a_.C_out - c;
+    int64_t column = p % width_;
     Z* z = (Z*)a_.z + task.n * a_.z_image_stride +
-           ((task.row + r) * a_.W + task.column + p) * a_.C_out + c;
-    for (int64_t i = 0; i < pixels; ++i, z += a_.C_out) {
+           ((task.row + r + p / width_) * a_.W + task.column + min_of(column, task.columns)) *
+               a_.C_out +
+           c;
+    for (int64_t i = 0; i < pixels; ++i, ++column) {
+      if (column == width_) column = 0;
+      if (column >= task.columns) continue;  // between two rows
       const float* from = sums + i / 16 * 512 + i % 16 * 16;
       if (past_cache_) {
         store_past_cache(z, load(from));
@@ -296,12 +316,13 @@ class Direct {
         store_upto(z, load(from), left);
         if (left > 16) store_upto(z + 16, load(from + 256), left - 16);
       }
+      z += a_.C_out;
     }
   }
 
   const DirectConv& a_;
-  int64_t blocks_, parts_, rows_, down_, across_, some_, width_, plane_;
-  bool past_cache_;
+  int64_t blocks_, parts_, row_blocks_, rows_, down_, across_, some_, width_, plane_;
+  bool one_line_, past_cache_;
 };
 
 // Of 16 outputs from n0 and kDepth input channels from k0.

@@ -820,11 +820,12 @@ def padded(channels):
 
 
 # Parts of 64 input channels, blocks of 32 pixels and outputs, tasks of 8 x 128 pixels: one of each,
-# several, and odd remainders, of at most 16 and of more.
+# several, and odd remainders, of at most 16 and of more; rows that are short enough for one line,
+# where a block begins between two of them.
 DIRECT_SIZES = [
     (8, 64, (13, 27), 3), (3, 19, (1, 5), 3), (32, 40, (7, 33), 3), (64, 19, (2, 300), 3),
     (200, 70, (6, 17), 3), (391, 33, (3, 4), 3), (33, 7, (9, 49), 1), (70, 12, (10, 48), 5),
-    (5, 65, (4, 9), 7),
+    (5, 65, (4, 9), 7), (70, 33, (9, 12), 3), (5, 40, (9, 9), 5),
 ]  # fmt: skip
 
 
