@@ -4,10 +4,10 @@ Each case is one shape, target and network. First peak memory and saved bytes, a
 each provider; then the value and the gradient of every provider against float64 on a crop, where a
 wrong one is left out and the run will end with status 1; then forward and backward of all providers
 in turns, so that load on the machine meets all of them. All cases are visited several times, each
-time for a few rounds, so that minutes of load meet all of them as well. Within a visit freed memory
-is kept: where glibc gives that of large tensors back to the system, as it does by default, page
-faults take up to three fifths of a step of plain PyTorch, more or fewer from run to run.
-`--default-allocator` counts them.
+time for a few rounds, so that minutes of load meet all of them as well. Freed memory is kept: where
+glibc gives that of large tensors back to the system, as it does by default, page faults take up to
+three fifths of a step of plain PyTorch, more or fewer from run to run. `--default-allocator` counts
+them.
 
     python benchmarks/run.py --visits 3 --minutes 8        # every sweep, eight minutes
     python benchmarks/run.py --sweep classes               # some of them: `SWEEPS`
@@ -121,8 +121,8 @@ SWEEPS: dict[str, list[Case]] = {
 CROP = 96
 HOPELESS = 8  # times the baseline's time: once is enough
 HUGE = 500  # GFLOP of a step: only every second visit, as it takes as long as all others
-# GFLOP of a step that takes little longer as the first of a visit: no warm-up, unless it maps the
-# memory that is kept for the others.
+# GFLOP of a step that takes little longer as the first of a visit: warmed up in the first visit
+# alone, when the memory is mapped that is kept from then on.
 LONG = 50
 
 
@@ -305,10 +305,8 @@ class Measurement:
     def visit(self) -> None:
         """Some more rounds; the hopeless ones leave few to the others, which are then timed again
         without them."""
-        args = self.args
-        if not args.default_allocator:
-            measure.drop_pages()
-        steps, warm_up = self.steps(), int(self.gflop < LONG or not args.default_allocator)
+        steps, args = self.steps(), self.args
+        warm_up = int(self.gflop < LONG or not self.times)
         while True:
             times = measure.interleave(steps, args.rounds, seconds=args.seconds, warm_up=warm_up)
             for name in times:

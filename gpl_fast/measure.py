@@ -154,13 +154,6 @@ def keep_pages() -> bool:
     return bool(mallopt(trim_threshold, -1) and mallopt(mmap_max, 0))
 
 
-def drop_pages() -> None:
-    """Give back what glibc's allocator holds free, so that the next steps get other pages: some are
-    slow for as long as they are kept, as they can be where a virtual machine's host maps them."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)
-
-
 # ----------------------------------------------------------------------------------------- memory
 
 

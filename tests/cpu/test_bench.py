@@ -82,25 +82,6 @@ def test_kept_pages_fault_once():
     assert kept < given_back / 20
 
 
-def faults_of_the_same_tensor(drop):
-    measure.keep_pages()
-    torch.ones(70 << 18)
-    if drop:
-        measure.drop_pages()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(70 << 18)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's allocator")
-def test_dropped_pages_fault_again():
-    dropped, kept = (
-        measure.in_fresh_process(faults_of_the_same_tensor, drop) for drop in (True, False)
-    )
-    assert dropped > 60 << 8  # of 70 MB
-    assert kept < dropped / 20
-
-
 def test_the_deviation_of_a_tiny_gradient():
     """Below 1e-8, where torch.cosine_similarity takes a norm for 1e-8."""
     grad, value = torch.tensor([[3e-12, 4e-12]]), torch.tensor(1.02)
