@@ -244,7 +244,7 @@ class Direct {
   };
 
   static int64_t whole_groups(int64_t pixels) {
-    return ceil_div(pixels, (int64_t)Unit::kTogether) * Unit::kTogether;
+    return ceil_div(pixels, Unit::kTogether) * Unit::kTogether;
   }
 
   // x[step][row][column][kDepth] of the part's channels.
