@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gpl_fast import ops, plan
 
-SECONDS = 0.2  # of each measurement
+SECONDS = 0.1  # of each measurement
 
 
 @dataclass(frozen=True)

@@ -60,13 +60,16 @@ def protocol() -> Row:
 
 
 def machine() -> str:
-    """The CPU's name, and the widest instructions that bfloat16 convolutions can use."""
+    """The CPU's name, with family and model where it has no number, and the widest instructions
+    that bfloat16 convolutions can use."""
     name, flags = platform.processor() or platform.machine(), ""
     if os.path.exists("/proc/cpuinfo"):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         info = dict(part for line in lines if len(part := line.split("\t: ", 1)) == 2)
         info = {key.strip(): value for key, value in info.items()}
         name, flags = info.get("model name", name), info.get("flags", "")
+        if not any(map(str.isdigit, name)) and "cpu family" in info:  # hidden by a hypervisor
+            name += f", family {info['cpu family']}, model {info['model']}"
     known = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
     best = next((flag for flag in known if flag in flags.split()), None)
     return f"{name} ({best})" if best else name
@@ -127,8 +130,8 @@ def markdown(rows: list[Row]) -> str:
     lines += [
         f"{r['machine']}, {float(r['threads']):.0f} threads, torch {r['torch']}, gpl_fast "
         f"{r['gpl_fast']} at {r['commit']}; {rounds[0]} to {rounds[-1]} interleaved rounds. "
-        "Peaked: logits with the entropy of a trained net. Speedup: median over rounds of "
-        "eager-fp32 / provider. Peak: what one step adds to a fresh process, the gradient "
+        "Peaked: logits with the entropy of a trained net. Speedup: the shortest step of "
+        "eager-fp32 over the provider's. Peak: what one step adds to a fresh process, the gradient "
         "included; saved: kept for the backward, without logits, target and weights. Errors "
         "against float64 on a crop. Share: of the step that its convolutions alone take.",
     ]

@@ -4,12 +4,15 @@ Each case is one shape, target and network. First peak memory and saved bytes, a
 each provider; then the value and the gradient of every provider against float64 on a crop, where a
 wrong one is left out and the run will end with status 1; then forward and backward of all providers
 in turns, so that load on the machine meets all of them. All cases are visited several times, each
-time for a few rounds, so that minutes of load meet all of them as well. Freed memory is kept: where
-glibc gives that of large tensors back to the system, as it does by default, page faults take up to
-three fifths of a step of plain PyTorch, more or fewer from run to run. `--default-allocator` counts
-them.
+time for a few rounds in a process of its own: no minute of load and no process with unlucky pages
+decides. A speedup is of shortest steps, which load can only make longer; what time is left goes to
+the cases where these are least certain.
 
-    python benchmarks/run.py --visits 3 --minutes 8        # every sweep, eight minutes
+Memory is mapped before and kept when it is freed: where glibc gives that of large tensors back to
+the system, as it does by default, page faults take up to three fifths of a step of plain PyTorch,
+more or fewer from run to run. `--default-allocator` counts them.
+
+    python benchmarks/run.py --visits 3 --minutes 9.5      # every sweep, ten minutes
     python benchmarks/run.py --sweep classes               # some of them: `SWEEPS`
     python benchmarks/run.py --shapes 2,150,512,512        # shapes of your own
 """
@@ -17,6 +20,7 @@ them.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shlex
 import sys
@@ -24,7 +28,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,7 @@ from providers import (
     NET,
     PROVIDERS,
     TARGETS,
+    Provider,
     crop,
     dtype_of,
     flops,
@@ -52,6 +56,7 @@ from torch import Tensor
 from gpl_fast import bench, measure
 
 Shape = tuple[int, int, int, int]
+Step = Callable[[], list[float]]
 COMPILED = tuple(name for name in PROVIDERS if name.startswith("compile"))
 OURS = ("gpl_fast-fp32", "gpl_fast-bf16")
 LATER = "later blocks of "
@@ -120,45 +125,40 @@ SWEEPS: dict[str, list[Case]] = {
 }
 CROP = 96
 HOPELESS = 8  # times the baseline's time: once is enough
-HUGE = 500  # GFLOP of a step: only every second visit, as it takes as long as all others
-# GFLOP of a step that takes little longer as the first of a visit: warmed up in the first visit
-# alone, when the memory is mapped that is kept from then on.
-LONG = 50
+# GFLOP of a step that takes as long as those of all other cases, and little longer as the first of
+# its size: only every second visit, and warmed up on a crop.
+HUGE = 500
 
 
 def main() -> int:
     """Measure all cases and write what was asked for; 1 if a provider is wrong."""
     args = parse_arguments()
-    if not args.default_allocator and not measure.keep_pages():
-        print("freed memory may go back to the system: this is not glibc", file=sys.stderr)
     # Before the first compilation, here and in the processes started from here.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(report.ROOT / ".cache" / "inductor"))
-    start = time.monotonic()
+    if not args.default_allocator and not measure.in_fresh_process(measure.keep_pages):
+        print("freed memory may go back to the system: this is not glibc", file=sys.stderr)
+    end = time.monotonic() + 60 * args.minutes
     measured: list[Measurement] = []
     for case in args.cases:
         if why := obstacle(case):
             print(f"{_title(case)}: left out: {why}", file=sys.stderr)
             continue
-        print(_title(case), flush=True)
         slow = set() if args.providers else hopeless(measured)
         measured.append(Measurement(case, args, slow))
         measured[-1].visit()
-    rows = write(measured, args)  # after each visit: a long run may be interrupted
+    rows = write(measured, args)  # again and again: a long run may be interrupted
     if not rows:
         print("nothing was measured", file=sys.stderr)
         return 1
-    took = [0.0, 0.0]  # seconds of the visits: the next one is most like the last but one
-    for number in count(2):
-        begin = time.monotonic()
-        if number > args.visits and begin + took[-2] > start + 60 * args.minutes:
-            break
+    for number in range(2, args.visits + 1):
         print(f"visit {number}", flush=True)
         for one in measured:
-            if number % 2 or one.gflop < HUGE:
-                print(_title(one.case), flush=True)
+            if number % 2 or not one.huge:
                 one.visit()
         rows = write(measured, args)
-        took.append(time.monotonic() - begin)
+    while one := least_certain(measured, end - time.monotonic()):
+        one.visit()
+        rows = write(measured, args)
     for one in measured:
         print(_title(one.case), *map(_line, one.rows()), sep="\n", flush=True)
     for line in (*growth(rows), *checks(rows)):
@@ -190,8 +190,13 @@ def parse_arguments() -> argparse.Namespace:
         choices=PROVIDERS,
         help="default: the sweep's, --shapes: all; but those that prove hopeless here once only",
     )
-    add("--visits", type=int, default=6, help="to each case, between those to others: at least")
-    add("--minutes", type=float, default=0.0, help="more visits as long as they end within these")
+    add("--visits", type=int, default=6, help="to each case, between those to others")
+    add(
+        "--minutes",
+        type=float,
+        default=0.0,
+        help="as long as they end within these, more visits to the least certain cases",
+    )
     add("--rounds", type=int, default=1, help="of a visit: at least")
     add("--seconds", type=float, default=0.5, help="of a visit: more rounds until they are spent")
     add("--default-allocator", action="store_true", help="freed memory may go back to the system")
@@ -231,12 +236,22 @@ def obstacle(case: Case) -> str | None:
     """Why a case cannot be measured here, or None."""
     if case.kind == "topk" and case.shape[1] == 1:
         return "one class has no top-k"
-    # A one-hot map of int64 beside those of float32.
-    needed = bench.naive_bytes(loss_net(case.shape[1], case.net), case.shape, 26)
-    free = measure.free_bytes("cpu")
-    if free is not None and needed > free:
-        return f"eager PyTorch needs about {needed >> 30} GiB, {free >> 30} GiB are free"
+    free, bytes_ = measure.free_bytes("cpu"), needed(case)
+    if free is not None and bytes_ > free:
+        return f"eager PyTorch needs about {bytes_ >> 30} GiB, {free >> 30} GiB are free"
     return None
+
+
+def needed(case: Case) -> int:
+    """Bytes of a process that takes steps of eager PyTorch, about."""
+    # A one-hot map of int64 beside those of float32.
+    return bench.naive_bytes(loss_net(case.shape[1], case.net), case.shape, 26)
+
+
+def least_certain(measured: Iterable[Measurement], seconds: float) -> Measurement | None:
+    """The case that a visit will tell most about, of those that take less than this."""
+    short = [one for one in measured if one.took < seconds]
+    return max(short, key=Measurement.doubt, default=None)
 
 
 def hopeless(measured: Iterable[Measurement]) -> set[str]:
@@ -252,11 +267,14 @@ class Measurement:
     Attributes:
         wrong: why a provider is not timed, by name.
         times: what the parts of a step took in every round, by provider.
+        shortest: the whole step that took least in each visit, by provider.
+        took: seconds of the last visit.
         hopeless: the summary of the few rounds of one that takes many times the baseline's time.
     """
 
     def __init__(self, case: Case, args: argparse.Namespace, slow: set[str]) -> None:
         shape, kind = case.shape, case.kind
+        print(_title(case), flush=True)
         for name in [name for name in case.providers if name in slow]:
             print(f"  {name} is left out: its dtype took over {HOPELESS} times {BASELINE}'s time")
         self.case, self.args = case, args
@@ -266,49 +284,40 @@ class Measurement:
             of = (shape, kind, case.peaked, case.net)
             self.used = {name: memory(name, *of) for name in case.providers if name not in slow}
         torch.compiler.reset()  # a function is compiled for a few shapes, then no more
-        made = {
-            name: PROVIDERS[name](shape[1], kind, "cpu", case.net)
-            for name in case.providers
-            if name not in slow
-        }
-        self.inputs: tuple[Tensor, Any] | None = make_inputs(shape, kind, case.peaked)
+        names = [name for name in case.providers if name not in slow]
+        logits, target = make_inputs(shape, kind, case.peaked)
         # A compiled provider is made for one shape: its crop is everything.
-        size = max(shape[2:]) if set(made) & set(COMPILED) else CROP
-        self.errors = gate.errors(made, *crop(*self.inputs, size), case.net)
+        size = max(shape[2:]) if set(names) & set(COMPILED) else CROP
+        few = crop(logits, target, size)
+        self.errors = gate.errors(make(case, names), *few, case.net)
         if gate.complaints(self.errors) and gate.PEER in slow.intersection(case.providers):
             # Too slow to be timed, but what ours is compared with.
-            peer = {gate.PEER: PROVIDERS[gate.PEER](shape[1], kind, "cpu", case.net)}
-            self.errors |= gate.errors(peer, *crop(*self.inputs, size), case.net)
+            self.errors |= gate.errors(make(case, [gate.PEER]), *few, case.net)
         self.wrong = gate.complaints(self.errors)
         for name, why in self.wrong.items():
             print(f"  {name} is left out: {why}", file=sys.stderr)
-        self.right = {name: provider for name, provider in made.items() if name not in self.wrong}
+        self.right = [name for name in names if name not in self.wrong]
         self.gflop = flops(shape, kind, case.net) / 1e9
-        self.read = ceiling.read_seconds(self.inputs[0])
+        self.huge = self.gflop > HUGE
+        self.read = ceiling.read_seconds(logits)
         self.floors = convolution_floors(case) if case.floor else {}
         self.times: dict[str, list[list[float]]] = {}
         self.hopeless: dict[str, dict[str, Any]] = {}
-
-    def steps(self) -> dict[str, Callable[[], list[float]]]:
-        """What is timed in turns, but for the first time on inputs made anew: those of all cases
-        would fill the memory."""
-        case, right = self.case, {k: p for k, p in self.right.items() if k not in self.hopeless}
-        if case.sweep == "training":
-            self.inputs = None
-            return training.steps(right, case.shape)
-        logits, target = self.inputs or make_inputs(case.shape, case.kind, case.peaked)
-        self.inputs = None
-        once, watch = measure.timed_step, measure.Stopwatch("cpu")
-        steps = {name: partial(once, watch, p, logits, target) for name, p in right.items()}
-        return steps | (later_steps(case, right) if case.sweep == "classes" else {})
+        self.shortest: dict[str, list[float]] = {}
+        self.took = 0.0
 
     def visit(self) -> None:
         """Some more rounds; the hopeless ones leave few to the others, which are then timed again
         without them."""
-        steps, args = self.steps(), self.args
-        warm_up = int(self.gflop < LONG or not self.times)
+        if self.times:
+            print(_title(self.case), flush=True)
+        args, begin = self.args, time.monotonic()
+        kept = not args.default_allocator
         while True:
-            times = measure.interleave(steps, args.rounds, seconds=args.seconds, warm_up=warm_up)
+            names = [name for name in self.right if name not in self.hopeless]
+            times: dict[str, list[list[float]]] = measure.in_fresh_process(
+                take_rounds, self.case, names, self.huge, args.rounds, args.seconds, kept
+            )
             for name in times:
                 self.times.setdefault(name, [])
             summary = measure.summary(times, BASELINE)
@@ -316,9 +325,19 @@ class Measurement:
             if not slow:
                 break
             self.hopeless |= slow
-            steps = {name: step for name, step in steps.items() if name not in slow}
         for name, rounds in times.items():
             self.times[name] += rounds
+            self.shortest.setdefault(name, []).append(min(map(sum, rounds)))
+        self.took = time.monotonic() - begin
+
+    def doubt(self) -> float:
+        """By how much a ratio to the baseline may still move, about: how much longer than the
+        shortest step is the shortest of another visit, for the provider where it is most, by the
+        number of visits, since one lucky step may never come again."""
+        found = [sorted(each) for each in self.shortest.values()]
+        if any(len(each) < 2 for each in found):
+            return math.inf
+        return max((each[1] / each[0] - 1) / len(each) for each in found)
 
     def rows(self) -> list[report.Row]:
         """Those of every provider that is right."""
@@ -360,6 +379,43 @@ class Measurement:
         return rows
 
 
+def make(case: Case, names: Iterable[str]) -> dict[str, Provider]:
+    """The providers of these names."""
+    return {name: PROVIDERS[name](case.shape[1], case.kind, "cpu", case.net) for name in names}
+
+
+def take_rounds(
+    case: Case, names: Iterable[str], huge: bool, rounds: int, seconds: float, kept: bool
+) -> dict[str, list[list[float]]]:
+    """What the parts of a step took in some rounds, by provider; for a process of its own.
+
+    Args:
+        huge: warmed up on a crop, not by a round.
+        kept: freed memory is kept, and enough for plain PyTorch mapped before.
+    """
+    if kept:
+        measure.keep_pages(needed(case))
+    made = make(case, names)
+    if case.sweep == "training":
+        steps = warm = training.steps(made, case.shape)
+    else:
+        inputs = make_inputs(case.shape, case.kind, case.peaked)
+        steps = timed_steps(made, *inputs)
+        if case.sweep == "classes":
+            steps |= later_steps(case, made)
+        few = huge and not set(names) & set(COMPILED)
+        warm = timed_steps(made, *crop(*inputs, CROP)) if few else steps
+    for once in warm.values():
+        once()
+    return measure.interleave(steps, rounds, seconds=seconds, warm_up=0)
+
+
+def timed_steps(made: Mapping[str, Provider], logits: Tensor, target: Any) -> dict[str, Step]:
+    """A step of each provider on logits (N, C, H, W)."""
+    watch = measure.Stopwatch("cpu")
+    return {k: partial(measure.timed_step, watch, p, logits, target) for k, p in made.items()}
+
+
 def is_hopeless(name: str, summary: Mapping[str, Any]) -> bool:
     """Whether a provider of plain PyTorch takes many times as long as the baseline."""
     speedup = summary["speedup"]
@@ -374,16 +430,15 @@ def write(measured: Iterable[Measurement], args: argparse.Namespace) -> list[rep
     return rows
 
 
-def later_steps(case: Case, providers: Iterable[str]) -> dict[str, Callable[[], list[float]]]:
+def later_steps(case: Case, providers: Iterable[str]) -> dict[str, Step]:
     """A step through the blocks after the first alone, for each of ours."""
     n, c, h, w = case.shape
-    watch, steps = measure.Stopwatch("cpu"), {}
-    for name in OURS:
-        if name in providers:
-            provider = later_blocks(getattr(torch, dtype_of(name)), c, case.net)
-            channels = loss_net(c, case.net).shapes(h, w)["pool1"][0]
-            maps = torch.randn(2, n, channels, h // 2, w // 2).relu_()
-            steps[LATER + name] = partial(measure.timed_step, watch, provider, *maps)
+    steps: dict[str, Step] = {}
+    for name in filter(OURS.__contains__, providers):
+        provider = later_blocks(getattr(torch, dtype_of(name)), c, case.net)
+        channels = loss_net(c, case.net).shapes(h, w)["pool1"][0]
+        maps = torch.randn(2, n, channels, h // 2, w // 2).relu_()
+        steps |= timed_steps({LATER + name: provider}, *maps)
     return steps
 
 

@@ -113,8 +113,9 @@ def summary(
     """Of each provider: rounds, median, 20th and 80th percentile of a step's seconds, medians of
     its forward and backward, and the speedup.
 
-    The speedup is the median over rounds of baseline / provider, so that load on the machine, which
-    moves a whole round, cancels; above 1 is faster. None without the baseline.
+    The speedup is the baseline's shortest step over the provider's, as load on the machine makes
+    steps longer, not all to the same degree, and never shorter; above 1 is faster. None without the
+    baseline.
     """
     out: dict[str, dict[str, Any]] = {}
     whole = {name: [sum(step) for step in steps] for name, steps in parts.items()}
@@ -123,8 +124,7 @@ def summary(
         low, _, _, high = statistics.quantiles(several, n=5, method="inclusive")
         speedup = None
         if baseline in whole:
-            pairs = zip(whole[baseline], samples, strict=True)
-            speedup = statistics.median(base / own for base, own in pairs)
+            speedup = min(whole[baseline]) / min(samples)
         halves = [statistics.median(half) for half in zip(*parts[name], strict=True)]
         forward, backward = halves if len(halves) == 2 else (None, None)
         out[name] = {
@@ -139,9 +139,9 @@ def summary(
     return out
 
 
-def keep_pages() -> bool:
-    """Let glibc's allocator give nothing back to the system from here on; False where that cannot
-    be said.
+def keep_pages(mapped: int = 0) -> bool:
+    """Let glibc's allocator give nothing back to the system from here on, and have `mapped` bytes
+    at once; False where that cannot be said.
 
     By default it unmaps what large tensors leave, and the next ones pay for page faults, as much as
     the system happens to ask.
@@ -151,7 +151,10 @@ def keep_pages() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:
         return False
-    return bool(mallopt(trim_threshold, -1) and mallopt(mmap_max, 0))
+    kept = bool(mallopt(trim_threshold, -1) and mallopt(mmap_max, 0))
+    if kept and mapped:
+        torch.empty(mapped, dtype=torch.uint8).zero_()
+    return kept
 
 
 # ----------------------------------------------------------------------------------------- memory

@@ -47,13 +47,13 @@ def test_short_steps_have_more_rounds_but_not_for_ever():
     assert len(measure.interleave({"a": lambda: [0.0]}, 3)["a"]) == 3
 
 
-def test_the_ratio_is_of_the_same_round():
-    # Load doubles every time of the second round and of no other.
-    parts = {"base": [[1.0, 3.0], [2.0, 6.0], [1.0, 3.0]], "own": [[1.0, 1.0], [2.0, 2.0], [1, 1]]}
+def test_the_ratio_is_of_the_shortest_steps():
+    # Load doubles two steps of the one and one of the other.
+    parts = {"base": [[1.0, 3.0], [2.0, 6.0], [1.0, 3.0]], "own": [[2.0, 2.0], [2.0, 2.0], [1, 1]]}
     found = measure.summary(parts, "base")
     assert found["own"]["speedup"] == 2.0
     assert found["base"]["speedup"] == 1.0
-    assert found["own"]["seconds_median"] == 2.0
+    assert found["own"]["seconds_median"] == 4.0
     assert (found["base"]["forward_seconds"], found["base"]["backward_seconds"]) == (1.0, 3.0)
     assert found["own"]["rounds"] == 3
     assert measure.summary({"own": [[1.0], [2.0]]}, "base")["own"]["speedup"] is None
@@ -80,6 +80,22 @@ def test_kept_pages_fault_once():
     )
     assert given_back > 40 << 8  # pages of 4 KiB: 40 MB and 70 MB, three times
     assert kept < given_back / 20
+
+
+def faults_of_one_large_tensor(mapped):
+    assert measure.keep_pages(mapped)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(40 << 18)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's allocator")
+def test_mapped_pages_do_not_fault():
+    mapped, not_yet = (
+        measure.in_fresh_process(faults_of_one_large_tensor, n) for n in (64 << 20, 0)
+    )
+    assert not_yet > 9 << 8  # 40 MB in pages of 4 KiB, were they not in larger ones
+    assert mapped < not_yet / 4
 
 
 def test_the_deviation_of_a_tiny_gradient():

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import gpl_fast
-from gpl_fast import ops
+from gpl_fast import measure, ops
 
 if (reason := ops.load()) is not None:
     pytest.skip(reason, allow_module_level=True)
@@ -156,11 +156,73 @@ def test_cases_are_visited_in_turns(monkeypatch, tmp_path, capsys):
     cases = [f"own: 1x{c}x32x32 labels, flat, 1,1,1,1,1" for c in (3, 4)]
     assert titles == [*cases, "visit 2", *cases, *cases]  # the last ones are the rows'
     assert {row["rounds"] for row in report.read_csv(tmp_path / "rows.csv")} == {2}
-    # A clock that is read twice a visit: those that begin at 1, 3 and 5 end within six seconds.
+    # A clock that is read before and after each of four visits, and once more before each of those
+    # that minutes allow for: at 9, 12 and 15 of 18 seconds.
     clock = SimpleNamespace(monotonic=map(float, itertools.count()).__next__)
     monkeypatch.setattr(run, "time", clock)
-    assert run_with(monkeypatch, *words, "--minutes", 0.1) == 0
-    assert {row["rounds"] for row in report.read_csv(tmp_path / "rows.csv")} == {4}
+    assert run_with(monkeypatch, *words, "--minutes", 0.3) == 0
+    rounds = {(row["shape"], row["rounds"]) for row in report.read_csv(tmp_path / "rows.csv")}
+    assert len(rounds) == 2
+    assert sum(number for _, number in rounds) == 2 + 2 + 3
+
+
+def visited(took, **shortest):
+    one = object.__new__(run.Measurement)
+    one.took, one.shortest = took, shortest
+    return one
+
+
+def test_more_visits_go_to_the_case_whose_shortest_steps_are_least_certain():
+    found = visited(1.0, base=[3.0, 9.0, 3.0], ours=[2.0, 1.0, 1.0])
+    near = visited(2.0, base=[3.0, 3.0], ours=[1.5, 2.0, 1.2])
+    far = visited(2.0, base=[4.0, 3.0, 5.0], ours=[1.0, 1.0, 1.0])
+    once = visited(3.0, base=[3.0], ours=[1.0])
+    assert found.doubt() == 0.0
+    assert near.doubt() == pytest.approx(0.25 / 3)
+    assert far.doubt() == pytest.approx(1 / 9)
+    assert once.doubt() == math.inf
+    cases = [found, near, far, once]
+    assert run.least_certain(cases, 3.5) is once
+    assert run.least_certain(cases, 2.5) is far
+    assert run.least_certain(cases, 1.5) is found
+    assert run.least_certain(cases, 0.5) is None
+
+
+@pytest.mark.parametrize("words", [[], ["--default-allocator"]])
+def test_every_visit_is_a_process_of_its_own(words, monkeypatch, tmp_path):
+    fresh, visits = measure.in_fresh_process, []
+
+    def watched(function, *args):
+        if function is run.take_rounds:
+            visits.append((args[0].shape[1], args[-1]))
+        return fresh(function, *args)
+
+    monkeypatch.setattr(measure, "in_fresh_process", watched)
+    words = ["--shapes", "1,5,32,32", "1,9,32,32", "--targets", "labels", "--dry", *words]
+    words += ["--no-memory", "--providers", *run.OURS, "--out", tmp_path / "rows.csv"]
+    assert run_with(monkeypatch, *words) == 0
+    kept = "--default-allocator" not in words
+    assert visits == 2 * [(3, kept), (4, kept)]
+    rows = report.read_csv(tmp_path / "rows.csv")
+    assert {("--default-allocator" in row["command"]) for row in rows} == {not kept}
+
+
+@pytest.mark.parametrize(("huge", "warmed_up"), [(False, (2, 5, 128, 104)), (True, (1, 5, 96, 96))])
+def test_a_huge_step_is_warmed_up_on_a_crop(huge, warmed_up, monkeypatch):
+    shapes = []
+
+    def recording(classes, kind, device, net):
+        def value(logits, *target):
+            shapes.append(tuple(logits.shape))
+            return logits.sum()
+
+        return providers.Provider(value, list)
+
+    monkeypatch.setitem(providers.PROVIDERS, "eager-fp32", recording)
+    case = run.Case("own", (2, 5, 128, 104), "topk", providers=("eager-fp32",))
+    found = run.take_rounds(case, case.providers, huge, 2, 0.0, False)
+    assert [len(parts) for parts in found["eager-fp32"]] == [2, 2]
+    assert shapes == [warmed_up, *2 * [case.shape]]
 
 
 def test_memory_is_measured_in_processes_of_their_own(monkeypatch, tmp_path):
@@ -220,6 +282,21 @@ def a_row(**given):
     defaults |= {"threads": 2.0, "rounds": 4.0, "seconds_median": 1.0, "seconds_p20": 0.9}
     defaults |= {"seconds_p80": 1.1, "speedup_vs_eager_fp32": 4.0, "value_error": 1e-4}
     return {**numbers, **texts, **defaults, **given}
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("AMD EPYC", "AMD EPYC, family 25, model 17 (avx512_bf16)"),
+        ("AMD EPYC 9654", "AMD EPYC 9654 (avx512_bf16)"),
+    ],
+)
+def test_a_cpu_without_a_number_is_told_by_family_and_model(name, told, monkeypatch):
+    lines = ["cpu family\t: 25", "model\t\t: 17", f"model name\t: {name}"]
+    text = "\n".join([*lines, "flags\t\t: avx2 avx512f avx512_bf16"])
+    monkeypatch.setattr(report.os.path, "exists", lambda path: True)
+    monkeypatch.setattr(report.Path, "read_text", lambda path: text)
+    assert report.machine() == told
 
 
 def test_rows_survive_the_csv(tmp_path):
@@ -295,11 +372,11 @@ def test_growth_is_told_beside_theory():
 
 def test_where_it_is_not_faster_is_listed():
     mine = a_row(seconds_median=1.0)
-    other = a_row(provider="eager-bf16-cl", seconds_median=1.05)
+    other = a_row(provider="eager-bf16-cl", seconds_median=1.05, speedup_vs_eager_fp32=3.81)
     single = a_row(provider="eager-fp32", dtype="float32", seconds_median=0.2)
     (line,) = findings.slower([mine, other, single])
     assert "gpl_fast-bf16 1000 ms, eager-bf16-cl 1050 ms: 1.05×" in line
-    assert findings.slower([mine, {**other, "seconds_median": 1.2}, single]) == []
+    assert findings.slower([mine, {**other, "speedup_vs_eager_fp32": 3.5}, single]) == []
     # Without the loss there is nothing to compare with.
     without = a_row(provider="cross-entropy", seconds_median=0.1, value_error=None)
     assert findings.slower([mine, without]) == []
