@@ -271,7 +271,7 @@ def plot(rows: list[Row], path: Path) -> None:
             fixed = _fixed_sizes(mine[0], sweep)
             axis.set(title=fixed if i == 0 else None, xlabel=what if i else None)
             axis.set(ylabel=("seconds", "peak MiB")[i] if j == 0 else None)
-            axis.set_xticks(sizes, [str(size) for size in sizes])
+            axis.set_xticks(sizes, list(map(str, sizes)), rotation=60, ha="right")
             axis.xaxis.minorticks_off()
             axis.grid(alpha=0.3, which="both")
         axes[0][j].legend(fontsize=7)

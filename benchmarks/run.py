@@ -337,7 +337,7 @@ class Measurement:
         found = [sorted(each) for each in self.shortest.values()]
         if any(len(each) < 2 for each in found):
             return math.inf
-        return max((each[1] / each[0] - 1) / len(each) for each in found)
+        return max(((each[1] / each[0] - 1) / len(each) for each in found), default=0.0)
 
     def rows(self) -> list[report.Row]:
         """Those of every provider that is right."""

@@ -181,6 +181,7 @@ def test_more_visits_go_to_the_case_whose_shortest_steps_are_least_certain():
     assert near.doubt() == pytest.approx(0.25 / 3)
     assert far.doubt() == pytest.approx(1 / 9)
     assert once.doubt() == math.inf
+    assert visited(1.0).doubt() == 0.0  # all of its providers are wrong
     cases = [found, near, far, once]
     assert run.least_certain(cases, 3.5) is once
     assert run.least_certain(cases, 2.5) is far
