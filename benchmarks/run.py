@@ -135,7 +135,7 @@ def main() -> int:
     args = parse_arguments()
     # Before the first compilation, here and in the processes started from here.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(report.ROOT / ".cache" / "inductor"))
-    if not args.default_allocator and not measure.in_fresh_process(measure.keep_pages):
+    if not args.default_allocator and not measure.keep_pages():  # the floors are measured here
         print("freed memory may go back to the system: this is not glibc", file=sys.stderr)
     end = time.monotonic() + 60 * args.minutes
     measured: list[Measurement] = []
@@ -434,7 +434,7 @@ def later_steps(case: Case, providers: Iterable[str]) -> dict[str, Step]:
     """A step through the blocks after the first alone, for each of ours."""
     n, c, h, w = case.shape
     steps: dict[str, Step] = {}
-    for name in filter(OURS.__contains__, providers):
+    for name in [name for name in OURS if name in providers]:
         provider = later_blocks(getattr(torch, dtype_of(name)), c, case.net)
         channels = loss_net(c, case.net).shapes(h, w)["pool1"][0]
         maps = torch.randn(2, n, channels, h // 2, w // 2).relu_()

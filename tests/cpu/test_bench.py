@@ -94,7 +94,7 @@ def test_mapped_pages_do_not_fault():
     mapped, not_yet = (
         measure.in_fresh_process(faults_of_one_large_tensor, n) for n in (64 << 20, 0)
     )
-    assert not_yet > 9 << 8  # 40 MB in pages of 4 KiB, were they not in larger ones
+    assert not_yet > 36 << 8  # pages of 4 KiB: 40 MB, less what was free before
     assert mapped < not_yet / 4
 
 
