@@ -334,7 +334,7 @@ class Measurement:
         """By how much a ratio to the baseline may still move, about: how much longer than the
         shortest step is the shortest of another visit, for the provider where it is most, by the
         number of visits, since one lucky step may never come again."""
-        found = [sorted(each) for each in self.shortest.values()]
+        found = [sorted(x) for name, x in self.shortest.items() if name not in self.hopeless]
         if any(len(each) < 2 for each in found):
             return math.inf
         return max(((each[1] / each[0] - 1) / len(each) for each in found), default=0.0)

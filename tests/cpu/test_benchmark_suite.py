@@ -168,7 +168,7 @@ def test_cases_are_visited_in_turns(monkeypatch, tmp_path, capsys):
 
 def visited(took, **shortest):
     one = object.__new__(run.Measurement)
-    one.took, one.shortest = took, shortest
+    one.took, one.shortest, one.hopeless = took, shortest, {}
     return one
 
 
@@ -182,6 +182,9 @@ def test_more_visits_go_to_the_case_whose_shortest_steps_are_least_certain():
     assert far.doubt() == pytest.approx(1 / 9)
     assert once.doubt() == math.inf
     assert visited(1.0).doubt() == 0.0  # all of its providers are wrong
+    once.hopeless = {"ours": {}, "base": {}}  # no more visits to these
+    assert once.doubt() == 0.0
+    once.hopeless = {}
     cases = [found, near, far, once]
     assert run.least_certain(cases, 3.5) is once
     assert run.least_certain(cases, 2.5) is far
