@@ -21,14 +21,14 @@ READY   := $(VENV)/.ready
 LIBRARY := gpl_fast/libgpl_fast.so
 CSRC    := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: help venv build demo test test-cpu test-interpreter test-compile test-cuda sanitize lint
+.PHONY: help venv build demo test test-cpu test-edges test-interpreter test-compile test-cuda sanitize lint
 .PHONY: bench bench-gpu gpu-report toy wheel clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo   train with and without the loss; pictures and a report in demo_out/"
 	@echo "make test   the test suite"
-	@echo "make test-cpu, test-interpreter, test-compile, test-cuda  its parts"
+	@echo "make test-cpu, test-edges, test-interpreter, test-compile, test-cuda  its parts"
 	@echo "make sanitize  the CPU kernels under AddressSanitizer and UBSan"
 	@echo "make lint   ruff, mypy, clang-format"
 	@echo "make bench  time and memory on this machine, ten minutes on two cores"
@@ -59,11 +59,15 @@ $(LIBRARY): $(CSRC) setup.py | $(READY)
 demo: $(LIBRARY)
 	$(PY) -m gpl_fast demo --out demo_out
 
-# Four processes: Triton either interprets or compiles in one. `make -j2 test` runs two at a time.
-test: test-cpu test-interpreter test-compile test-cuda
+# Five processes: Triton either interprets or compiles in one. `make -j2 test` runs two at a time.
+test: test-cpu test-edges test-interpreter test-compile test-cuda
 
 test-cpu: $(LIBRARY)
 	$(PY) -m pytest
+
+# Ordinary use that goes wrong silently or crashes: each case's right value or right words.
+test-edges: $(LIBRARY)
+	$(PY) -m pytest tests/edges
 
 # One thread plays a kernel; those of the reference beside it would take the other core in vain.
 test-interpreter test-cuda: export OMP_NUM_THREADS = 1

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gpl_fast import autograd, reference
 from gpl_fast import backend as backends
-from gpl_fast.label_checks import check_labels
+from gpl_fast.input_checks import FLOAT_DTYPES
 from gpl_fast.lossnet import LossNet, constant_in_graphs
 from gpl_fast.options import (
     Options,
@@ -24,9 +24,9 @@ from gpl_fast.options import (
     level_taps,
 )
 from gpl_fast.targets import (
-    FLOAT_DTYPES,
     Target,
     TargetFeatures,
+    check_labels,
     label_plane,
     normalise_mask,
     resolve_target,

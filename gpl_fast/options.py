@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from gpl_fast.backend import BACKENDS
+from gpl_fast.input_checks import FLOAT_DTYPES
 from gpl_fast.lossnet import LossNet
-from gpl_fast.targets import FLOAT_DTYPES
 
 ACTIVATIONS = ("softmax", "sigmoid", "none")
 REDUCTIONS = ("mean", "sum", "none")

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from cases import NARROW, value_and_grad
 from safetensors.torch import save_file
 
-from gpl_fast import GenericPerceptualLoss, TargetFeatures, TopK, label_checks, targets
+from gpl_fast import GenericPerceptualLoss, TargetFeatures, TopK
+from gpl_fast.targets import topk, values
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -97,23 +98,23 @@ def test_looking_at_values_is_free_on_the_cpu_and_asked_for_elsewhere(monkeypatc
     """GPL_FAST_CHECK: a device tensor is read only when the variable is 1."""
     monkeypatch.delenv("GPL_FAST_CHECK", raising=False)
     here, elsewhere = torch.empty(1), torch.empty(1, device="meta")
-    assert label_checks.may_look(here)
-    assert not label_checks.may_look(elsewhere)
+    assert values.may_look(here)
+    assert not values.may_look(elsewhere)
     monkeypatch.setenv("GPL_FAST_CHECK", "0")
-    assert not label_checks.may_look(elsewhere)
+    assert not values.may_look(elsewhere)
     monkeypatch.setenv("GPL_FAST_CHECK", "1")
-    assert label_checks.may_look(elsewhere)
+    assert values.may_look(elsewhere)
 
 
 def test_unseen_values_out_of_range_count_as_ignored(monkeypatch):
     """What CUDA does without GPL_FAST_CHECK: such a pixel leaves both branches."""
-    monkeypatch.setattr(label_checks, "may_look", lambda t: False)
+    monkeypatch.setattr(values, "may_look", lambda t: False)
     loss, x, y, mask = make(ignore_index=99), pred(), labels(), torch.rand(2, 9, 10) < 0.7
     got = value_and_grad(loss, x, torch.where(mask, y, 12345))
     assert all(map(torch.equal, got, value_and_grad(loss, x, y, mask)))
     t = sparse()
     wild = torch.where(mask.unsqueeze(1), t.indices, -5)
-    indices, valid = label_checks.check_topk(t.values, wild, None, 4, "drop")
+    indices, valid = values.check_topk(t.values, wild, None, 4, "drop")
     assert torch.equal(valid, mask)
     assert indices.min() >= 0
 
@@ -130,7 +131,7 @@ def test_topk_of_every_dtype(dtype, values):
     torch.testing.assert_close(got, make()(x, TopK(t.values.to(wide), t.indices)))
 
 
-@pytest.mark.parametrize("rest", targets.RESTS)
+@pytest.mark.parametrize("rest", topk.RESTS)
 @pytest.mark.parametrize("bad", [-0.1, float("nan"), float("inf")])
 def test_topk_values_that_are_none(rest, bad):
     t = sparse(rest)
@@ -153,7 +154,7 @@ def test_topk_indices_out_of_range(bad):
     assert make()(pred(), t, mask).isfinite()
 
 
-@pytest.mark.parametrize("rest", targets.RESTS)
+@pytest.mark.parametrize("rest", topk.RESTS)
 def test_only_renormalize_takes_sums_above_one(rest):
     t = sparse(rest, values=torch.full((2, 2, 9, 10), 0.6))
     if rest == "renormalize":
@@ -168,7 +169,7 @@ def test_only_renormalize_takes_sums_above_one(rest):
 def test_rounded_probabilities_are_no_sum_above_one(dtype):
     p = torch.softmax(torch.randn(2, 150, 32, 32), dim=1).to(dtype)
     loss = make(150)
-    for rest in targets.RESTS:
+    for rest in topk.RESTS:
         top = p.topk(150, dim=1)
         assert loss(torch.randn(2, 150, 32, 32), TopK(top.values, top.indices, rest)).isfinite()
 
@@ -182,7 +183,7 @@ def test_with_all_classes_listed_uniform_is_drop():
     torch.testing.assert_close(values[0], make(target_activation="none")(x, p))
 
 
-@pytest.mark.parametrize("rest", targets.RESTS)
+@pytest.mark.parametrize("rest", topk.RESTS)
 def test_duplicates_add_up(rest):
     index = torch.randint(0, 4, (2, 1, 9, 10))
     share = torch.rand(2, 2, 9, 10) / 2
