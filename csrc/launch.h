@@ -1,6 +1,7 @@
 // What ops.cpp calls: plain pointers and sizes. Free of torch headers.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 // Whether the compiler knows what x86 has for bfloat16: AMX, and vdpbf16ps.
@@ -33,11 +34,17 @@ struct CrossEntropy {
   bool own_lse;  // the activation's lse is not the one of x itself
 };
 
+// 1 / T, finite and positive whatever T is: times 0 it is 0.
+inline float inverse_of(double temperature) {
+  return (float)(1.0 / std::clamp(temperature, 0x1p-126, 0x1p128));
+}
+
 struct SoftmaxPackFwd {
   int64_t N, C, H, W, c_pad;
   Strip strip, core;
   Activation activation, target_activation;
-  float temperature;
+  float inv_t, target_inv_t;  // 1 / T; of the target 1 where it alone is taken as it is
+  float lse_t;                // T, bounded so that max + T log sum is finite
   DType x_dtype, target_dtype, dtype;
   const void* x;  // [N, C, H, W]
   Strides x_strides;
@@ -58,20 +65,23 @@ struct SoftmaxPackFwd {
   int64_t delta_image_stride;
   uint8_t* taken;              // [N, rows, W], with labels or topk_values
   const uint8_t* from_target;  // [N], with target
-  float* lse;                  // [N, H, W] or null
-  float* ce_lse;               // [N, H, W] where ce.own_lse
-  double* ce_rows;             // [N, H, 2]: sum of the losses, sum of the weights
+  // [N, H, W] or null: max + T log sum_c e^((x_c - max) / T), in the units of x, finite for any T.
+  // Rounding leaves it at max or above, and T log sum at most doubled: e^((x - lse) / T) is at most
+  // 1, and that of the largest logit no less than 1 / C^2.
+  float* lse;
+  float* ce_lse;    // [N, H, W] or null: the same with T = 1, where ce.own_lse
+  double* ce_rows;  // [N, H, 2]: sum of the losses, sum of the weights
 };
 
 struct SoftmaxBwd {
   int64_t N, C, H, W, c_pad;
   Strip strip;
   Activation activation;
-  float temperature;
+  float inv_t;  // 1 / T
   DType x_dtype, dtype;
   const void* x;  // [N, C, H, W]
   Strides x_strides;
-  const float* lse;  // [N, H, W]
+  const float* lse;  // [N, H, W], as in SoftmaxPackFwd
   const void* dy;    // [N, rows, W, c_pad] or null
   int64_t dy_image_stride;
   const float* scale;    // [N]
@@ -247,6 +257,9 @@ GPL_FAST_STAGES(GPL_FAST_DECLARE)
 const char* capability();
 // Maps the pages of memory that will be written all over, in a scattered order.
 void populate(void* data, int64_t bytes);
+// Where scratch memory is not to be had: throws what says so. Not in the kernels' own headers,
+// whose code is compiled for other instructions.
+[[noreturn]] void out_of_memory(int64_t bytes);
 // What multiplies bfloat16 faster than float32 here: pairs twice as fast, matrices many times.
 enum class Bfloat16Unit { kNone, kPairs, kMatrix };
 Bfloat16Unit bfloat16_unit();

@@ -5,6 +5,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <mutex>
+#include <stdexcept>
+#include <string>
+
 #include "checks.h"
 
 #ifdef GPL_FAST_CUDA
@@ -16,7 +20,24 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 namespace gpl_fast {
 
 void parallel_for(int64_t n, int64_t grain, ParallelBody body, void* ctx) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, grain, body, ctx));
+  // Torch's stable ABI would say of an exception that there was one, and not which.
+  struct Call {
+    ParallelBody body;
+    void* ctx;
+    std::mutex lock;
+    std::string error;
+  } call = {body, ctx, {}, {}};
+  auto caught = [](int64_t begin, int64_t end, void* of) {
+    Call& c = *(Call*)of;
+    try {
+      c.body(begin, end, c.ctx);
+    } catch (const std::exception& error) {
+      const std::lock_guard<std::mutex> hold(c.lock);
+      if (c.error.empty()) c.error = error.what();
+    }
+  };
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, grain, caught, &call));
+  if (!call.error.empty()) throw std::runtime_error(call.error);
 }
 
 namespace {
@@ -55,7 +76,10 @@ void softmax_pack_fwd(const Tensor& x, const MaybeTensor& valid, const MaybeTens
   a.target_activation = activation_of(target_activation, "target_activation");
   check_temperature(temperature);
   STD_TORCH_CHECK(rows >= 0, "gpl_fast: rows must not be negative, got ", rows);
-  a.temperature = (float)temperature;
+  const bool own = a.target_activation == Activation::kNone && a.activation != Activation::kNone;
+  a.inv_t = inverse_of(temperature), a.target_inv_t = own ? 1.0f : a.inv_t;
+  // Times any log sum it is less than half an ulp of float's largest number.
+  a.lse_t = (float)std::min(temperature, 0x1p96);
   a.x_dtype = float_dtype(x, "x");
   a.x = x.data_ptr();
   a.x_strides = strides(x);
@@ -84,7 +108,7 @@ void softmax_pack_fwd(const Tensor& x, const MaybeTensor& valid, const MaybeTens
         text(topk_values->strides()), " and ", text(topk_indices->strides()));
     a.topk_rest = contiguous<float>(topk_rest, "topk_rest", ScalarType::Float, plane);
   }
-  const bool shared = a.activation == Activation::kSoftmax && a.temperature == 1.0f;
+  const bool shared = a.activation == Activation::kSoftmax && temperature == 1.0;
   a.ce = cross_entropy(ce_labels, class_weight, label_smoothing, !shared, a.N, a.C, a.H, a.W);
   STD_TORCH_CHECK(y.has_value() || !(delta || taken), "gpl_fast: delta and taken need y");
   if (y) {
@@ -109,11 +133,7 @@ void softmax_pack_fwd(const Tensor& x, const MaybeTensor& valid, const MaybeTens
   a.lse = contiguous<float>(lse, "lse", ScalarType::Float, plane);
   a.ce_lse = contiguous<float>(ce_lse, "ce_lse", ScalarType::Float, plane);
   a.ce_rows = contiguous<double>(ce_rows, "ce_rows", ScalarType::Double, {a.N, a.H, 2});
-  if (ce_labels) {
-    STD_TORCH_CHECK(ce_rows, "gpl_fast: ce_labels needs ce_rows");
-    STD_TORCH_CHECK(shared || ce_lse,
-                    "gpl_fast: ce_labels needs ce_lse unless softmax has temperature 1");
-  }
+  STD_TORCH_CHECK(!ce_labels || ce_rows, "gpl_fast: ce_labels needs ce_rows");
   if (a.N * a.C * a.W * rows == 0) return;
   cpu::softmax_pack_fwd(a);
 }
@@ -329,7 +349,7 @@ SoftmaxBwd softmax_bwd_args(const Tensor& x, const MaybeTensor& lse, const Maybe
   check_temperature(temperature);
   STD_TORCH_CHECK(rows >= 0, "gpl_fast: rows must not be negative, got ", rows);
   STD_TORCH_CHECK(fused || dy || ce_labels, "gpl_fast: softmax_bwd needs dy or ce_labels");
-  a.temperature = (float)temperature;
+  a.inv_t = inverse_of(temperature);
   a.x_dtype = float_dtype(x, "x");
   a.x = x.data_ptr();
   a.x_strides = strides(x);
@@ -354,7 +374,7 @@ SoftmaxBwd softmax_bwd_args(const Tensor& x, const MaybeTensor& lse, const Maybe
     STD_TORCH_CHECK(a.activation != Activation::kSoftmax || lse, "gpl_fast: softmax needs lse");
     a.scale = contiguous<float>(scale, "scale", ScalarType::Float, {a.N});
   }
-  const bool shared = a.activation == Activation::kSoftmax && a.temperature == 1.0f;
+  const bool shared = a.activation == Activation::kSoftmax && temperature == 1.0;
   a.ce = cross_entropy(ce_labels, class_weight, label_smoothing, !shared, a.N, a.C, a.H, a.W);
   a.ce_lse = contiguous<float>(ce_lse, "ce_lse", ScalarType::Float, plane);
   a.ce_scale = contiguous<float>(ce_scale, "ce_scale", ScalarType::Float, {a.N});

@@ -17,25 +17,45 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 # ------------------------------------------------------------------ 1. From raw inputs to the maps
 
 
 def activate(x: Tensor, activation: str, temperature: float = 1.0) -> Tensor:
     """``act(x / T)`` of a map ``(N, C, H, W)``, softmax over its channels."""
-    x = x / temperature if temperature != 1.0 else x
+    if temperature != 1.0:
+        if activation == "softmax":  # x / T may overflow where (x - max) / T does not
+            x = x - x.amax(dim=1, keepdim=True).detach()
+        limits = torch.finfo(x.dtype)
+        x = x / min(max(temperature, limits.tiny), limits.max)
     if activation == "softmax":
         return torch.softmax(x, dim=1)
     return torch.sigmoid(x) if activation == "sigmoid" else x
 
 
-def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear resize of ``(N, C, h, w)`` to ``size = (H, W)``, ``align_corners=False``."""
+def resize(x: Tensor, size: Sequence[int], valid: Tensor | None = None) -> Tensor:
+    """Bilinear resize of ``(N, C, h, w)`` to ``size = (H, W)``, ``align_corners=False``.
+
+    With ``valid`` ``(N, h, w)`` bool, of what is valid alone: ``sum b x / sum b`` over the valid
+    ones, b the bilinear weights; 0 where there is none.
+    """
     if tuple(x.shape[-2:]) == tuple(size):
         return x
+    if valid is not None:
+        weight = resize(valid.unsqueeze(1).to(x.dtype), size)
+        return resize(zero_invalid(x, valid), size) / torch.where(weight > 0, weight, 1)
     if x.shape[0] == 0:
         return x.new_zeros(0, x.shape[1], *size)
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def resize_mask(valid: Tensor, size: Sequence[int]) -> Tensor:
+    """``(N, h, w)`` bool -> ``(N, H, W)`` bool: valid where the nearest source is."""
+    if valid.shape[0] == 0:
+        return valid.new_zeros(0, *size)
+    near = F.interpolate(valid.unsqueeze(1).float(), size=tuple(size), mode="nearest-exact")
+    return near.squeeze(1) > 0
 
 
 def one_hot(labels: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
@@ -60,16 +80,28 @@ def dense_topk(
     """
     n, _, h, w = values.shape
     values = values.to(dtype)
+    if rest == "renormalize":
+        values = renormalized(values)
     y = values.new_zeros(n, channels, h, w).scatter_add_(1, indices, values)
     total = values.sum(dim=1, keepdim=True)
-    if rest == "renormalize":
-        return torch.where(total > 0, y / torch.where(total > 0, total, 1), 0)
     if rest == "uniform":
         listed = torch.zeros_like(y, dtype=torch.bool).scatter_(1, indices, True)
         unlisted = channels - listed.sum(dim=1, keepdim=True)
         share = (1 - total).clamp(min=0) / unlisted.clamp(min=1)
         return torch.where(listed, y, share)
     return y
+
+
+def renormalized(values: Tensor) -> Tensor:
+    """``(N, k, H, W)`` values over their sum; a sum of 0 stays 0.
+
+    Over the largest first: sums of very small or large values are as exact as any.
+    """
+    if values.shape[1] == 0:
+        return values
+    largest = values.amax(dim=1, keepdim=True)
+    values = values / torch.where(largest > 0, largest, 1)
+    return values / torch.where(largest > 0, values.sum(dim=1, keepdim=True), 1)
 
 
 def zero_invalid(x: Tensor, valid: Tensor | None) -> Tensor:
@@ -183,7 +215,7 @@ _DOUBLE_BACKWARD = (
 
 class _RefuseBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, x: Tensor) -> Tensor:
+    def forward(ctx: Any, grad: Tensor, *sources: Tensor) -> Tensor:
         return grad.view_as(grad)
 
     @staticmethod
@@ -191,9 +223,10 @@ class _RefuseBackward(torch.autograd.Function):
         raise RuntimeError(_DOUBLE_BACKWARD)
 
 
-def refuse_double_backward(grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient of `x`, whose own backward ends in a RuntimeError that says why."""
-    return _RefuseBackward.apply(grad, x)  # type: ignore[no-untyped-call, no-any-return]
+def refuse_double_backward(grad: Tensor, *sources: Tensor) -> Tensor:
+    """A gradient whose own backward, to any of what it was made of, ends in a RuntimeError that
+    says why."""
+    return _RefuseBackward.apply(grad, *sources)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class _InputEdge(torch.autograd.Function):
@@ -214,8 +247,19 @@ class _InputEdge(torch.autograd.Function):
 
 
 def input_edge(x: Tensor) -> Tensor:
-    """Where the loss takes the caller's tensor: see `_InputEdge`."""
-    return _InputEdge.apply(x) if x.requires_grad else x  # type: ignore[no-untyped-call]
+    """Where the loss takes the caller's tensor: see `_InputEdge`. Transforms go without it."""
+    edge = x.requires_grad and (torch.compiler.is_compiling() or active_transform(x) is None)
+    return _InputEdge.apply(x) if edge else x  # type: ignore[no-untyped-call]
+
+
+def active_transform(x: Tensor) -> str | None:
+    """The kind of derivative that PyTorch is taking of `x` beside its autograd graph, or None."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "transforms of torch.func (grad, vjp, jvp, vmap, …)"
+    if forward_ad._current_level >= 0:
+        _, tangent = forward_ad.unpack_dual(x)  # type: ignore[no-untyped-call]
+        return None if tangent is None else "forward-mode derivatives"
+    return None
 
 
 # A float16 chain runs at unit scale (docs/derivation.md, section 4): the seeds reach 1e-8 otherwise

@@ -34,6 +34,14 @@ def left_by(value: Tensor) -> tuple[Plan, dict[str, Tensor]]:
     return plan, dict(zip(names, rest[len(rest) - len(names) :], strict=True))
 
 
+def log_sum_exp(x: Tensor, temperature: float = 1.0) -> Tensor:
+    """`lse`, (N, C, H, W) -> (N, H, W) float64: max + T log Σ e^((x − max) / T), in x's units."""
+    x = x.double()
+    shift = x.amax(dim=1, keepdim=True)
+    log_sum = ((x - shift) / temperature).logsumexp(dim=1, keepdim=True)
+    return (shift + temperature * log_sum).squeeze(1)
+
+
 # --------------------------------------------------------------------------------- packed arrays
 
 

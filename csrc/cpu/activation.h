@@ -17,10 +17,11 @@ GPL_INLINE Vf channel_max(const float* x, int64_t C) {
   return larger(a, b);
 }
 
-// lse = shift + log_sum, kept apart because lse - x_c of a confident pixel is about log_sum alone.
+// lse = shift + T log_sum, kept apart because lse - x_c of a confident pixel is about the latter
+// alone.
 struct LogSumExp {
   Vf shift, log_sum;
-  Vf value() const { return shift + log_sum; }
+  Vf value(float t) const { return fma(fill(t), log_sum, shift); }
 };
 
 // log sum_c e^(x_c)
@@ -34,16 +35,16 @@ GPL_INLINE Vf sigmoid(Vf x) { return fill(1.0f) / (fill(1.0f) + exp<false>(fill(
 
 struct Activated {
   Vf factor;      // the activation is the tile's values times this
-  LogSumExp lse;  // of x / T, softmax only
+  LogSumExp lse;  // softmax only
 };
 
 // In place: y' = act(x / T), up to the factor.
 inline Activated activate(Activation activation, float* x, int64_t C, float inv_t, Lines& lines) {
   if (activation == Activation::kSoftmax) {
-    const Vf shift = channel_max(x, C) * fill(inv_t), minus = fill(0.0f) - shift;
+    const Vf shift = channel_max(x, C);
     Vf sum = fill(0.0f);
     each_channel(C, lines, [&](int64_t c) __attribute__((always_inline)) {
-      Vf e = exp<true>(fma(load(x + c * 16), fill(inv_t), minus));
+      Vf e = exp<true>((load(x + c * 16) - shift) * fill(inv_t));
       sum = sum + e;
       store(x + c * 16, e);
     });

@@ -1,5 +1,9 @@
-// Fresh memory, before it is written in an order that the system's page faults do not like.
+// Fresh memory, before it is written in an order that the system's page faults do not like, and the
+// error where there is none.
 #include "../launch.h"
+
+#include <stdexcept>
+#include <string>
 #if defined(__linux__)
 #include <sys/mman.h>
 #include <unistd.h>
@@ -38,6 +42,14 @@ void populate(void* data, int64_t bytes) {
 #else
 void populate(void*, int64_t) {}
 #endif
+
+void out_of_memory(int64_t bytes) {
+  throw std::runtime_error(
+      "gpl_fast: out of memory: " + std::to_string(bytes) +
+      " bytes for the scratch memory of a thread could not be allocated; "
+      "expected as much as a row of pixels with all their channels takes: free "
+      "memory, or use fewer threads (torch.set_num_threads)");
+}
 
 }  // namespace cpu
 }  // namespace gpl_fast

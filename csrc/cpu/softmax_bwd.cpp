@@ -40,18 +40,18 @@ class CrossEntropyGrad {
   float on_weight_;
 };
 
-// In place: e^(x / T - lse), with the sums over the channels. The sum of the values is 1 up to the
-// rounding of lse, which is absolute and so not small for large logits: dividing by it removes
+// In place: e^((x - lse) / T), with the sums over the channels. The sum of the values is 1 up to
+// the rounding of lse, which is absolute and so not small for large logits: dividing by it removes
 // that.
 struct Sums {
   Vf inverse, dot;  // 1 / sum y, sum y dy / sum y
 };
 Sums probabilities(float* x, const float* dy, const float* lse, int64_t n, int64_t C, float inv_t,
                    Lines& lines) {
-  const Vf shift = fill(0.0f) - load_upto(lse, n);
+  const Vf shift = load_upto(lse, n);
   Vf sum = fill(0.0f), dot = fill(0.0f);
   each_channel(C, lines, [&](int64_t c) __attribute__((always_inline)) {
-    Vf y = exp<true>(fma(load(x + c * 16), fill(inv_t), shift));
+    Vf y = exp<true>((load(x + c * 16) - shift) * fill(inv_t));
     sum = sum + y;
     if (dy) dot = fma(y, load(dy + c * 16), dot);
     store(x + c * 16, y);
@@ -63,12 +63,12 @@ Sums probabilities(float* x, const float* dy, const float* lse, int64_t n, int64
 // In place: x becomes scale y' (dy - sum y' dy) / T                                           (5)
 void softmax_group(const SoftmaxBwd& a, const Pixels& px, float* x, const float* dy, Vi keep,
                    const CrossEntropyGrad* ce, Lines& lines) {
-  const float inv_t = 1.0f / a.temperature;
-  const Sums sums = probabilities(x, dy, a.lse + px.at, px.n, a.C, inv_t, lines);
-  const Vf scale = fill(a.scale[px.image] * inv_t);
+  const Sums sums = probabilities(x, dy, a.lse + px.at, px.n, a.C, a.inv_t, lines);
+  const Vf scale = fill(a.scale[px.image]), inv_t = fill(a.inv_t);
   for (int64_t c = 0; c < a.C; ++c) {
     Vf y = load(x + c * 16) * sums.inverse;
-    Vf g = select(keep, scale * y * (load(dy + c * 16) - sums.dot), fill(0.0f));
+    // 1 / T comes last: it may be huge where the rest is 0.
+    Vf g = select(keep, scale * y * (load(dy + c * 16) - sums.dot) * inv_t, fill(0.0f));
     if (ce) g = g + ce->at(y, c);
     store(x + c * 16, g);
   }
@@ -76,15 +76,14 @@ void softmax_group(const SoftmaxBwd& a, const Pixels& px, float* x, const float*
 
 // In place, sigmoid: x becomes scale y' (1 - y') dy / T; none: scale dy / T                    (5)
 void elementwise_group(const SoftmaxBwd& a, const Pixels& px, float* x, const float* dy, Vi keep) {
-  const Vf inv_t = fill(1.0f / a.temperature);
-  const Vf scale = fill(a.scale[px.image]) * inv_t;
+  const Vf inv_t = fill(a.inv_t), scale = fill(a.scale[px.image]);
   for (int64_t c = 0; c < a.C; ++c) {
     Vf g = scale * load(dy + c * 16);
     if (a.activation == Activation::kSigmoid) {
       const Vf at = load(x + c * 16) * inv_t;
       g = g * (sigmoid(at) * sigmoid(fill(0.0f) - at));  // 1 - y' without its cancellation
     }
-    store(x + c * 16, select(keep, g, fill(0.0f)));
+    store(x + c * 16, select(keep, g * inv_t, fill(0.0f)));
   }
 }
 

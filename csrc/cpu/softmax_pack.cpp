@@ -42,11 +42,12 @@ class PixelLoss {
     }
     x_label_ = load(xt);
     if (ce.label_smoothing == 0.0f) return;
-    smooth_ = ce.label_smoothing / (float)C;
-    weights_ = weights;
+    const float smooth = ce.label_smoothing / (float)C;
+    const Vf shift = channel_max(x, C);
+    weights_ = smooth * weights;
     for (int64_t c = 0; c < C; ++c) {
       float w = ce.class_weight ? ce.class_weight[c] : 1.0f;
-      x_weighted_ = fma(fill(w), load(x + c * 16), x_weighted_);
+      below_ = fma(fill(smooth * w), shift - load(x + c * 16), below_);
     }
   }
 
@@ -54,9 +55,7 @@ class PixelLoss {
   void add(const LogSumExp& lse, double* sums) const {
     // w_t (1 - e) (lse - x_t) + e/C sum_c w_c (lse - x_c)
     Vf loss = load(ce_.weight) * fill(keep_) * ((lse.shift - x_label_) + lse.log_sum);
-    if (smooth_ != 0.0f) {
-      loss = fma(fill(smooth_), lse.value() * fill(weights_) - x_weighted_, loss);
-    }
+    loss = loss + fma(fill(weights_), lse.log_sum, below_);
     float each[16];
     store(each, loss);
     for (int64_t p = 0; p < n_; ++p) {
@@ -69,8 +68,8 @@ class PixelLoss {
  private:
   int64_t n_ = 0;
   LabelWeights ce_;
-  float keep_ = 1.0f, smooth_ = 0.0f, weights_ = 0.0f;
-  Vf x_label_, x_weighted_ = fill(0.0f);
+  float keep_ = 1.0f, weights_ = 0.0f;  // weights_: e/C sum_c w_c
+  Vf x_label_, below_ = fill(0.0f);     // below_: e/C sum_c w_c (max - x_c)
 };
 
 // x * fx and t * ft are the two maps: leaves one of them in x and the difference in t.         (6)
@@ -98,7 +97,7 @@ Vf one_minus_sigmoid(const SoftmaxPackFwd& a, const Pixels& px, const float* x) 
     const int64_t label = a.labels[px.at + p];
     if (label >= 0 && label < a.C) x_label[p] = x[label * 16 + p];
   }
-  return sigmoid(fill(-1.0f / a.temperature) * load(x_label));
+  return sigmoid(fill(-a.inv_t) * load(x_label));
 }
 
 // x less the target's one-hot map where that leaves less of it: where y'_label > 1/2.
@@ -137,11 +136,10 @@ void take_topk(const SoftmaxPackFwd& a, const Pixels& px, Vi keep, float* x, con
 // From the loaded logits of x and of a dense target, both [C][16], to the maps, in place.
 void maps(const SoftmaxPackFwd& a, const Pixels& px, float* x, float* t, Lines& x_lines,
           Lines& t_lines, uint8_t* taken, float weights, double* ce_sums) {
-  const float inv_t = 1.0f / a.temperature;
   const bool has_ce = px.core && a.ce.labels;
   if (has_ce && a.ce.own_lse) {
     LogSumExp lse = log_sum_exp(x, a.C);
-    store_upto(a.ce_lse + px.at, lse.value(), px.n);
+    if (a.ce_lse) store_upto(a.ce_lse + px.at, lse.value(1.0f), px.n);
     PixelLoss(a.ce, px, x, a.C, weights).add(lse, ce_sums);
   }
   PixelLoss loss;
@@ -149,13 +147,13 @@ void maps(const SoftmaxPackFwd& a, const Pixels& px, float* x, float* t, Lines& 
   if (shared) loss = PixelLoss(a.ce, px, x, a.C, weights);
   const bool needed = a.y && a.labels && a.activation == Activation::kSigmoid;
   const Vf one_minus_y = needed ? one_minus_sigmoid(a, px, x) : fill(0.0f);
-  const Activated yp = activate(a.activation, x, a.C, inv_t, x_lines);
+  const Activated yp = activate(a.activation, x, a.C, a.inv_t, x_lines);
   if (shared) loss.add(yp.lse, ce_sums);
-  if (px.core && a.lse) store_upto(a.lse + px.at, yp.lse.value(), px.n);
+  if (px.core && a.lse) store_upto(a.lse + px.at, yp.lse.value(a.lse_t), px.n);
   if (!a.y) return;
   const Vi keep = a.valid ? valid_lanes(a.valid + px.at, px.n) : fill_i(-1);
   if (a.target) {
-    const Vf factor = activate(a.target_activation, t, a.C, inv_t, t_lines).factor;
+    const Vf factor = activate(a.target_activation, t, a.C, a.target_inv_t, t_lines).factor;
     return dense_difference(a, px, keep, x, yp.factor, t, factor);
   }
   prediction(a, keep, x, yp.factor);

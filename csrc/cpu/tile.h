@@ -4,7 +4,6 @@
 #pragma once
 
 #include <cstdlib>
-#include <new>
 
 #include "vec.h"
 
@@ -16,7 +15,7 @@ class Scratch {
   explicit Scratch(int64_t floats) {
     size_t bytes = (size_t)ceil_div(max_of(floats, 1) * 4, 64) * 64;
     data_ = (float*)std::aligned_alloc(64, bytes);
-    if (!data_) throw std::bad_alloc();
+    if (!data_) cpu::out_of_memory((int64_t)bytes);
     std::memset(data_, 0, bytes);
   }
   ~Scratch() { std::free(data_); }

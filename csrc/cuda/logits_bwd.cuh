@@ -35,9 +35,9 @@ class LogitsPixel {
     const int64_t at = ((int64_t)n * a.H + h) * a.W + w;
     x_ = n * a.x_strides.n + h * a.x_strides.h + w * a.x_strides.w;
     dx_ = n * a.dx_strides.n + h * a.dx_strides.h + w * a.dx_strides.w;
-    inv_t_ = 1.0f / a.temperature;
+    inv_t_ = a.inv_t;
     lse_ = a.activation == Activation::kSoftmax ? a.lse[at] : 0.0f;
-    scale_ = a.scale[n] * inv_t_;
+    scale_ = a.scale[n];
     keep_ = !a.valid || a.valid[at];
     const int64_t label = a.ce.labels ? a.ce.labels[at] : -1;
     if (label < 0 || label >= a.C) return;
@@ -56,7 +56,7 @@ class LogitsPixel {
   __device__ void add(LogitsSums& sums, int c, float dy) const {
     const float x = this->x(c);
     if (a_.activation == Activation::kSoftmax) {
-      const float y = expf(fmaf(x, inv_t_, -lse_));
+      const float y = expf((x - lse_) * inv_t_);
       sums.y += y;
       sums.y_dy = fmaf(y, dy, sums.y_dy);
     }
@@ -69,12 +69,13 @@ class LogitsPixel {
     float y = 0.0f, g = scale_ * dy;
     if (a_.activation == Activation::kSoftmax) {
       // The sum of the y is 1 up to the rounding of lse: dividing by it removes that.
-      y = expf(fmaf(x, inv_t_, -lse_)) / sums.y;
+      y = expf((x - lse_) * inv_t_) / sums.y;
       g = scale_ * y * (dy - sums.y_dy / sums.y);
     } else if (a_.activation == Activation::kSigmoid) {
       y = sigmoid(x * inv_t_);
       g *= y * sigmoid(-x * inv_t_);  // 1 - y without its cancellation
     }
+    g *= inv_t_;  // last: it may be huge where the rest is 0
     if (!keep_) g = 0.0f;
     if (label_ >= 0) {
       const float p = a_.ce.own_lse ? expf(x - ce_lse_) / sums.p : y;

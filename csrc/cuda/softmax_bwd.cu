@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kThreads, 3)
 
   const bool softmax = a.dy && a.activation == Activation::kSoftmax;
   const bool ce = a.ce.labels, own = ce && !(a.dy && !a.ce.own_lse);
-  const float inv_t = 1.0f / a.temperature;
+  const float inv_t = a.inv_t;
   const float lse = softmax && inside ? a.lse[px] : 0.0f, ce_lse = own && inside ? a.ce_lse[px] : 0;
 
   // (1) sum y', sum y' dy and the cross-entropy's sum. The sum of the values is 1 up to the
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     for (int c = group; inside && c < length(i); c += kGroups) {
       const float v = widen(x(p, c));
       if (softmax) {
-        const float y = expf(fmaf(v, inv_t, -lse));
+        const float y = expf((v - lse) * inv_t);
         sum += y;
         dot = fmaf(y, widen(dy(p, c)), dot);
       }
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   // (2) scale y' (dy - sum y' dy) / T, from the last chunk, which is still there, to the first  (5)
   const float weights = ce ? class_weight_sum(a.ce, a.C, weight_partial) : 0.0f;
   const bool keep = a.dy && inside && (!a.valid || a.valid[px]);
-  const float scale = a.dy ? a.scale[n] * inv_t : 0.0f;
+  const float scale = a.dy ? a.scale[n] : 0.0f;
   for (int i = chunks - 1; i >= 0; --i) {
     if (i < chunks - 1) {
       __syncthreads();
@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(kThreads, 3)
       auto gradient = [&](int c) {
         const float v = widen(x(p, c));
         float y = 0.0f, g = 0.0f;
-        if (softmax) y = expf(fmaf(v, inv_t, -lse)) * inverse;
+        if (softmax) y = expf((v - lse) * inv_t) * inverse;
         if (keep) {
           const float d = widen(dy(p, c));
           if (softmax) {
@@ -224,6 +224,7 @@ __global__ void __launch_bounds__(kThreads, 3)
           } else {
             g = scale * d;
           }
+          g *= inv_t;  // last: it may be huge where the rest is 0
         }
         return own ? NetGrad{g, expf(v - ce_lse) * own_inverse} : NetGrad{g, y};
       };

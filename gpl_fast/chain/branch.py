@@ -69,7 +69,10 @@ def carry_target(
     else:
         dense = grid("dense")
         assert dense is not None
-        y = reference.activate(dense.float(), spec.target_activation, spec.temperature)
+        # A target that alone is taken as it is has no temperature.
+        as_it_is = spec.target_activation == "none" != spec.activation
+        temperature = 1.0 if as_it_is else spec.temperature
+        y = reference.activate(dense.float(), spec.target_activation, temperature)
     y = reference.zero_invalid(y, valid)
     difference, size = ((t.square().sum(dim=(1, 2, 3))) for t in (y_pred - y, y))
     equal = torch.ones_like(rows.unsqueeze(1) * columns, dtype=torch.bool).expand(n, -1, -1)

@@ -192,7 +192,18 @@ class Forward:
         h, w = t.shape[2:]
         if (h, w) == (self.plan.h, self.plan.w):
             rows = t[:, :, a:b]
-            return rows.float() if t.dtype == torch.float64 else rows
+            return _float32(rows) if t.dtype == torch.float64 else rows
+        valid = self._of("dense_valid")
+        if valid is None:
+            return self._resized_rows(t, a, b)
+        # Of what is valid alone, as `reference.resize`.
+        weight = self._resized_rows(valid.unsqueeze(1).float(), a, b)
+        rows = self._resized_rows(reference.zero_invalid(t, valid), a, b)
+        return rows / torch.where(weight > 0, weight, 1)
+
+    def _resized_rows(self, t: Tensor, a: int, b: int) -> Tensor:
+        """Rows [a, b) of maps (n, c, h, w) resized bilinearly to H x W, float32."""
+        h = t.shape[2]
         source = (torch.arange(a, b, device=t.device, dtype=torch.float32) + 0.5) * (
             h / self.plan.h
         )
@@ -200,7 +211,7 @@ class Forward:
         above = source.floor().long().clamp(max=h - 1)
         below = (above + 1).clamp(max=h - 1)
         part = (source - above).view(1, 1, -1, 1)
-        rows = t[:, :, above].float() * (1 - part) + t[:, :, below].float() * part
+        rows = _float32(t[:, :, above]) * (1 - part) + _float32(t[:, :, below]) * part
         return reference.resize(rows, (b - a, self.plan.w))
 
     def _front(self, maps: Tensor, lo: int, hi: int) -> Tensor:
@@ -509,3 +520,11 @@ class Forward:
     def _saved_rows(self, name: str, a: int = 0, b: int | None = None) -> Tensor | None:
         t = self.saved.get(name)
         return None if t is None else t[self.n0 : self.n1, a:b]
+
+
+def _float32(t: Tensor) -> Tensor:
+    """`t` in float32, finite where it is: logits padded with float64's lowest are no −inf."""
+    if t.dtype == torch.float64:
+        limits = torch.finfo(torch.float32)
+        t = t.clamp(limits.min, limits.max)
+    return t.float()

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gpl_fast.kernels.launch import CLASSES, SOFTMAX, cdiv, image_strides, launch
+from gpl_fast.kernels.softmax_pack import inverse_of
 
 
 @triton.jit
@@ -22,7 +23,7 @@ def _load_dy(dy_ptr, at_dy, c, keep, C_PAD: tl.constexpr):
 @triton.jit
 def _sums(x_ptr, dy_ptr, lse, at_x, at_dy, x_c, C, inv_t, keep, HAS_DY: tl.constexpr,
           C_PAD: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr):  # fmt: skip
-    """(1 / Σ y, Σ y dy / Σ y) over the classes with y = e^(x / T − lse): Σ y is 1 but for the
+    """(1 / Σ y, Σ y dy / Σ y) over the classes with y = e^((x − lse) / T): Σ y is 1 but for the
     rounding of lse, which is absolute and so not small for large logits."""
     total = tl.zeros((BLOCK_W,), tl.float32)
     dot = tl.zeros((BLOCK_W,), tl.float32)
@@ -30,7 +31,7 @@ def _sums(x_ptr, dy_ptr, lse, at_x, at_dy, x_c, C, inv_t, keep, HAS_DY: tl.const
         c = c0 + tl.arange(0, BLOCK_C)
         live = (c[:, None] < C) & keep[None, :]
         x = tl.load(x_ptr + c[:, None].to(tl.int64) * x_c + at_x[None, :], mask=live, other=0.0)
-        y = tl.where(live, tl.exp(x.to(tl.float32) * inv_t - lse[None, :]), 0.0)
+        y = tl.where(live, tl.exp((x.to(tl.float32) - lse[None, :]) * inv_t), 0.0)
         total += tl.sum(y, axis=0)
         if HAS_DY:
             dy = _load_dy(dy_ptr, at_dy, c, keep, C_PAD)
@@ -73,7 +74,7 @@ def _softmax_bwd_kernel(
     inverse, dot = lse + 1.0, lse
     scale = 0.0
     if HAS_DY:
-        scale = tl.load(scale_ptr + n) * inv_t
+        scale = tl.load(scale_ptr + n)
     if ACTIVATION == 1:
         lse = tl.load(lse_ptr + at, mask=inside, other=0.0)
         # Where a pixel is not valid the cross-entropy may still count it.
@@ -112,7 +113,7 @@ def _softmax_bwd_kernel(
         g = tl.zeros((BLOCK_C, BLOCK_W), tl.float32)
         y = g
         if ACTIVATION == 1:
-            y = tl.exp(x * inv_t - lse[None, :]) * inverse[None, :]
+            y = tl.exp((x - lse[None, :]) * inv_t) * inverse[None, :]
         if HAS_DY:
             dy = _load_dy(dy_ptr, at_dy, c, inside, C_PAD)
             if ACTIVATION == 1:
@@ -122,7 +123,8 @@ def _softmax_bwd_kernel(
                 if ACTIVATION == 2:
                     # y' (1 − y') without the cancellation
                     g *= 1.0 / (1.0 + tl.exp(0.0 - x * inv_t)) / (1.0 + tl.exp(x * inv_t))
-            g = tl.where(keep[None, :], g, 0.0)
+            # 1 / T comes last: it may be huge where the rest is 0.
+            g = tl.where(keep[None, :], g * inv_t, 0.0)
         if HAS_CE:
             # s (p_c (w_t (1 − e) + e/C Σ w) − e/C w_c) − [c = t] s (1 − e) w_t
             if OWN_LSE:
@@ -168,7 +170,7 @@ def softmax_bwd(
         *(x if t is None else t for t in (lse, dy, scale, valid)),
         *(x if t is None else t for t in (ce_labels, ce_lse, ce_scale, class_weight)),
         channels, height, width, row0,
-        1.0 / temperature, label_smoothing,
+        inverse_of(temperature), label_smoothing,
         *x.stride(), *dx.stride(), *image_strides(dy),
         ACTIVATION=activation, HAS_DY=dy is not None, HAS_VALID=valid is not None,
         HAS_CE=ce_labels is not None, OWN_LSE=own_lse, HAS_WEIGHT=class_weight is not None,

@@ -9,50 +9,54 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpl_fast.kernels.launch import CLASSES, SOFTMAX, image_strides, launch
+from gpl_fast.kernels.launch import CLASSES, NONE, SOFTMAX, image_strides, launch
 
 
 @triton.jit
-def _activate(x, m, ACTIVATION: tl.constexpr):
-    """e^(x − m) for softmax, sigmoid, or x itself; x in float32."""
+def _activate(x, m, inv_t, ACTIVATION: tl.constexpr):
+    """e^((x − m) / T) for softmax, sigmoid of x / T, or x / T itself; x in float32."""
     if ACTIVATION == 1:
-        return tl.exp(x - m)
+        return tl.exp((x - m) * inv_t)
     if ACTIVATION == 2:
-        return 1.0 / (1.0 + tl.exp(-x))
-    return x
+        return 1.0 / (1.0 + tl.exp(-(x * inv_t)))
+    return x * inv_t
 
 
 @triton.jit
-def _load_logits(x_ptr, c, w, stride_c, stride_w, C, W, inv_t, BLOCK_C: tl.constexpr):
-    """x / T of a tile, (BLOCK_C, BLOCK_W) float32; −inf beyond the last class."""
+def _load_logits(x_ptr, c, w, stride_c, stride_w, C, W, BLOCK_C: tl.constexpr):
+    """A tile, (BLOCK_C, BLOCK_W) float32; −inf beyond the last class."""
     at = c[:, None].to(tl.int64) * stride_c + w[None, :].to(tl.int64) * stride_w
     inside = (c[:, None] < C) & (w[None, :] < W)
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    return tl.where(c[:, None] < C, x * inv_t, float("-inf"))
+    return tl.where(c[:, None] < C, x, float("-inf"))
 
 
 @triton.jit
 def _log_sum_exp(x_ptr, w, stride_c, stride_w, C, W, inv_t, BLOCK_C: tl.constexpr,
                  BLOCK_W: tl.constexpr):  # fmt: skip
-    """(max, Σ e^(x − max)) over the classes, (BLOCK_W,) each."""
+    """(max, Σ e^((x − max) / T)) over the classes, (BLOCK_W,) each."""
     m = tl.full((BLOCK_W,), float("-inf"), tl.float32)
     s = tl.zeros((BLOCK_W,), tl.float32)
     for c0 in range(0, C, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)
-        x = _load_logits(x_ptr, c, w, stride_c, stride_w, C, W, inv_t, BLOCK_C)
+        x = _load_logits(x_ptr, c, w, stride_c, stride_w, C, W, BLOCK_C)
         higher = tl.maximum(m, tl.max(x, axis=0))
         # −inf − −inf where every logit so far is −inf: s is 0 then, or NaN
-        s = tl.where(m == float("-inf"), s, s * tl.exp(m - higher))
-        s += tl.sum(tl.where(x == float("-inf"), 0.0, tl.exp(x - higher[None, :])), axis=0)
+        s = tl.where(m == float("-inf"), s, s * tl.exp((m - higher) * inv_t))
+        e = tl.exp((x - higher[None, :]) * inv_t)
+        s += tl.sum(tl.where(x == float("-inf"), 0.0, e), axis=0)
         m = higher
     return m, s
 
 
 @triton.jit
-def _cross_entropy(x_ptr, ce_labels_ptr, class_weight_ptr, at, w, inside, lse, stride_c, stride_w,
-                   C, W, smoothing, HAS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr,
+def _cross_entropy(x_ptr, ce_labels_ptr, class_weight_ptr, at, w, inside, m, log_s, stride_c,
+                   stride_w, C, W, smoothing, HAS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr,
                    BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr):  # fmt: skip
-    """Loss and weight of each pixel, (BLOCK_W,) float32, 0 where it does not count."""
+    """Loss and weight of each pixel, (BLOCK_W,) float32, 0 where it does not count.
+
+    lse = m + log_s, kept apart: lse − x_c of a confident pixel is about log_s alone.
+    """
     label = tl.load(ce_labels_ptr + at, mask=inside, other=-1)
     counted = (label >= 0) & (label < C)
     label = tl.where(counted, label, 0)
@@ -60,19 +64,21 @@ def _cross_entropy(x_ptr, ce_labels_ptr, class_weight_ptr, at, w, inside, lse, s
     if HAS_WEIGHT:
         weight *= tl.load(class_weight_ptr + label, mask=counted, other=0.0)
     x_label = tl.load(x_ptr + label * stride_c + w.to(tl.int64) * stride_w, mask=counted, other=0.0)
-    loss = weight * (1.0 - smoothing) * (lse - x_label.to(tl.float32))
+    loss = weight * (1.0 - smoothing) * ((m - x_label.to(tl.float32)) + log_s)
     if SMOOTH:
-        total = tl.zeros((BLOCK_W,), tl.float32)
+        # e/C Σ w_c (lse − x_c)
+        below = tl.zeros((BLOCK_W,), tl.float32)
         weights = 0.0
         for c0 in range(0, C, BLOCK_C):
             c = c0 + tl.arange(0, BLOCK_C)
             cw = tl.where(c < C, 1.0, 0.0)
             if HAS_WEIGHT:
                 cw = tl.load(class_weight_ptr + c, mask=c < C, other=0.0)
-            x = _load_logits(x_ptr, c, w, stride_c, stride_w, C, W, 1.0, BLOCK_C)
-            total += tl.sum(tl.where(c[:, None] < C, cw[:, None] * x, 0.0), axis=0)
+            cw *= smoothing / C
+            x = m[None, :] - _load_logits(x_ptr, c, w, stride_c, stride_w, C, W, BLOCK_C)
+            below += tl.sum(tl.where(c[:, None] < C, cw[:, None] * x, 0.0), axis=0)
             weights += tl.sum(cw)
-        loss += smoothing / C * (lse * weights - total)
+        loss += weights * log_s + below
     return tl.where(counted, loss, 0.0), weight
 
 
@@ -109,13 +115,13 @@ def _softmax_pack_fwd_kernel(
     ce_labels_ptr, class_weight_ptr, ce_rows_ptr,  # (N, H, W), (C,), (N, H, 2) float64
     y_ptr, delta_ptr, taken_ptr,  # (N, rows, W, C_PAD) twice, (N, rows, W)
     lse_ptr, ce_lse_ptr,  # (N, H, W)
-    C, H, W, row0, core0, core_rows, k, inv_t, smoothing,
+    C, H, W, row0, core0, core_rows, k, inv_t, target_inv_t, lse_t, smoothing,
     x_n, x_c, x_h, x_w, t_n, t_c, t_h, t_w, topk_n, topk_k, y_n, delta_n,
     ACTIVATION: tl.constexpr, TARGET_ACTIVATION: tl.constexpr,
     KIND: tl.constexpr,  # 0 none, 1 dense, 2 labels, 3 top-k
     HAS_VALID: tl.constexpr, HAS_REST: tl.constexpr, FAR: tl.constexpr,  # ranks beyond 2^31
-    HAS_LSE: tl.constexpr, HAS_CE: tl.constexpr,
-    OWN_LSE: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, HAS_MAPS: tl.constexpr,
+    HAS_LSE: tl.constexpr, HAS_CE: tl.constexpr, OWN_LSE: tl.constexpr, HAS_CE_LSE: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, HAS_MAPS: tl.constexpr,
     C_PAD: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     r, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -136,18 +142,18 @@ def _softmax_pack_fwd_kernel(
         m, s = tl.zeros((BLOCK_W,), tl.float32), tl.full((BLOCK_W,), 1.0, tl.float32)
         if ACTIVATION == 1:
             m, s = _log_sum_exp(x_ptr, w, x_c, x_w, C, width, inv_t, BLOCK_C, BLOCK_W)
-        lse = m + tl.log(s)
         if HAS_LSE:
-            tl.store(lse_ptr + at, lse, mask=inside & core)
+            tl.store(lse_ptr + at, m + lse_t * tl.log(s), mask=inside & core)
         if HAS_CE:
-            ce_lse = lse
+            cm, cs = m, s
             if OWN_LSE:
                 cm, cs = _log_sum_exp(x_ptr, w, x_c, x_w, C, width, 1.0, BLOCK_C, BLOCK_W)
-                ce_lse = cm + tl.log(cs)
-                tl.store(ce_lse_ptr + at, ce_lse, mask=inside & core)
+            log_s = tl.log(cs)
+            if HAS_CE_LSE:
+                tl.store(ce_lse_ptr + at, cm + log_s, mask=inside & core)
             loss, weight = _cross_entropy(
-                x_ptr, ce_labels_ptr, class_weight_ptr, at, w, inside & core, ce_lse, x_c, x_w, C,
-                width, smoothing, HAS_WEIGHT, SMOOTH, BLOCK_C, BLOCK_W,
+                x_ptr, ce_labels_ptr, class_weight_ptr, at, w, inside & core, cm, log_s, x_c, x_w,
+                C, width, smoothing, HAS_WEIGHT, SMOOTH, BLOCK_C, BLOCK_W,
             )  # fmt: skip
             ce_sum += loss.to(tl.float64)
             ce_weight += weight.to(tl.float64)
@@ -159,7 +165,8 @@ def _softmax_pack_fwd_kernel(
             factor = 1.0 / s
             tm, t_factor = m, factor
             if KIND == 1 and TARGET_ACTIVATION == 1:
-                tm, ts = _log_sum_exp(target_ptr, w, t_c, t_w, C, width, inv_t, BLOCK_C, BLOCK_W)
+                tm, ts = _log_sum_exp(target_ptr, w, t_c, t_w, C, width, target_inv_t, BLOCK_C,
+                                      BLOCK_W)  # fmt: skip
                 t_factor = 1.0 / ts
             first = n * topk_n + h.to(tl.int64) * W + w
             take = tl.zeros((BLOCK_W,), tl.int1)
@@ -168,8 +175,8 @@ def _softmax_pack_fwd_kernel(
                 label = tl.load(labels_ptr + at, mask=keep, other=-1)
                 known = keep & (label >= 0) & (label < C)
                 here = tl.where(known, label, 0) * x_c + w.to(tl.int64) * x_w
-                x_label = tl.load(x_ptr + here, mask=known, other=0.0).to(tl.float32) * inv_t
-                y_label = _activate(x_label, m, ACTIVATION)
+                x_label = tl.load(x_ptr + here, mask=known, other=0.0).to(tl.float32)
+                y_label = _activate(x_label, m, inv_t, ACTIVATION)
                 if ACTIVATION == 1:
                     y_label *= factor
                 take = known & (y_label > 0.5)
@@ -178,8 +185,8 @@ def _softmax_pack_fwd_kernel(
                 gain = tl.zeros((BLOCK_W,), tl.float32)
                 for c0 in range(0, C, BLOCK_C):
                     c = c0 + tl.arange(0, BLOCK_C)
-                    x = _load_logits(x_ptr, c, w, x_c, x_w, C, width, inv_t, BLOCK_C)
-                    y = _activate(x, m[None, :], ACTIVATION)
+                    x = _load_logits(x_ptr, c, w, x_c, x_w, C, width, BLOCK_C)
+                    y = _activate(x, m[None, :], inv_t, ACTIVATION)
                     if ACTIVATION == 1:
                         y *= factor[None, :]
                     t = _topk_tile(values_ptr, indices_ptr, rest_ptr, first, at, c, keep, topk_k,
@@ -190,14 +197,14 @@ def _softmax_pack_fwd_kernel(
                 tl.store(taken_ptr + (n * rows + r) * W + w, take.to(tl.uint8), mask=w < W)
             for c0 in range(0, C_PAD, BLOCK_C):
                 c = c0 + tl.arange(0, BLOCK_C)
-                x = _load_logits(x_ptr, c, w, x_c, x_w, C, width, inv_t, BLOCK_C)
-                y = _activate(x, m[None, :], ACTIVATION)
+                x = _load_logits(x_ptr, c, w, x_c, x_w, C, width, BLOCK_C)
+                y = _activate(x, m[None, :], inv_t, ACTIVATION)
                 if ACTIVATION == 1:
                     y *= factor[None, :]
                 live = keep[None, :] & (c[:, None] < C)
                 if KIND == 1:
-                    x = _load_logits(target_ptr, c, w, t_c, t_w, C, width, inv_t, BLOCK_C)
-                    t = _activate(x, tm[None, :], TARGET_ACTIVATION)
+                    x = _load_logits(target_ptr, c, w, t_c, t_w, C, width, BLOCK_C)
+                    t = _activate(x, tm[None, :], target_inv_t, TARGET_ACTIVATION)
                     if TARGET_ACTIVATION == 1:
                         t *= t_factor[None, :]
                     d = tl.where(live, y - t, 0.0)
@@ -210,7 +217,7 @@ def _softmax_pack_fwd_kernel(
                     one = (c[:, None] == label[None, :]) & take[None, :]
                     less = y - 1.0
                     if ACTIVATION == 2:  # where x is large, nothing of 1 − y' is left in y'
-                        less = -_activate(-x, m[None, :], ACTIVATION)
+                        less = -_activate(-x, m[None, :], inv_t, ACTIVATION)
                     y = tl.where(one, less, y)
                 if KIND == 3:
                     t = _topk_tile(values_ptr, indices_ptr, rest_ptr, first, at, c, keep, topk_k,
@@ -224,6 +231,11 @@ def _softmax_pack_fwd_kernel(
         row = ce_rows_ptr + (n * H + h) * 2
         tl.store(row, tl.sum(ce_sum))
         tl.store(row + 1, tl.sum(ce_weight))
+
+
+def inverse_of(temperature: float) -> float:
+    """1 / T, in float32 finite and positive whatever T is: times 0 it is 0."""
+    return 1.0 / min(max(temperature, 2.0**-126), 2.0**128)
 
 
 def softmax_pack_fwd(
@@ -269,6 +281,8 @@ def softmax_pack_fwd(
     block_c = min(triton.next_power_of_2(c_pad), CLASSES)
     block_w = min(triton.next_power_of_2(width), 64 if block_c >= 32 else 256)
     own_lse = activation != SOFTMAX or temperature != 1.0
+    inv_t = inverse_of(temperature)
+    as_it_is = target_activation == NONE != activation
     topk_strides = (0, 0) if topk_values is None else topk_values.stride()[:2]
     launch(
         _softmax_pack_fwd_kernel,
@@ -281,14 +295,14 @@ def softmax_pack_fwd(
         *(x if t is None else t for t in (y, delta, taken, lse, ce_lse)),
         channels, height, width, row0, core0, core_rows,
         0 if topk_values is None else topk_values.shape[1],
-        1.0 / temperature, label_smoothing,
+        inv_t, 1.0 if as_it_is else inv_t, min(temperature, 2.0**96), label_smoothing,
         *x.stride(), *(x if target is None else target).stride(), *topk_strides,
         *image_strides(y, delta),
         ACTIVATION=activation, TARGET_ACTIVATION=target_activation, KIND=kind,
         HAS_VALID=valid is not None, HAS_REST=topk_rest is not None,
         FAR=topk_values is not None and topk_values.shape[1] * topk_strides[1] >= 2**31,
-        HAS_LSE=lse is not None,
-        HAS_CE=ce_labels is not None, OWN_LSE=own_lse, HAS_WEIGHT=class_weight is not None,
+        HAS_LSE=lse is not None, HAS_CE=ce_labels is not None,
+        OWN_LSE=own_lse, HAS_CE_LSE=ce_lse is not None, HAS_WEIGHT=class_weight is not None,
         SMOOTH=label_smoothing != 0.0, HAS_MAPS=y is not None,
         C_PAD=c_pad, BLOCK_C=block_c, BLOCK_W=block_w,
         # A list's tile beside the logits' is too much for the registers of four warps.

@@ -17,6 +17,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import error
+from extremes import KINDS, LOWEST, TEMPERATURES, by_kind, logits_of_every_kind
+from saved import log_sum_exp
 
 from gpl_fast import ops
 
@@ -137,8 +139,8 @@ def test_softmax_pack_dense(C, size, dtype):
         assert not y[..., C:].any()
         assert not delta[..., C:].any()
         if activation == SOFTMAX:
-            lse64 = (x.double() / temperature).logsumexp(1)
-            check(lse, (x.float() / temperature).logsumexp(1), lse64, torch.float32)
+            plain = temperature * (x.float() / temperature).logsumexp(1)
+            check(lse, plain, log_sum_exp(x, temperature), torch.float32)
 
 
 @pytest.mark.parametrize("activation", [NONE, SOFTMAX, SIGMOID])
@@ -241,6 +243,96 @@ def test_softmax_pack_extreme_logits(scale):
     torch.testing.assert_close(lse, x.logsumexp(1))
 
 
+# -- any temperature, any logits ---------------------------------------------------------------
+
+
+def check_kinds(ours, plain, truth):
+    """`check` of each kind of pixels, (N, H, W, C)."""
+    for o, p, t in by_kind(nchw(ours), nchw(plain), nchw(truth)):
+        check(o, p, t, torch.float32)
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("C", [3, 19])
+def test_any_temperature_forward(C, temperature):
+    x, t = (logits_of_every_kind(2, C, 3, 36) for _ in range(2))
+    y, delta, lse, *_ = pack(x, target=t, temperature=temperature)
+    p64, t64 = (activate(v.double(), SOFTMAX, temperature) for v in (x, t))
+    p32, t32 = (activate(v, SOFTMAX, temperature) for v in (x, t))
+    check_kinds(y, carried(nhwc(p32), nhwc(t32)), carried(nhwc(p64), nhwc(t64)))
+    check_kinds(delta, nhwc(p32 - t32), nhwc(p64 - t64))
+    assert (delta[:, :, 2::4] == 0).all()  # uniform minus uniform
+    if temperature < 1e30:  # beyond, it stops where sums would overflow
+        torch.testing.assert_close(lse.double(), log_sum_exp(x, temperature), rtol=1e-6, atol=1e-6)
+    assert (lse >= x.amax(1)).all()
+    assert lse.isfinite().all()
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("C", [3, 19])
+def test_any_temperature_backward(C, temperature):
+    x, dy = logits_of_every_kind(2, C, 3, 36), torch.randn(2, 3, 36, C)
+    scale = torch.tensor([0.5, 3.0])
+    _, _, lse, *_ = pack(x, temperature=temperature)
+    dx = softmax_bwd(x, lse, dy, scale, temperature=temperature)
+    grads = []
+    for work in (torch.float64, torch.float32):
+        v = x.to(work).requires_grad_()
+        g = nchw(dy).to(work) * scale.to(work)[:, None, None, None]
+        activate(v, SOFTMAX, temperature).backward(g)
+        grads.append(nhwc(v.grad))
+    check_kinds(nhwc(dx), grads[1], grads[0])
+
+
+@pytest.mark.parametrize("temperature", [1e-46, 1e-30, 0.3, 3.0])
+def test_any_temperature_of_listed_targets(temperature):
+    C = 19
+    x = logits_of_every_kind(2, C, 3, 36)
+    labels = torch.randint(0, C, (2, 3, 36))
+    values, indices = torch.rand(2, 2, 3, 36), torch.randint(0, C, (2, 2, 3, 36))
+    onehot = F.one_hot(labels, C)
+    listed = nhwc(torch.zeros(2, C, 3, 36).scatter_add_(1, indices, values))
+    truth, plain = (nhwc(activate(v, SOFTMAX, temperature)) for v in (x.double(), x))
+    for target, dense in (
+        ({"labels": labels}, onehot),
+        ({"topk": (values, indices, None)}, listed),
+    ):
+        y, taken, *_ = pack(x, temperature=temperature, **target)
+        part = taken[..., None] * dense
+        check_kinds(y, plain - part, truth - part)
+        nearer = (truth - dense).square().sum(-1) < truth.square().sum(-1) - 1e-4
+        assert taken.bool()[nearer].all()
+
+
+@pytest.mark.parametrize("temperature", [1e-46, 1e-30, 0.3])
+@pytest.mark.parametrize("activation", [NONE, SIGMOID])
+def test_any_temperature_of_the_other_activations(activation, temperature):
+    x = 3 * torch.randn(1, 3, 5, 16)
+    x[0, :, 0] = torch.tensor([0.0, LOWEST, -LOWEST])[:, None]
+    dy, one = torch.randn(1, 5, 16, 3), torch.ones(1)
+    y, *_ = pack(x, activation=activation, temperature=temperature)
+    dx = softmax_bwd(x, None, dy, one, activation=activation, temperature=temperature)
+    assert not y.isnan().any()
+    assert not dx.isnan().any()
+    assert (y[0, 0, :, 0] == (0.5 if activation == SIGMOID else 0)).all()
+    if activation == SIGMOID:
+        check(y, y, nhwc(activate(x.double(), SIGMOID, temperature)), torch.float32)
+        assert not dx[0, 1:, 0].any()  # saturated: 0 · 1 / T
+
+
+def test_a_target_that_is_taken_as_it_is_has_no_temperature():
+    x, t = torch.randn(2, 3, 5, 17), torch.rand(2, 3, 5, 17)
+    for activation in (SOFTMAX, SIGMOID):
+        how = {"target": t, "target_activation": NONE, "temperature": 3.0}
+        y, delta, *_ = pack(x, activation=activation, **how)
+        assert torch.equal(y[1], nhwc(t)[1])
+        truth = nhwc(activate(x.double(), activation, 3.0) - t)
+        check(delta, truth.float(), truth, torch.float32)
+    # without activations both are divided
+    _, delta, *_ = pack(x, target=t, activation=NONE, temperature=3.0)
+    check(delta, nhwc((x - t) / 3), nhwc((x.double() - t) / 3), torch.float32)
+
+
 # -- cross-entropy -----------------------------------------------------------------------------
 
 
@@ -272,6 +364,48 @@ def test_cross_entropy(activation, temperature, weighted, smoothing):
     )  # fmt: skip
     assert not dx[:, :, 4, 4].any()
     torch.testing.assert_close(dx.double(), x64.grad.nan_to_num(), rtol=1e-5, atol=1e-6)
+
+
+def test_cross_entropy_of_padded_and_large_logits():
+    """Of a pixel without any class it is log C; smoothing meets no sum of lowest numbers."""
+    C = 19
+    x = logits_of_every_kind(2, C, 3, 36)
+    labels = torch.randint(0, C, (2, 3, 36))
+    labels[:, :, 1::4] = 0  # a class that is not padded
+    for smoothing in (0.0, 0.1):
+        ce = (labels, None, smoothing)
+        kw = {"label_smoothing": smoothing, "reduction": "none"}
+        for first, kind in enumerate(KINDS):
+            one = x[..., first::4].contiguous()
+            *_, rows = pack(one, ce=(labels[..., first::4].contiguous(), *ce[1:]))
+            truth = F.cross_entropy(one.double(), labels[..., first::4], **kw)
+            torch.testing.assert_close(rows[..., 0], truth.sum(-1), rtol=1e-6, atol=1e-5)
+            if kind == "all classes padded":
+                torch.testing.assert_close(truth, torch.full_like(truth, C).log())
+
+
+@pytest.mark.parametrize(
+    ("activation", "temperature"), [(SOFTMAX, 1.0), (SOFTMAX, 3.0), (NONE, 1.0)]
+)
+def test_without_a_backward_the_cross_entropy_leaves_no_lse(activation, temperature):
+    x, labels = torch.randn(2, 19, 5, 17), torch.randint(0, 19, (2, 5, 17))
+    ce = (labels, None, 0.1)
+    want = pack(x, activation=activation, temperature=temperature, ce=ce)[-1]
+    rows = poisoned(2, 5, 2, dtype=torch.float64)
+    ops.softmax_pack_fwd(
+        x, None, None, None, None, None, None, None, activation, activation, temperature, *ce,
+        0, 5, 0, 5, None, None, None, None, None, rows,
+    )  # fmt: skip
+    assert torch.equal(rows, want)
+
+
+def test_a_cross_entropy_of_weight_0_has_no_gradient():
+    x, labels = logits_of_every_kind(2, 19, 3, 36), torch.randint(0, 19, (2, 3, 36))
+    *_, lse, _, _ = pack(x)
+    scale = torch.tensor([0.0, 1.0])
+    dx = softmax_bwd(x, lse, None, None, ce=(labels, None, scale, None), smoothing=0.1)
+    assert (dx[0] == 0).all()
+    assert dx[1].any()
 
 
 # -- softmax_bwd -------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from saved import pack_code, pack_mask
+from saved import log_sum_exp, pack_code, pack_mask
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -162,8 +162,7 @@ class Logits:
         """The kernel's gradient, from memory poisoned beforehand, in x's layout."""
         dx = torch.full_like(self.x, float("nan"))
         own_lse = self.activation != SOFTMAX or self.temperature != 1.0
-        lse = (self.x.float() / self.temperature).logsumexp(1)
-        ce_lse = self.x.float().logsumexp(1)
+        lse, ce_lse = (log_sum_exp(self.x, t).float() for t in (self.temperature, 1.0))
         logits = {
             "activation": self.activation, "temperature": self.temperature,
             "x_dtype": DTYPES.index(self.dtype), "x": self.x.data_ptr(),

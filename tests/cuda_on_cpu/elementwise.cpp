@@ -36,18 +36,18 @@ void relu_pool_bwd(std::array<int64_t, 4> shape, int64_t row0, int64_t rows, int
 
 void softmax_bwd(std::array<int64_t, 4> shape, Address x, std::array<int64_t, 4> x_strides,
                  int x_dtype, Address lse, Address dy, int64_t c_pad, int dy_dtype, Address scale,
-                 Address valid, int activation, float temperature, Address labels, Address ce_lse,
+                 Address valid, int activation, double temperature, Address labels, Address ce_lse,
                  Address ce_scale, Address class_weight, float label_smoothing, int64_t row0,
                  int64_t rows, Address dx, std::array<int64_t, 4> dx_strides) {
   SoftmaxBwd a = {};
   a.N = shape[0], a.C = shape[1], a.H = shape[2], a.W = shape[3], a.c_pad = c_pad;
   a.strip = {row0, rows};
-  a.activation = (Activation)activation, a.temperature = temperature;
+  a.activation = (Activation)activation, a.inv_t = inverse_of(temperature);
   a.x_dtype = (DType)x_dtype, a.dtype = (DType)dy_dtype;
   a.x = at<void>(x), a.x_strides = strides(x_strides);
   a.lse = at<float>(lse), a.scale = at<float>(scale), a.valid = at<uint8_t>(valid);
   a.dy = at<void>(dy), a.dy_image_stride = rows * a.W * c_pad;
-  const bool shared = a.activation == Activation::kSoftmax && temperature == 1.0f;
+  const bool shared = a.activation == Activation::kSoftmax && temperature == 1.0;
   a.ce = {at<int64_t>(labels), at<float>(class_weight), label_smoothing, !shared};
   a.ce_lse = shared ? a.lse : at<float>(ce_lse), a.ce_scale = at<float>(ce_scale);
   a.dx = at<void>(dx), a.dx_strides = strides(dx_strides);

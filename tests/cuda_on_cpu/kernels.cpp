@@ -37,7 +37,7 @@ SoftmaxBwd logits_of(const py::dict& d, const ConvBlockBwd& conv) {
   a.N = conv.N, a.C = conv.C_in, a.H = conv.H, a.W = conv.W;
   a.strip = conv.strip;
   a.activation = take<Activation>(d, "activation");
-  a.temperature = take<float>(d, "temperature", 1.0f);
+  a.inv_t = inverse_of(take<double>(d, "temperature", 1.0));
   a.x_dtype = take<DType>(d, "x_dtype");
   a.x = take<const void*>(d, "x");
   a.x_strides = strides(d, "x_strides");

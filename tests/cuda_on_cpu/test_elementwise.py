@@ -13,6 +13,8 @@ from pathlib import Path
 import emulate
 import pytest
 import torch
+from extremes import TEMPERATURES, by_kind, logits_of_every_kind
+from saved import log_sum_exp
 
 from gpl_fast import ops
 
@@ -147,13 +149,13 @@ def layout(x, kind):
 
 
 def both(kernels, x, dy, *, activation=SOFTMAX, temperature=1.0, valid=None, labels=None,
-         weight=None, smoothing=0.0, strip=None, dx_kind=None):  # fmt: skip
+         weight=None, smoothing=0.0, strip=None, dx_kind=None, ce_scale=None):  # fmt: skip
     """(ours, the CPU operator's), each (N, C, H, W) in x's dtype, and both scales."""
     N, _, H, _ = x.shape
     row0, rows = strip or (0, H)
-    x32 = x.float().contiguous()
-    lse, ce_lse = (x32 / temperature).logsumexp(1).contiguous(), x32.logsumexp(1).contiguous()
-    scale, ce_scale = torch.linspace(0.5, 1.5, N), torch.linspace(2, 1, N)
+    lse, ce_lse = (log_sum_exp(x, t).float().contiguous() for t in (temperature, 1.0))
+    scale = torch.linspace(0.5, 1.5, N)
+    ce_scale = torch.linspace(2, 1, N) if ce_scale is None else ce_scale
     own = labels is not None and not (activation == SOFTMAX and temperature == 1.0)
     clean = torch.full_like(x, float("nan"))
     ours, cpu = (layout(clean, dx_kind) if dx_kind else clean.clone() for _ in range(2))
@@ -219,6 +221,28 @@ def test_softmax_bwd(kernels, C, size, dtype):
         exact, plain = (truth(x, dy, scales, work=w, **how) for w in (torch.float64, torch.float32))
         for mine in (ours, cpu):
             check(mine, plain.to(x_dtype), exact)
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_softmax_bwd_at_any_temperature(kernels, temperature):
+    for C in (3, 19):
+        x, dy = logits_of_every_kind(2, C, 2, 40), torch.randn(2, 2, 40, C)
+        ours, _, scales = both(kernels, x, dy, temperature=temperature)
+        exact, plain = (
+            truth(x, dy, scales, temperature=temperature, work=work)
+            for work in (torch.float64, torch.float32)
+        )
+        for mine, theirs, true in by_kind(ours, plain, exact):
+            check(mine, theirs, true)
+
+
+def test_a_cross_entropy_of_weight_0_has_no_gradient(kernels):
+    x, labels = logits_of_every_kind(2, 19, 2, 40), torch.randint(0, 19, (2, 2, 40))
+    for temperature in (0.3, 1.0):
+        how = {"labels": labels, "temperature": temperature, "smoothing": 0.1}
+        nothing = both(kernels, x, None, **how, ce_scale=torch.zeros(2))[0]
+        assert (nothing == 0).all()
+        assert (both(kernels, x, None, **how, weight=torch.zeros(19))[0] == 0).all()
 
 
 def test_softmax_bwd_orders(kernels, monkeypatch):

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from block import AVG, DTYPES, MAX, NO_POOL, NONE, SIGMOID, SOFTMAX, Block, Logits
+from block import AVG, DTYPES, MAX, NO_POOL, NONE, SIGMOID, SOFTMAX, Block, Logits, check
+from extremes import by_kind, logits_of_every_kind
 
 ORDERS = ("0", "1", "2", "3", "4")
 CLASSES = (1, 3, 19, 33, 150, 256, 257, 1003)
@@ -28,6 +29,26 @@ def test_dtypes_of_logits(kernels, peak, classes, x_dtype):
     block = Block(n=2, c_in=classes, h=7, w=11)
     logits = Logits(block, dtype=x_dtype, peak=peak)
     logits.check(logits.run(kernels))
+
+
+@pytest.mark.parametrize("classes", [19, 257])
+@pytest.mark.parametrize("temperature", [1e-46, 1e-30, 0.3, 3.0])
+def test_any_temperature(kernels, temperature, classes):
+    block = Block(c_in=classes, h=9, w=20)
+    logits = Logits(block, temperature=temperature)
+    logits.x = logits_of_every_kind(1, classes, 9, 20)
+    ours = logits.run(kernels)
+    plain = logits.dx(block.dx(block.dtype).float())
+    for kind in by_kind(ours, plain, logits.dx(block.dx(torch.float64))):
+        check(*kind, block.dtype)
+
+
+@pytest.mark.parametrize("activation", [NONE, SIGMOID])
+def test_saturation_at_a_tiny_temperature(kernels, activation):
+    logits = Logits(Block(c_in=19), activation=activation, temperature=1e-46)
+    ours = logits.run(kernels)
+    assert not ours.isnan().any()
+    assert (ours == 0).all() == (activation == SIGMOID)  # 0 · 1 / T
 
 
 @pytest.mark.parametrize("classes", [1, 19, 257])

@@ -53,6 +53,8 @@ MUTATIONS = [
     Mutation("sums of one lane", "conv_block", "for (int l = 1; l < lanes; ++l)", "for (int l = 1; l < 1; ++l)", LOGITS + "orders_agree_bit_for_bit[80-0-19]"),  # noqa: E501
     Mutation("sums of unrounded values", SM80, PUT, "in_place ? (px.put_dy(n0 + c, dy(c)), dy(c))", LOGITS + "sums_take_the_stored_gradient[80]"),  # noqa: E501
     Mutation("a mask that multiplies", "logits_bwd", "if (!keep_) g = 0.0f;", "g *= keep_;", LOGITS + "masked_pixels_may_hold_nan[80-19-1]"),  # noqa: E501
+    Mutation("x / T alone", "logits_bwd", "(x - lse_) * inv_t_", "x * inv_t_ - lse_ * inv_t_", LOGITS + "any_temperature[80-0.3-19]"),  # noqa: E501
+    Mutation("1 / T first", "logits_bwd", "scale_ = a.scale[n];", "scale_ = a.scale[n] * inv_t_;", LOGITS + "any_temperature[80-1e-30-19]"),  # noqa: E501
     Mutation("the label's neighbour", "logits_bwd", "c == label_ ?", "c == label_ + 1 ?", LOGITS + "cross_entropy_and_masks[80-False-1-19]"),  # noqa: E501
     Mutation("the expected bytes of one slab", SM90, "bars.full + r.at, L::kStageBytes", "bars.full + r.at, kSlabBytes", BLOCK + "orders_agree_bit_for_bit[90-0-dtype0]"),  # noqa: E501
     Mutation("the wrong phase of the ring", SM90, "bars.empty + r.at, r.phase ^ 1", "bars.empty + r.at, r.phase", BLOCK + "sizes[90-0-size4]"),  # noqa: E501

@@ -107,7 +107,8 @@ def test_as_atens_data_gradient(emulated, name, dtype, monkeypatch):
     monkeypatch.setattr(data_gradient, "by_kernel", lambda *layer: True)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     loss = make()
-    getattr(loss, "gpl", loss).options |= {"backend": "fast", "compute_dtype": dtype}
+    inner = getattr(loss, "gpl", loss)
+    inner.options = replace(inner.options, backend="fast", compute_dtype=dtype)
     shape = (2, 3 if kind == "image" else C, *SIZE)
     target = make_target("dense" if kind == "image" else kind, shape, loss)
     x = (2 * torch.randn(shape)).requires_grad_()

@@ -138,6 +138,9 @@ DRAWN = {
     "dense, stride": drawn("dense", HALF, pool="stride", levels=(1.0, 1.0)),
     "dense, one class": drawn("dense", BF16, c=1, activation="sigmoid"),
     "dense, probabilities": drawn("dense", BF16, target_activation="none"),
+    "dense, probabilities, temperature": drawn(
+        "dense", BF16, target_activation="none", temperature=3.0
+    ),
     "dense, no activation, 7 x 7": drawn("dense", BF16, kernel=7, net="1", activation="none"),
     "bfloat16 prediction": drawn("dense", None, pred=BF16, temperature=2.0),
     "float16 prediction, true float32": drawn("dense", FLOAT, pred=HALF),

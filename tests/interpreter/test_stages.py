@@ -40,6 +40,19 @@ OPERATOR_TESTS = [
     ("test_nan_in_a_valid_pixel_stays",),
     ("test_softmax_pack_extreme_logits", 1e4),
     ("test_softmax_pack_extreme_logits", 1e30),
+    *(("test_any_temperature_forward", 3, t) for t in operators.TEMPERATURES),
+    *(("test_any_temperature_backward", 3, t) for t in operators.TEMPERATURES),
+    *(("test_any_temperature_of_listed_targets", t) for t in (1e-46, 0.3)),
+    *(
+        ("test_any_temperature_of_the_other_activations", a, t)
+        for a in (NONE, operators.SIGMOID)
+        for t in (1e-46, 0.3)
+    ),
+    ("test_a_target_that_is_taken_as_it_is_has_no_temperature",),
+    ("test_cross_entropy_of_padded_and_large_logits",),
+    ("test_without_a_backward_the_cross_entropy_leaves_no_lse", SOFTMAX, 3.0),
+    ("test_without_a_backward_the_cross_entropy_leaves_no_lse", NONE, 1.0),
+    ("test_a_cross_entropy_of_weight_0_has_no_gradient",),
     ("test_cross_entropy", SOFTMAX, 1.0, False, 0.0),
     ("test_cross_entropy", SOFTMAX, 2.0, True, 0.2),
     ("test_cross_entropy", NONE, 1, True, 0.0),
