@@ -20,6 +20,7 @@ $(shell mkdir -p "$(TMPDIR)")
 READY   := $(VENV)/.ready
 LIBRARY := gpl_fast/libgpl_fast.so
 CSRC    := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+BUILD   := $(CSRC) $(wildcard csrc/*.py) setup.py gpl_fast/environment.py gpl_fast/sources.py
 
 .PHONY: help venv build demo test test-cpu test-edges test-interpreter test-compile test-cuda sanitize lint
 .PHONY: bench bench-gpu gpu-report toy wheel clean
@@ -51,9 +52,9 @@ $(READY): pyproject.toml constraints.txt setup.py
 
 build: $(LIBRARY)
 
-$(LIBRARY): $(CSRC) setup.py | $(READY)
+$(LIBRARY): $(BUILD) | $(READY)
 	@# On the first run pip has just built it.
-	if ! test -s $@ || test -n "$$(find csrc setup.py -type f -newer $@)"; then \
+	if ! test -s $@ || test -n "$$(find $(BUILD) -type f -newer $@)"; then \
 	  $(PY) setup.py -q build_ext --inplace && touch $@; fi
 
 demo: $(LIBRARY)

@@ -1,9 +1,9 @@
 """Builds gpl_fast/libgpl_fast.so; everything else about the package is in pyproject.toml.
 
 The library holds operators behind LibTorch's stable ABI and no CPython symbol, so one
-`py3-none-<platform>` wheel serves every Python and every torch >= 2.11. ninja drives the compilers;
-CXX, CXXFLAGS, LDFLAGS and MAX_JOBS mean what they usually do, for instance
-CXXFLAGS="-fsanitize=address,undefined -g" LDFLAGS="-fsanitize=address,undefined".
+`py3-none-<platform>` wheel serves every Python and every torch >= 2.11, on systems as old as that
+torch's: csrc/oldest_glibc.py. ninja drives the compilers; docs/environment.md lists the variables,
+for instance CXXFLAGS="-fsanitize=address,undefined -g" LDFLAGS="-fsanitize=address,undefined".
 
 Where nvcc is found (CUDACXX, CUDA_HOME or PATH) the CUDA operators are built in too, whatever build
 of torch is there, for TORCH_CUDA_ARCH_LIST or `ARCHITECTURES`; nvcc itself reads NVCC_APPEND_FLAGS.
@@ -17,6 +17,8 @@ import importlib.util
 import os
 import platform
 import re
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -28,6 +30,9 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+ENVIRONMENT = runpy.run_path(str(ROOT / "gpl_fast" / "environment.py"))
+SOURCES = runpy.run_path(str(ROOT / "gpl_fast" / "sources.py"))
+OLDEST_GLIBC = runpy.run_path(str(ROOT / "csrc" / "oldest_glibc.py"))
 LIBRARY = "libgpl_fast.so"
 KERNELS = ["softmax_pack", "label_conv", "winograd", "direct_conv", "relu", "relu_pool"]
 KERNELS += ["diff_reduce", "softmax_bwd"]
@@ -43,8 +48,17 @@ X86_BUILDS = {
 # every other GPU.
 ARCHITECTURES = ("8.0+PTX", "8.6", "8.9", "9.0", "10.0", "12.0")
 
+
+def variable(name: str) -> str | None:
+    """What a variable of the environment holds; the build ends where it may not."""
+    try:
+        return ENVIRONMENT["value"](name)
+    except ValueError as error:
+        sys.exit(str(error))
+
+
 # The largest source takes most of the time: its architectures in parallel.
-NVCC_FLAGS = f"-std=c++17 -O3 --threads {os.environ.get('MAX_JOBS') or os.cpu_count()}"
+NVCC_FLAGS = f"-std=c++17 -O3 --threads {variable('MAX_JOBS') or os.cpu_count()}"
 NVCC_FLAGS += " -Xfatbin -compress-all -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
 
 NINJA = """\
@@ -93,22 +107,20 @@ class Cuda:
 
 def find_nvcc() -> str | None:
     """CUDACXX, or nvcc of CUDA_HOME, or of PATH."""
-    if named := os.environ.get("CUDACXX"):
-        if found := shutil.which(named):
-            return found
-        sys.exit(f"CUDACXX: got {named!r}, expected an nvcc that can be run; or unset it")
-    home = os.environ.get("CUDA_HOME")
+    if named := variable("CUDACXX"):
+        return shutil.which(named)
+    home = variable("CUDA_HOME")
     return (shutil.which(str(Path(home, "bin", "nvcc"))) if home else None) or shutil.which("nvcc")
 
 
 def find_cuda() -> Cuda | None:
     """The CUDA build, or None where it is left out."""
-    if os.environ.get("GPL_FAST_FORCE_CUDA") == "0":
+    forced = variable("GPL_FAST_FORCE_CUDA")
+    if forced == "0":
         print("GPL_FAST_FORCE_CUDA=0: building the CPU operators only")
         return None
-    nvcc, listed = find_nvcc(), os.environ.get("TORCH_CUDA_ARCH_LIST")
+    nvcc, listed = find_nvcc(), variable("TORCH_CUDA_ARCH_LIST")
     if nvcc is None:
-        forced = os.environ.get("GPL_FAST_FORCE_CUDA", "0") != "0"
         if forced or listed:
             cause = "GPL_FAST_FORCE_CUDA" if forced else "TORCH_CUDA_ARCH_LIST"
             sys.exit(
@@ -202,14 +214,25 @@ def escape(path: Path | str) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def build_ninja(library: Path) -> str:
-    cuda = find_cuda()
-    torch_dir = Path(next(iter(importlib.util.find_spec("torch").submodule_search_locations)))
+def torch_folder() -> Path:
+    return Path(next(iter(importlib.util.find_spec("torch").submodule_search_locations)))
+
+
+def compiler() -> str:
+    return variable("CXX") or "c++"
+
+
+def build_ninja(library: Path, libc: list[str] | None = None) -> str:
+    """What ninja does; `libc` are flags that go before those of all other libraries."""
+    cuda, torch_dir = find_cuda(), torch_folder()
     csrc = ROOT / "csrc"
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     builds = X86_BUILDS if x86 else {"default": ""}
     common = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
     common += ["-DGPL_FAST_X86"] if x86 else []
+    # Errors name a source by its place in the project, not on the machine that built the library.
+    for folder in (ROOT, torch_dir / "include"):
+        common.append(shlex.quote(f"-ffile-prefix-map={folder}/="))
     # No contraction: a fused y' - y would not be exactly 0 for equal inputs. GCC 12's AVX-512
     # headers set off -Wmaybe-uninitialized. Winograd's innermost loop is up to a sixth slower where
     # it happens to lie across cache lines.
@@ -229,6 +252,7 @@ def build_ninja(library: Path) -> str:
         objects.append(f"{source.stem}.cuda.o")
         flags = " ".join(nvcc_targets(source, cuda.architectures))
         edges.append(f"build {objects[-1]}: compile_cuda {escape(source)}\n  flags = {flags}\n")
+    compile_edge(csrc / "oldest_libstdcxx.cpp", "oldest_libstdcxx.o", "")
     for name in ("ops", "convolutions"):
         compile_edge(csrc / f"{name}.cpp", f"{name}.o", torch_flags)
     for name in ("dispatch", "memory"):
@@ -238,12 +262,14 @@ def build_ninja(library: Path) -> str:
             flags = f"{march} {kernel} -DGPL_CPU_NAMESPACE=cpu_{build}"
             compile_edge(csrc / "cpu" / f"{name}.cpp", f"{name}.{build}.o", flags)
     edges.append(f"build {escape(library)}: link {' '.join(objects)}\n")
-    linked = [f"-L{torch_dir / 'lib'}", "-Wl,--no-as-needed", "-ltorch"]
+    linked = ["-Wl,--no-as-needed", *map(shlex.quote, libc or ())]
+    linked += [f"-L{torch_dir / 'lib'}", "-ltorch"]
+    linked += [f"-Wl,--build-id=0x{SOURCES['digest'](csrc).hex()}"]  # ops.py looks for it
     linked += cuda_link_flags(cuda) if cuda else []
     return NINJA.format(
-        cxx=os.environ.get("CXX", "c++"),
-        cxxflags=" ".join([*common, os.environ.get("CXXFLAGS", "")]).strip(),
-        ldflags=" ".join([*linked, os.environ.get("LDFLAGS", "")]).strip(),
+        cxx=compiler(),
+        cxxflags=" ".join([*common, variable("CXXFLAGS") or ""]).strip(),
+        ldflags=" ".join([*linked, variable("LDFLAGS") or ""]).strip(),
         nvcc=cuda.nvcc if cuda else "",
         nvccflags=NVCC_FLAGS,
         edges="\n".join(edges),
@@ -264,11 +290,15 @@ class Build(build_ext):
         build_dir.mkdir(parents=True, exist_ok=True)
         library = Path(self.get_ext_fullpath(ext.name)).resolve()
         library.parent.mkdir(parents=True, exist_ok=True)
-        (build_dir / "build.ninja").write_text(build_ninja(library))
+        torch_library = torch_folder() / "lib" / "libtorch_cpu.so"
+        libc = OLDEST_GLIBC["link_flags"](
+            shlex.split(compiler()), torch_library, build_dir / "libc"
+        )
+        (build_dir / "build.ninja").write_text(build_ninja(library, libc))
         module = importlib.util.find_spec("ninja")
         ninja = [sys.executable, "-m", "ninja"] if module else ["ninja"]
         command = [*ninja, "-C", str(build_dir)]
-        if jobs := os.environ.get("MAX_JOBS"):
+        if jobs := variable("MAX_JOBS"):
             command += ["-j", jobs]
         subprocess.run(command, check=True)
 
@@ -280,7 +310,10 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+if not (compiled := sys.platform == "linux"):
+    print(f"no compiled operators for {platform.system()}: the reference backend will run")
+
 setup(
-    ext_modules=[Extension("gpl_fast.libgpl_fast", sources=[])],
+    ext_modules=[Extension("gpl_fast.libgpl_fast", sources=[])] if compiled else [],
     cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
 )

@@ -7,13 +7,12 @@ The choice is made as a unit, at forward time, from the device, the dtype and th
 from __future__ import annotations
 
 import importlib.util
-import os
 import warnings
 from dataclasses import dataclass
 
 import torch
 
-from gpl_fast import ops
+from gpl_fast import environment, ops
 from gpl_fast.lossnet import LossNet, constant_in_graphs
 
 BACKENDS = ("auto", "fast", "reference")
@@ -37,13 +36,9 @@ def requested_backend(backend: str) -> str:
     Raises:
         ValueError: an unknown word in either.
     """
-    source, word = "backend", backend
-    if backend == "auto" and "GPL_FAST_BACKEND" in os.environ:
-        source, word = "GPL_FAST_BACKEND", os.environ["GPL_FAST_BACKEND"]
-    if word not in BACKENDS:
-        way_out = "" if source == "backend" else "; or unset the variable"
-        raise ValueError(f"{source}: got {word!r}, expected one of {BACKENDS}{way_out}")
-    return word
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}, expected one of {BACKENDS}")
+    return environment.value("GPL_FAST_BACKEND") or backend if backend == "auto" else backend
 
 
 def fast_obstacle(device: torch.device, dtype: torch.dtype, net: LossNet | None) -> str | None:
@@ -90,21 +85,34 @@ def choose(
         return Choice("reference", "it was asked for")
     obstacle = fast_obstacle(device, dtype, net)
     if obstacle is None:
+        if device.type == "cuda" and (why := _broken_library() or _old_driver(device)) is not None:
+            _warn_once(f"Triton's kernels run instead of the compiled ones: {why}")
         return Choice("fast", "everything it needs is there")
     if word == "fast":
         raise BackendUnavailable(f"backend='fast' cannot run: {obstacle}; use backend='auto'")
-    if device.type == "cuda":
-        _warn_once(obstacle)
+    # On a CPU many things are no surprise: float64, a network of modules, no library for it.
+    if device.type == "cuda" or (device.type == "cpu" and obstacle == _broken_library()):
+        _warn_once(f"the reference backend runs: {obstacle}")
     return Choice("reference", obstacle)
 
 
-_warned = False
+@constant_in_graphs
+def _broken_library() -> str | None:
+    return ops.broken()
 
 
 @constant_in_graphs
-def _warn_once(obstacle: str) -> bool:
-    global _warned
-    if not _warned:
-        _warned = True
-        warnings.warn(f"gpl_fast: the reference backend runs: {obstacle}", stacklevel=2)
+def _old_driver(device: torch.device) -> str | None:
+    return ops.old_driver(device)
+
+
+_warned: set[str] = set()  # what is said before the colon
+
+
+@constant_in_graphs
+def _warn_once(what: str) -> bool:
+    kind = what.partition(":")[0]
+    if kind not in _warned:
+        _warned.add(kind)
+        warnings.warn(f"gpl_fast: {what}", stacklevel=2)
     return True

@@ -6,11 +6,13 @@ one.
 
 from __future__ import annotations
 
+import copy
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +38,11 @@ GIB = 2**30
 
 
 def run(
-    shapes: Sequence[Shape], kind: str = "labels", rounds: int = 5, memory_gib: float | None = None
+    shapes: Sequence[Shape],
+    kind: str = "labels",
+    rounds: int = 5,
+    memory_gib: float | None = None,
+    workspace_mb: float | str = "auto",
 ) -> dict[str, Any]:
     """Forward and backward of every provider and shape: seconds, memory, the batch that fits.
 
@@ -47,9 +53,11 @@ def run(
         kind: of the target, one of `TARGETS`.
         rounds: at least; `measure.interleave`.
         memory_gib: what the batch has to fit into; None = what is free on the device.
+        workspace_mb: of the losses.
 
     Raises:
-        ValueError: a shape that the network cannot take, or a top-k target of one class.
+        ValueError: a shape that the network cannot take, a top-k target of one class, or a step
+            that `workspace_mb` does not hold.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     free = measure.free_bytes(device) if memory_gib is None else int(memory_gib * GIB)
@@ -68,17 +76,25 @@ def run(
         "device": device,
         "memory_gib": None if free is None else free / GIB,
         "memory_is": named if memory_gib is None else "--memory-gib",
-        "rows": [row for shape in shapes for row in rows_of(shape, kind, device, free, rounds)],
+        "workspace_mb": workspace_mb,
+        "rows": [
+            row
+            for shape in shapes
+            for row in rows_of(shape, kind, device, free, rounds, workspace_mb)
+        ],
     }
 
 
-def make_loss(name: str, classes: int) -> gpl_fast.GenericPerceptualLoss:
+def make_loss(
+    name: str, classes: int, workspace_mb: float | str = "auto"
+) -> gpl_fast.GenericPerceptualLoss:
     """The loss that a provider is."""
     return gpl_fast.GenericPerceptualLoss(
         classes,
         activation="sigmoid" if classes == 1 else "softmax",
         backend="reference" if name == BASELINE else "fast",
         compute_dtype=DTYPES[name],
+        workspace_mb=workspace_mb,
     )
 
 
@@ -102,13 +118,18 @@ def make_inputs(shape: Shape, kind: str, device: str) -> tuple[Tensor, Any]:
 
 
 def rows_of(
-    shape: Shape, kind: str, device: str, free: int | None, rounds: int
+    shape: Shape,
+    kind: str,
+    device: str,
+    free: int | None,
+    rounds: int,
+    workspace_mb: float | str = "auto",
 ) -> list[dict[str, Any]]:
     """The rows of a shape: "note" says why one has no times."""
     rows: dict[str, dict[str, Any]] = {}
     losses: dict[str, gpl_fast.GenericPerceptualLoss] = {}
     for name, dtype in DTYPES.items():
-        loss = make_loss(name, shape[1])
+        loss = make_loss(name, shape[1], workspace_mb)
         rows[name] = {"provider": name, "shape": list(shape), "target": kind}
         rows[name] |= {"dtype": str(dtype).removeprefix("torch."), "note": None}
         rows[name] |= dict.fromkeys(("seconds_median", "seconds_p20", "seconds_p80", "speedup"))
@@ -146,9 +167,11 @@ class Used:
     saved: int
 
 
-def used_by(name: str, shape: Shape, kind: str, device: str) -> Used:
+def used_by(
+    name: str, shape: Shape, kind: str, device: str, workspace_mb: float | str = "auto"
+) -> Used:
     """A step's memory; on the CPU to be called in a process of its own."""
-    loss = make_loss(name, shape[1])
+    loss = make_loss(name, shape[1], workspace_mb)
     # Libraries, threads and cached weights are up before the baseline.
     measure.step(loss, *make_inputs((1, shape[1], 32, 32), kind, device))
     logits, target = make_inputs(shape, kind, device)
@@ -178,7 +201,10 @@ def _memory_of(
         return f"about {needed[n] / GIB:.3g} GiB needed, {free / GIB:.3g} GiB are there"
     measured = (small, large) if free is None or needed[large] <= free else (n,)
     try:
-        used = {m: _measured(row["provider"], (m, c, h, w), kind, device) for m in measured}
+        workspace = loss.options.workspace_mb
+        used = {
+            m: _measured(row["provider"], (m, c, h, w), kind, device, workspace) for m in measured
+        }
     except RuntimeError as error:  # out of memory, on a GPU
         return str(error).splitlines()[0]
     peak, row["saved_bytes"] = used[n].peak, used[n].saved
@@ -197,19 +223,22 @@ def _memory_of(
     return None
 
 
-def _measured(name: str, shape: Shape, kind: str, device: str) -> Used:
+def _measured(name: str, shape: Shape, kind: str, device: str, workspace_mb: float | str) -> Used:
     if device != "cpu":
-        return used_by(name, shape, kind, device)
-    used: Used = measure.in_fresh_process(used_by, name, shape, kind, device)
+        return used_by(name, shape, kind, device, workspace_mb)
+    used: Used = measure.in_fresh_process(used_by, name, shape, kind, device, workspace_mb)
     return used
 
 
 def needed_bytes(loss: gpl_fast.GenericPerceptualLoss, shape: Shape, kind: str, device: str) -> int:
     """What a step needs at most, inputs included: without running it."""
     n, c, h, w = shape
-    if loss.options["backend"] == "reference":
+    if loss.options.backend == "reference":
         return naive_bytes(loss.net, shape, NAIVE[kind])
-    # Of one element each: `explain` looks at shapes and at the labels' values.
+    # Of one element each: `explain` looks at shapes and at the labels' values, and would look for
+    # probabilities all over a dense target.
+    loss = copy.copy(loss)
+    loss.options = replace(loss.options, target_activation="same")
     logits = torch.zeros((), device=device).expand(shape)
     labels = torch.zeros((), dtype=torch.long, device=device).expand(n, h, w)
     explained = loss.explain(logits, logits if kind == "dense" else labels)
@@ -280,7 +309,8 @@ def _cell(value: float | None, form: str, scale: float = 1) -> str:
     return "n/a" if value is None else form.format(value * scale)
 
 
-def write(report: dict[str, Any], path: str) -> None:
+def write(report: dict[str, Any], path: Path) -> None:
     """Write the report as JSON."""
     with open(path, "w") as f:
         json.dump(report, f, indent=2)
+        f.write("\n")

@@ -4,15 +4,39 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from gpl_fast import arguments
+
+MOST_ELEMENTS = 2**40  # of logits, terabytes
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is returned."""
-    parser = argparse.ArgumentParser(prog="gpl-fast", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+    try:
+        try:
+            args = _parser().parse_args(argv)
+            return int(args.run(args))
+        finally:
+            print(end="", flush=True)  # here, where a reader that is gone can be answered
+    except KeyboardInterrupt:
+        print("gpl-fast: interrupted", file=sys.stderr)
+        return 130  # what a shell says of a process that SIGINT ended, and below SIGPIPE
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _parser() -> argparse.ArgumentParser:
+    from gpl_fast import __version__, demo
+
+    parser = arguments.Parser(prog="gpl-fast", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"gpl-fast {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="info | bench | demo")
 
     info = commands.add_parser("info", help="versions, devices, backends and their reasons")
     info.add_argument("--check", action="store_true", help="exit 1 if a backend is wrong")
@@ -20,33 +44,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     info.set_defaults(run=_info)
 
     bench = commands.add_parser("bench", help="time and memory on this machine; a GPU's floors")
-    bench.add_argument("--quick", action="store_true", help="small shapes, about a minute")
-    bench.add_argument(
-        "--mine", nargs=4, type=_positive, metavar=("N", "C", "H", "W"), help="your own logits"
-    )
-    bench.add_argument("--target", choices=("labels", "dense", "topk"), default="labels")
-    bench.add_argument(
-        "--memory-gib", type=float, metavar="GIB", help="what a batch may fill (default: what is "
-        "free on the GPU, MemAvailable on the CPU)",
+    add = bench.add_argument
+    shapes = bench.add_mutually_exclusive_group()
+    shapes.add_argument("--quick", action="store_true", help="small shapes, about a minute")
+    shapes.add_argument(
+        "--mine", nargs=4, type=arguments.count, metavar=("N", "C", "H", "W"),
+        help="your own logits",
     )  # fmt: skip
-    bench.add_argument("--json", metavar="FILE", help="write the rows to FILE")
-    bench.add_argument(
-        "--roofline", action="store_true", help="run nothing: FLOPs, bytes, floors by stage"
-    )
-    bench.add_argument("--gpu", choices=("h200", "h100", "a100", "rtx4090"), default="h200")
-    bench.add_argument(
-        "--csv", type=Path, metavar="FILE", help="with --roofline: measured rows to print beside"
-    )
+    add("--target", choices=("labels", "dense", "topk"), default="labels")
+    add(
+        "--memory-gib", type=arguments.amount, metavar="GIB", help="what a batch may fill "
+        "(default: what is free on the GPU, MemAvailable on the CPU)",
+    )  # fmt: skip
+    add(
+        "--workspace-mb", type=arguments.workspace, metavar="MB",
+        help="bound on a loss' transient memory, or auto (default)",
+    )  # fmt: skip
+    add("--json", type=arguments.output_file, metavar="FILE", help="write the rows to FILE")
+    add("--roofline", action="store_true", help="run nothing: FLOPs, bytes, floors by stage")
+    add("--gpu", choices=("h200", "h100", "a100", "rtx4090"), help="of --roofline (default h200)")
+    add("--csv", type=Path, metavar="FILE", help="with --roofline: measured rows to print beside")
     bench.set_defaults(run=_bench)
-
-    from gpl_fast import demo
 
     demo_parser = commands.add_parser("demo", help="train with and without the loss, on images")
     demo.add_arguments(demo_parser)
     demo_parser.set_defaults(run=demo.run)
-
-    args = parser.parse_args(argv)
-    return int(args.run(args))
+    return parser
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -55,40 +78,31 @@ def _info(args: argparse.Namespace) -> int:
     found = info.collect()
     if args.check:
         found["check"] = info.check()
-    if args.json:
-        print(json.dumps(found, indent=2))
-    else:
-        for key, value in found.items():
-            if key == "devices":
-                for device, state in value.items():
-                    print(f"{device:<12} {state['name']}")
-                    print(f"  fast       {state['fast']}")
-                    print(f"  reference  {state['reference']}")
-                    if "backward" in state:
-                        print(f"  backward   {state['backward']}")
-            elif key == "operators":
-                for part, text in value.items():
-                    print(f"{part:<12} {text}" if part == "library" else f"  {part:<10} {text}")
-            elif key == "missing":
-                for kind, why in value.items():
-                    print(f"{kind:<12} not usable: {why}")
-            elif key == "check":
-                for row in value:
-                    verdict = "ok" if row["ok"] else "WRONG"
-                    print(
-                        f"check        {row['device']} {row['backend']} {row['dtype']} "
-                        f"{row['target']}: value off by {row['value_error']:.1e}, gradient cosine "
-                        f"{row['grad_cosine']:.6f}: {verdict}"
-                    )
-            else:
-                print(f"{key:<12} {value}")
-    return int(not all(row["ok"] for row in found.get("check", [])))
+    print(json.dumps(info.plain(found), indent=2) if args.json else info.text(found))
+    wrong = [row for row in found.get("check", []) if not row["ok"]]
+    variables = [v for v in found["environment"].values() if not v["of_build"]]
+    return int(bool(wrong) or any(v["error"] for v in variables))
 
 
 def _bench(args: argparse.Namespace) -> int:
+    of_roofline, others = ("gpu", "csv"), ("quick", "memory_gib")
+    for name in others if args.roofline else of_roofline:
+        if getattr(args, name):
+            word = "is not for" if args.roofline else "needs"
+            print(f"gpl-fast bench: --{name.replace('_', '-')} {word} --roofline", file=sys.stderr)
+            return 2
+    if args.mine is not None and math.prod(args.mine) > MOST_ELEMENTS:
+        shape = " x ".join(map(str, args.mine))
+        print(
+            f"gpl-fast bench: --mine: got {shape}, expected at most {MOST_ELEMENTS} elements",
+            file=sys.stderr,
+        )
+        return 2
     try:
         return _roofline(args) if args.roofline else _time(args)
-    except (ValueError, OSError) as error:
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError, OverflowError) as error:
         print(f"gpl-fast bench: {error}", file=sys.stderr)
         return 2
 
@@ -99,7 +113,9 @@ def _time(args: argparse.Namespace) -> int:
     shapes = bench.QUICK if args.quick else bench.FULL
     if args.mine is not None:
         shapes = (tuple(args.mine),)
-    report = bench.run(shapes, args.target, memory_gib=args.memory_gib)
+    report = bench.run(
+        shapes, args.target, memory_gib=args.memory_gib, workspace_mb=args.workspace_mb or "auto"
+    )
     print(bench.table(report))
     if args.json:
         bench.write(report, args.json)
@@ -107,18 +123,15 @@ def _time(args: argparse.Namespace) -> int:
 
 
 def _roofline(args: argparse.Namespace) -> int:
-    from gpl_fast import roofline
+    from gpl_fast import bench, roofline
 
     work = roofline.WORKLOADS
     if args.mine is not None:
         activation = "sigmoid" if args.mine[1] == 1 else "softmax"
         work = {"mine": roofline.Workload(tuple(args.mine), args.target, activation)}
-    print(roofline.report(args.gpu, work, args.csv))
+    workspace = roofline.WORKSPACE_MB if args.workspace_mb in (None, "auto") else args.workspace_mb
+    asked = args.gpu or "h200", work, args.csv, workspace
+    print(roofline.report(*asked))
+    if args.json:
+        bench.write(roofline.as_data(*asked), args.json)
     return 0
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"got {value}, expected at least 1")
-    return value

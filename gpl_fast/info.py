@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 import gpl_fast
 from gpl_fast import backend as backends
-from gpl_fast import measure, ops
+from gpl_fast import environment, measure, ops
 from gpl_fast.lossnet import LossNet
 
 TARGETS = ("dense", "labels", "topk")  # of a check
@@ -26,7 +27,7 @@ def collect() -> dict[str, Any]:
         names[f"cuda:{i}"] = torch.cuda.get_device_name(i)
     states = {}
     for device in devices:
-        obstacle = backends.fast_obstacle(torch.device(device), torch.float32, net)
+        obstacle = _said(backends.fast_obstacle, torch.device(device), torch.float32, net)
         states[device] = {
             "name": names[device],
             "fast": "available" if obstacle is None else f"unavailable: {obstacle}",
@@ -45,19 +46,80 @@ def collect() -> dict[str, Any]:
         "operators": _operators(),
         "devices": states,
         "missing": _missing(),
+        "environment": environment.states(),
+        "unknown": environment.unknown(),
         "fingerprint": net.fingerprint(),
     }
 
 
+def text(found: dict[str, Any]) -> str:
+    """What `collect` found, and the rows of `check` under "check", for people."""
+    lines = []
+    for key, value in found.items():
+        if key == "devices":
+            for device, state in value.items():
+                lines.append(f"{device:<12} {state['name']}")
+                parts = [part for part in state if part != "name"]
+                lines += [f"  {part:<10} {state[part]}" for part in parts]
+        elif key == "operators":
+            for part, words in value.items():
+                name = part if part == "library" else f"  {part}"
+                lines.append(f"{name:<12} {words}")
+        elif key == "missing":
+            lines += [f"{kind:<12} not usable: {why}" for kind, why in value.items()]
+        elif key == "environment":
+            lines.append("environment")
+            for name, state in value.items():
+                shown = "unset" if state["value"] is None else state["value"]
+                lines.append(f"  {name:<24} {shown}{_hint(state)}")
+        elif key == "unknown":
+            for name, near in value.items():
+                lines.append(f"  {name:<24} nothing reads it: did you mean {near}?")
+        elif key == "check":
+            for row in value:
+                lines.append(
+                    f"check        {row['device']} {row['backend']} {row['dtype']} "
+                    f"{row['target']}: value off by {row['value_error']:.1e}, gradient cosine "
+                    f"{row['grad_cosine']:.6f}: {'ok' if row['ok'] else 'WRONG'}"
+                )
+        else:
+            lines.append(f"{key:<12} {value}")
+    return "\n".join(lines)
+
+
+def plain(found: Any) -> Any:
+    """`found` as JSON can hold it: None for what is no finite number."""
+    if isinstance(found, dict):
+        return {key: plain(value) for key, value in found.items()}
+    if isinstance(found, list):
+        return [plain(value) for value in found]
+    return None if isinstance(found, float) and not math.isfinite(found) else found
+
+
+def _hint(state: dict[str, Any]) -> str:
+    if state["error"]:
+        return f"  ERROR: {state['error']}"
+    return f" ({state['expected']})" if state["value"] is None else ""
+
+
+def _said(ask: Any, *args: Any) -> str | None:
+    """What `ask` answers, or the error that it raises, of a variable of the environment."""
+    try:
+        answer: str | None = ask(*args)
+    except ValueError as error:
+        return str(error)
+    return answer
+
+
 def _backward(device: torch.device) -> str:
     """Who does the fast path's backward on a GPU."""
-    why = ops.cuda_obstacle(device)
+    why = _said(ops.cuda_obstacle, device)
     return "compiled operators" if why is None else f"Triton's kernels: {why}"
 
 
 def _operators() -> dict[str, str]:
     """What the compiled library holds."""
-    if (reason := ops.load()) is not None:
+    if (reason := _said(ops.load)) is not None:
         return {"library": f"unavailable: {reason}"}
     build = ops.parse_cuda_build(ops.cuda_build())
     bfloat16 = {

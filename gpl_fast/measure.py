@@ -8,7 +8,10 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
+import os
+import signal
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -210,6 +213,7 @@ def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
     context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if context.get_start_method() == "forkserver":
         context.set_forkserver_preload(["torch", __name__])
+        _start_server()
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(sender, function, args))
     process.start()
@@ -221,12 +225,34 @@ def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
         raise RuntimeError(
             f"{function.__name__}: its process ended with {process.exitcode}"
         ) from None
+    except BaseException:
+        process.terminate()
+        raise
     finally:
         process.join()
 
 
+def _start_server() -> None:
+    """Ctrl-C reaches every process of a terminal: the one that asked answers, in one line."""
+    from multiprocessing import forkserver
+
+    if threading.current_thread() is not threading.main_thread():
+        return  # where signals are not handled; the server starts by itself
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _send(sender: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    sender.send(function(*args))
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    found = function(*args)
+    try:
+        sender.send(found)
+    except BrokenPipeError:  # the one that asked is gone
+        os._exit(0)
 
 
 def _reset_peak(cuda: bool) -> float | None:

@@ -7,12 +7,18 @@ the rows ``[row0, row0 + rows)`` of every image; rows outside the image are writ
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import platform
+import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from gpl_fast import environment, sources
 
 LIBRARY = Path(__file__).resolve().parent / "libgpl_fast.so"
 
@@ -39,21 +45,87 @@ _MUTATING = (
     "conv_block_logits_bwd",
 )
 _TEXTS = ("cpu_capability", "cpu_bfloat16", "cuda_build")
+_SECTIONS = ((40, 48), (58, 60), (60, 62))  # e_shoff, e_shentsize, e_shnum of an ELF header
+_NAMES = (*_MUTATING, "diff_reduce_fwd", *_TEXTS)
 
 
 @functools.cache
 def load() -> str | None:
-    """Load the library once; the reason why not, or None."""
+    """Load the library once; the reason why not, or None.
+
+    Raises:
+        ValueError: a variable of the environment that the library reads holds an unknown word.
+    """
+    for name in ("GPL_FAST_CPU_CAPABILITY", "GPL_FAST_SM90A"):
+        environment.value(name)
     if not LIBRARY.exists():
-        return f"the compiled operators are not built ({LIBRARY.name} is missing)"
+        if sys.platform != "linux":
+            return f"there are no compiled operators for {platform.system()}"
+        return f"the compiled operators are not built ({LIBRARY.name} is missing); {_way_out()}"
     try:
+        _check_whole(LIBRARY)
         torch.ops.load_library(str(LIBRARY))  # type: ignore[no-untyped-call]
     except Exception as error:
-        return f"the compiled operators do not load: {error}"
+        return f"the compiled operators do not load: {_first_cause(error)}; {_way_out()}"
+    missing = [name for name in _NAMES if not hasattr(torch.ops.gpl_fast, name)]
+    if missing:
+        return (
+            f"the compiled operators are of another version: {LIBRARY} has no "
+            f"{', '.join(missing)}; {_way_out()}"
+        )
+    if _is_stale():
+        warnings.warn(
+            f"gpl_fast: {LIBRARY} was built from other sources than those in csrc beside it; "
+            f"{_way_out()}",
+            stacklevel=2,
+        )
     for name in _MUTATING:
         torch.library.register_fake(f"gpl_fast::{name}", _mutating_fake)
     torch.library.register_fake("gpl_fast::diff_reduce_fwd", _diff_reduce_fwd_fake)
     return None
+
+
+@functools.cache
+def broken() -> str | None:
+    """Why the library does not load although there is one, or None."""
+    return load() if LIBRARY.exists() else None
+
+
+def _check_whole(library: Path) -> None:
+    """Raises: OSError for an ELF file without its end, where the loader would end the process."""
+    with library.open("rb") as f:
+        header = f.read(64)
+    if header[:6] == b"\x7fELF\x02\x01":  # 64 bits, little-endian
+        sections, size, count = (int.from_bytes(header[a:b], "little") for a, b in _SECTIONS)
+        if library.stat().st_size < sections + size * count:
+            raise OSError(f"{library} is cut off")
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """What the loader said, which torch wraps into an error of its own."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return error
+
+
+def _source_tree() -> Path | None:
+    """Where the package lies beside the sources of the library."""
+    root = LIBRARY.parents[1]
+    return root if (root / "csrc" / "ops.cpp").exists() else None
+
+
+def _way_out() -> str:
+    if (root := _source_tree()) is not None:
+        return (
+            f"build them in {root}: make build, or pip install --no-build-isolation --no-deps "
+            "--force-reinstall -e ."
+        )
+    return f"reinstall gpl-fast for this system and torch {torch.__version__}"
+
+
+def _is_stale() -> bool:
+    root = _source_tree()
+    return root is not None and sources.digest(root / "csrc") not in LIBRARY.read_bytes()
 
 
 @dataclass(frozen=True)
@@ -73,6 +145,15 @@ class CudaBuild:
             if same or (not exact and number // 10 == major and number % 10 <= minor):
                 return True
         return any(int(name) <= 10 * major + minor for name in self.ptx if name.isdigit())
+
+    def needs_driver(self, major: int, minor: int) -> tuple[int, int]:
+        """The CUDA that the driver has to know for such a GPU. Any of nvcc's generation does for
+        machine code and for the runtime that is linked in; PTX wants nvcc's own or a newer one.
+        """
+        of_nvcc = self.nvcc.split(".")
+        generation, release = int(of_nvcc[0]), int(of_nvcc[1])
+        compiled = CudaBuild(self.nvcc, self.architectures, ()).serves(major, minor)
+        return generation, 0 if compiled else release
 
     def __str__(self) -> str:
         names = [f"sm_{a}" for a in self.architectures] + [f"compute_{a} (PTX)" for a in self.ptx]
@@ -102,7 +183,37 @@ def cuda_obstacle(device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if not build.serves(major, minor):
         return f"the compiled operators hold {build}, nothing for sm_{major}{minor}"
-    return None
+    return old_driver(device)
+
+
+def old_driver(device: torch.device) -> str | None:
+    """Why the driver cannot run the library's CUDA operators on the GPU `device`, or None."""
+    build = None if load() else parse_cuda_build(torch.ops.gpl_fast.cuda_build())
+    driver = driver_version()
+    if build is None or driver is None:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    needed = build.needs_driver(major, minor)
+    if driver >= needed:
+        return None
+    return (
+        f"the driver knows CUDA up to {driver[0]}.{driver[1]}, but the compiled operators "
+        f"({build}) need {needed[0]}.{needed[1]} for sm_{major}{minor}: update the driver, or "
+        "build them with an older toolkit (CUDA_HOME)"
+    )
+
+
+@functools.cache
+def driver_version() -> tuple[int, int] | None:
+    """The newest CUDA that the GPU's driver knows, such as (12, 8); None where there is none."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    number = ctypes.c_int()
+    if driver.cuDriverGetVersion(ctypes.byref(number)) != 0:
+        return None
+    return number.value // 1000, number.value % 1000 // 10
 
 
 @functools.cache
@@ -124,7 +235,7 @@ def _diff_reduce_fwd_fake(delta: torch.Tensor) -> torch.Tensor:
 
 def __getattr__(name: str) -> Any:
     """``ops.relu_bwd`` and so on: the operator itself (``OpOverload``)."""
-    if name not in (*_MUTATING, "diff_reduce_fwd", *_TEXTS):
+    if name not in _NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if (reason := load()) is not None:
         raise RuntimeError(reason)

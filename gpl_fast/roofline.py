@@ -11,7 +11,8 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ WORKLOADS = {
     "masks": Workload((64, 1, 200, 200), "dense", "sigmoid"),
 }
 TOP = 8  # classes listed in a pixel of a top-k target
+WORKSPACE_MB = 256.0
 
 # ------------------------------------------------------------------------------------------ counts
 
@@ -110,7 +112,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.convolution.default:
+        if func in (torch.ops.aten.convolution.default, torch.ops.aten._convolution.default):
             x, w = args[:2]
             transposed = args[6]
             # Each weight meets each pixel of the side that is not spread.
@@ -162,7 +164,10 @@ def _bytes(arguments: Sequence[Any]) -> int:
     return sum(t.numel() * t.element_size() for t in arguments if isinstance(t, Tensor))
 
 
-def launches(work: Workload, workspace_mb: float = 256) -> tuple[list[Launch], list[Launch]]:
+@cache
+def launches(
+    work: Workload, workspace_mb: float = WORKSPACE_MB
+) -> tuple[list[Launch], list[Launch]]:
     """Of the forward and of the backward, in bfloat16 with the default network.
 
     Raises:
@@ -230,13 +235,46 @@ def _packs(net: LossNet) -> dict[str, Tensor]:
 # ------------------------------------------------------------------------------------------ report
 
 
-def report(gpu: str, work: dict[str, Workload], measured: Path | None = None) -> str:
+def as_data(
+    gpu: str,
+    work: dict[str, Workload],
+    measured: Path | None = None,
+    workspace_mb: float = WORKSPACE_MB,
+) -> dict[str, Any]:
+    """All workloads in JSON's types: FLOPs, bytes and floors (one for each of "rates") by stage."""
+    rates = GPUS[gpu]
+    rows = [] if measured is None else read_measured(measured)
+    workloads = []
+    for name, w in work.items():
+        stages = [
+            {
+                "half": half,
+                "stage": stage,
+                "launches": len(some),
+                "flops": sum(v.flops for v in some),
+                "bytes": sum(v.bytes for v in some),
+                "floor_seconds": [sum(map(r.seconds, some)) for r in rates],
+            }
+            for half, made in zip(("forward", "backward"), launches(w, workspace_mb), strict=True)
+            for stage, some in _by_name(made)
+        ]
+        workloads.append({"name": name, **asdict(w), "stages": stages, "measured": _of(w, rows)})
+    named = {"gpu": gpu, "workspace_mb": workspace_mb, "rates": [asdict(r) for r in rates]}
+    return {**named, "workloads": workloads}
+
+
+def report(
+    gpu: str,
+    work: dict[str, Workload],
+    measured: Path | None = None,
+    workspace_mb: float = WORKSPACE_MB,
+) -> str:
     """All workloads in Markdown, each beside its rows in a file of measured ones."""
     rates = GPUS[gpu]
     lines = [f"# {gpu}: floors of a step, bfloat16, net 1,1,1,1,1\n"]
     lines += [f"- {r.tflops:g} TFLOP/s, {r.tbps:g} TB/s ({r.source})" for r in rates]
     rows = [] if measured is None else read_measured(measured)
-    tables = [table(name, w, rates, rows) for name, w in work.items()]
+    tables = [table(name, w, rates, rows, workspace_mb) for name, w in work.items()]
     return "\n".join([*lines, "", *tables])
 
 
@@ -245,7 +283,7 @@ def table(
     work: Workload,
     rates: Sequence[Rates],
     rows: Sequence[dict[str, Any]] = (),
-    workspace_mb: float = 256,
+    workspace_mb: float = WORKSPACE_MB,
 ) -> str:
     """One workload: a line a stage, all of them, and what was measured."""
     title = " x ".join(map(str, work.shape)) + f", {work.kind}, {work.activation}"
@@ -262,7 +300,7 @@ def table(
             lines.append(_line(f"{half}: {stage}", some, rates, limit=True))
     everything = [launch for made in halves.values() for launch in made]
     lines.append(_line("all", everything, rates) + "\n")
-    found = [row for row in rows if row["shape"] == work.shape and row["target"] == work.kind]
+    found = _of(work, rows)
     seconds = {f"{half}_seconds": sum(map(rates[0].seconds, made)) for half, made in halves.items()}
     seconds["seconds_median"] = sum(seconds.values())
     if found:
@@ -270,6 +308,10 @@ def table(
         lines += [_measured_line(row, seconds) for row in found]
         lines += ["", f"In brackets the floor's share of it, at {rates[0].tflops:g} TFLOP/s.", ""]
     return "\n".join(lines)
+
+
+def _of(work: Workload, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row["shape"] == work.shape and row["target"] == work.kind]
 
 
 def _by_name(made: Sequence[Launch]) -> Iterator[tuple[str, list[Launch]]]:

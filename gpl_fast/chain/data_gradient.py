@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from pathlib import Path
 from typing import TypedDict
 
 import torch
 
+from gpl_fast import environment
 from gpl_fast.chain.stages import compiled_on
 from gpl_fast.lossnet import constant_in_graphs
 
@@ -46,9 +46,7 @@ class Row(TypedDict):
 @functools.cache
 def rows() -> list[Row]:
     """All rows, those that go first first."""
-    found: list[Row] = []
-    if path := os.environ.get("GPL_FAST_DATA_GRADIENT"):
-        found += json.loads(Path(path).read_text())
+    found: list[Row] = environment.rows("GPL_FAST_DATA_GRADIENT")
     found += json.loads(Path(__file__).with_suffix(".json").read_text())
     return found
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from pathlib import Path
+
+from gpl_fast import arguments
 
 _EXTRAS = {"sklearn": "scikit-learn", "PIL": "pillow", "matplotlib": "matplotlib", "rich": "rich"}
 
@@ -17,19 +18,37 @@ _EXTRAS = {"sklearn": "scikit-learn", "PIL": "pillow", "matplotlib": "matplotlib
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the demo; None = the default of `experiment.Settings`."""
     add = parser.add_argument
-    add("--steps", type=_positive, help="of each student (default 900)")
-    add("--seeds", type=int, nargs="+", help="of the students (default 0 1 2)")
+    add("--steps", type=arguments.count, help="of each student (default 900)")
+    add("--seeds", type=arguments.seed, nargs="+", help="of the students (default 0 1 2)")
     add("--device", help="cpu, cuda, cuda:1, ... (default cpu)")
     add("--backend", choices=("auto", "fast", "reference"), help="of the loss (default auto)")
-    add("--gpl-weight", type=float, help="of the loss beside the cross-entropy (default 0.1)")
-    add("--teacher-steps", type=_positive, help="of the teacher (default 800)")
-    add("--train-scenes", type=_positive, help="rendered for training (default 4096)")
-    add("--test-scenes", type=_positive, help="rendered for the test (default 256)")
-    add("--out", type=Path, default=Path("demo_out"), help="folder of the report")
+    add(
+        "--gpl-weight", type=arguments.weight,
+        help="of the loss beside the cross-entropy (default 0.1)",
+    )  # fmt: skip
+    add(
+        "--workspace-mb", type=arguments.workspace, metavar="MB",
+        help="bound on the loss' transient memory, or auto (default)",
+    )  # fmt: skip
+    add("--teacher-steps", type=arguments.count, help="of the teacher (default 800)")
+    add("--train-scenes", type=arguments.count, help="rendered for training (default 4096)")
+    add("--test-scenes", type=arguments.count, help="rendered for the test (default 256)")
+    add(
+        "--out", type=arguments.output_folder, default="demo_out",
+        help="folder of the report (default demo_out)",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, show, write the report; 1 if a package, a device or a backend is missing."""
+    """Train, show, write the report; 1 if a package, a device or a backend is missing, 2 if an
+    option does not fit."""
+    if args.seeds and len(set(args.seeds)) < len(args.seeds):
+        print(
+            f"gpl-fast demo: --seeds: got {args.seeds}, expected each once: the same run twice "
+            "would pass for two",
+            file=sys.stderr,
+        )
+        return 2
     missing = missing_packages()
     if missing:
         print(
@@ -53,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         given["seeds"] = tuple(given["seeds"])
     settings = Settings(**given)
     try:
-        torch.empty(0, device=settings.device)
+        torch.zeros(1, device=settings.device).item()
     except (RuntimeError, AssertionError) as error:
         print(f"gpl-fast demo: --device {settings.device}: {error}", file=sys.stderr)
         return 1
@@ -64,6 +83,9 @@ def run(args: argparse.Namespace) -> int:
     except BackendUnavailable as error:
         print(f"gpl-fast demo: {error}", file=sys.stderr)
         return 1
+    except ValueError as error:  # a workspace that is too small
+        print(f"gpl-fast demo: {error}", file=sys.stderr)
+        return 2
     print_result(console, result)
     for path in write_report(result, args.out):
         console.print(path, highlight=False)
@@ -79,10 +101,3 @@ def missing_packages() -> list[str]:
         except ImportError:
             missing.append(distribution)
     return missing
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"got {value}, expected at least 1")
-    return value

@@ -52,6 +52,7 @@ class Settings:
     student_width: int = 12
     device: str = "cpu"
     backend: str = "auto"
+    workspace_mb: float | str = "auto"
 
 
 @dataclass
@@ -124,7 +125,13 @@ def scenes_for(s: Settings) -> tuple[Scenes, Scenes]:
 def run_experiment(s: Settings, observe: Observe) -> Result:
     """Teacher, students, measurements; minutes at the default settings."""
     start, device = time.perf_counter(), torch.device(s.device)
-    loss = SegmentationLoss(NUM_CLASSES, gpl_weight=s.gpl_weight, net=s.net, backend=s.backend)
+    loss = SegmentationLoss(
+        NUM_CLASSES,
+        gpl_weight=s.gpl_weight,
+        net=s.net,
+        backend=s.backend,
+        workspace_mb=s.workspace_mb,
+    )
     choice = choose(s.backend, device, torch.float32, loss.net)
     result = Result(s, choice.name, choice.reason, loss.fingerprint())
     result.saved_bytes = _measure_bytes(loss, s, device)

@@ -219,7 +219,7 @@ def test_a_shape_is_four_positive_numbers(words, capsys):
 # ---------------------------------------------------------------------------------------- roofline
 
 
-@pytest.mark.parametrize("name", ["voc", "lvis, labels"])
+@pytest.mark.parametrize("name", roofline.WORKLOADS)
 def test_the_tables_of_the_docs_are_those_printed(name):
     docs = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text()
     work = roofline.WORKLOADS[name]

@@ -294,6 +294,20 @@ def test_cuda_that_was_asked_for_and_cannot_be_built_is_an_error(monkeypatch, tm
         script["find_cuda"]()
 
 
+def test_an_empty_variable_asks_for_nothing(monkeypatch, tmp_path):
+    names = ["GPL_FAST_FORCE_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDACXX", "CUDA_HOME", "MAX_JOBS"]
+    names += ["CXX", "CXXFLAGS", "LDFLAGS"]
+    script = build_script(monkeypatch, PATH=tmp_path, **dict.fromkeys(names, ""))
+    assert script["find_cuda"]() is None
+    assert "\ncxx = c++\n" in script["build_ninja"](tmp_path / "lib.so")
+
+
+@pytest.mark.parametrize(("name", "word"), [("GPL_FAST_FORCE_CUDA", "yes"), ("MAX_JOBS", "all")])
+def test_a_word_that_the_build_does_not_know_is_an_error(monkeypatch, tmp_path, name, word):
+    with pytest.raises(SystemExit, match=rf"{name}: got '{word}', expected .*; or unset it"):
+        build_script(monkeypatch, PATH=tmp_path, **{name: word})["find_cuda"]()
+
+
 def test_a_wrong_cudacxx_is_an_error(monkeypatch, tmp_path):
     script = build_script(monkeypatch, CUDACXX=tmp_path / "nvcc")
     with pytest.raises(SystemExit, match=r"CUDACXX: got .* expected an nvcc"):
