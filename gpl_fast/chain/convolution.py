@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -112,22 +111,18 @@ def conv(y: Tensor, w: Tensor, stride: int, pad: tuple[int, int]) -> Tensor:
 def conv_transpose(
     dz: Tensor, w: Tensor, stride: int, pad: tuple[int, int], extra: Sequence[int]
 ) -> Tensor:
-    """Eq. (4), NHWC -> NHWC in the dtype of `dz`, computed in that of `w`."""
-    with _fixed_order() if dz.is_cuda else nullcontext():
-        wide = dz.to(w.dtype).permute(0, 3, 1, 2)
-        dy = torch.conv_transpose2d(wide, w, None, stride, pad, extra)
+    """Eq. (4), NHWC -> NHWC in the dtype of `dz`, computed in that of `w`.
+
+    What `torch.conv_transpose2d` calls, with `deterministic`: some of cuDNN's data gradients add in
+    no fixed order, and ``torch.backends.cudnn.deterministic`` belongs to all threads.
+    """
+    wide, cudnn = dz.to(w.dtype).permute(0, 3, 1, 2), torch.backends.cudnn
+    dy: Tensor = torch.ops.aten._convolution.default(
+        wide, w, None, [stride, stride], list(pad), [1, 1], True, list(extra), 1,
+        benchmark=cudnn.benchmark, deterministic=True, cudnn_enabled=cudnn.enabled,
+        allow_tf32=tf32_allowed(),
+    )  # fmt: skip
     return dy.to(dz.dtype).permute(0, 2, 3, 1).contiguous()
-
-
-@contextmanager
-def _fixed_order() -> Iterator[None]:
-    """Some of cuDNN's data gradients add in no fixed order."""
-    cudnn = torch.backends.cudnn
-    before, cudnn.deterministic = cudnn.deterministic, True
-    try:
-        yield
-    finally:
-        cudnn.deterministic = before
 
 
 def tf32_allowed() -> bool:

@@ -71,11 +71,15 @@ def pack_weights(
             packed = backward.flip(2, 3).permute(2, 3, 0, 1).flatten(0, 1)
             to_full = (0, -backward.shape[1] % 8, 0, -backward.shape[0] % 64)
             packs.append(torch.nn.functional.pad(packed, to_full).contiguous())
-    packs += [torch.tensor(v, device=device) for v in (net.mean, net.std) if v is not None]
+    packs += [
+        torch.tensor(v, dtype=torch.float32, device=device)
+        for v in (net.mean, net.std)
+        if v is not None
+    ]
     if looked_up:
         if front:
             rows = weights["adapter"][:, :, 0, 0] if "adapter" in weights else None
-            eye = torch.eye(net.in_channels, device=device)
+            eye = torch.eye(net.in_channels, dtype=torch.float32, device=device)
             table = (eye if rows is None else rows.t()).unsqueeze(0)
         else:
             table = weights[first].permute(2, 3, 1, 0).flatten(0, 1)

@@ -9,13 +9,20 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
 import torch
+import triton
 from torch import Tensor
+
+from gpl_fast import environment
+
+# Whether Triton puts a proxy fence between asynchronous copies into shared memory and the products
+# of sm_90 to sm_11x that read them there: 3.6.0 and 3.7.0 do not.
+FENCES_COPIES = tuple(map(int, re.findall(r"\d+", triton.__version__)[:3])) >= (3, 7, 1)
 
 FORMS = ("plain", "diff", "listed", "listed")
 
@@ -51,9 +58,7 @@ class Row(TypedDict):
 @functools.cache
 def rows() -> list[Row]:
     """All rows, those that go first first."""
-    found: list[Row] = []
-    if path := os.environ.get("GPL_FAST_TILES"):
-        found += json.loads(Path(path).read_text())
+    found: list[Row] = environment.rows("GPL_FAST_TILES")
     found += json.loads(Path(__file__).with_name("tiles.json").read_text())
     return found
 
@@ -74,7 +79,8 @@ def architecture(device: torch.device) -> int:
 
 @functools.cache
 def choose(arch: int, dtype: str, form: str, c_in: int, c_out: int, stride: int) -> Tile:
-    """The first row that fits, of the newest architecture up to `arch`, cut to these channels."""
+    """The first row that fits, of the newest architecture up to `arch`, cut to these channels and
+    to what the compiler gets right there, whoever wrote the row."""
     fitting = [
         row
         for row in rows()
@@ -89,5 +95,14 @@ def choose(arch: int, dtype: str, form: str, c_in: int, c_out: int, stride: int)
     h, w, k, n = row["tile"]
     k = min(k, max(16, 1 << (c_in - 1).bit_length()))
     n = min(n, max(16, 1 << (c_out - 1).bit_length()))
-    aligned = c_in % 8 == 0 and c_out % 8 == 0 and stride == 1
-    return Tile(h, w, k, n, row["warps"], row["stages"], row["descriptors"] and aligned)
+    descriptors = row["descriptors"] and c_in % 8 == 0 and c_out % 8 == 0 and stride == 1
+    return safe(Tile(h, w, k, n, row["warps"], row["stages"], descriptors), arch, form)
+
+
+def safe(tile: Tile, arch: int, form: str) -> Tile:
+    """The tile as the compiler gets it right there."""
+    if form == "listed" and 90 <= arch < 100:
+        # Descriptors' operands would go to registers that a wgmma in flight still reads.
+        tile = replace(tile, descriptors=False)
+    unfenced = 90 <= arch < 120 and not tile.descriptors and not FENCES_COPIES
+    return replace(tile, stages=1) if unfenced else tile

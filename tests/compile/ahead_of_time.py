@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import triton
+from hazards import overwritten, unfenced
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from triton.backends.compiler import GPUTarget
@@ -59,6 +60,7 @@ class Compiled:
     shared: int  # bytes
     instructions: frozenset[str]  # names from INSTRUCTIONS
     assembly: str = field(repr=False)
+    binary: bytes = field(repr=False)  # what a GPU would run
 
     def __str__(self) -> str:
         return (
@@ -66,6 +68,16 @@ class Compiled:
             f"{self.spills} bytes spilled, {self.shared} bytes shared, "
             f"{', '.join(sorted(self.instructions)) or 'no instruction of note'}"
         )
+
+    def hazards(self) -> list[str]:
+        """Instructions that make a product read something else than it should, and why."""
+        found = []
+        if self.instructions & {"wgmma", "tcgen05.mma"}:
+            found += [f"no proxy fence before {text}" for text in unfenced(self.assembly)]
+        if "wgmma" in self.instructions:
+            sass = disassembled(self.binary)
+            found += [f"a wgmma in flight reads what is written by {t}" for t in overwritten(sass)]
+        return found
 
 
 def compile_for(kernel, capability: int | str, *args, **kwargs) -> Compiled:
@@ -106,7 +118,8 @@ def meta(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def check(compiled: Compiled, *, tensor_core: str | None = "", pipelined: bool = True) -> None:
-    """No spills, no float atomics, shared memory within the limit, and the instructions wanted.
+    """No spills, no float atomics, no hazards, shared memory within the limit, and the
+    instructions wanted.
 
     `tensor_core` is the architecture's own unless named; None where the kernel has no products.
     """
@@ -122,6 +135,7 @@ def check(compiled: Compiled, *, tensor_core: str | None = "", pipelined: bool =
         faults.append(f"expected at most {limit} bytes of shared memory")
     if "float atomic" in compiled.instructions:
         faults.append("expected no float atomics")
+    faults += compiled.hazards()
     # AMD's pipelines are ordinary loads, which the assembly does not tell apart.
     nvidia = isinstance(compiled.capability, int)
     if pipelined and nvidia and not compiled.instructions & {"cp.async", "TMA load"}:
@@ -195,6 +209,7 @@ def _inspect(kernel, name: str, capability: int | str) -> Compiled:
         shared=kernel.metadata.shared,
         instructions=frozenset(found),
         assembly=assembly,
+        binary=kernel.asm["cubin" if isinstance(capability, int) else "hsaco"],
     )
 
 
@@ -220,3 +235,12 @@ def _ptxas(ptx: str, capability: int) -> tuple[int, int]:
         ).stderr
     spills = sum(_first(rf"(\d+) bytes spill {kind}", report) for kind in ("stores", "loads"))
     return _first(r"Used (\d+) registers", report), spills
+
+
+def disassembled(binary: bytes) -> str:
+    """The SASS of a kernel, by the tool that comes with Triton."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout

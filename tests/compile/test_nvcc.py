@@ -4,6 +4,7 @@ memory, instructions, for every GPU."""
 from __future__ import annotations
 
 import functools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from gpl_fast import ops
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import registers  # noqa: E402
+from hazards import overwritten  # noqa: E402
 
 if registers.cuobjdump() is None:
     pytest.skip("cuobjdump is not there", allow_module_level=True)
@@ -35,17 +37,22 @@ def kernels(*prefixes: str) -> list[str]:
 
 
 @functools.cache
-def instructions(architecture: str) -> dict[str, dict[str, int]]:
-    """Kernel -> how often an instruction of each of `OPCODES` is in its machine code."""
+def sass(architecture: str) -> dict[str, str]:
+    """Kernel -> its machine code."""
     command = [registers.cuobjdump(), "-sass", "-arch", f"sm_{architecture}", str(ops.LIBRARY)]
-    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    texts = sass.split("Function : ")[1:]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    texts = text.split("Function : ")[1:]
     names = "\n".join(text.split(maxsplit=1)[0] for text in texts)
     found = subprocess.run(["c++filt"], input=names, capture_output=True, text=True, check=True)
     short = map(registers.short_name, found.stdout.splitlines())
+    return dict(zip(short, texts, strict=True))
+
+
+def instructions(architecture: str) -> dict[str, dict[str, int]]:
+    """Kernel -> how often an instruction of each of `OPCODES` is in its machine code."""
     return {
         name: {opcode: text.count(f" {opcode}") for opcode in OPCODES}
-        for name, text in zip(short, texts, strict=True)
+        for name, text in sass(architecture).items()
     }
 
 
@@ -127,6 +134,21 @@ def test_sm90a_has_wgmma_and_tma():
         assert count["USETMAXREG"] == 2, name
         # Four products, one wait: the compiler has not serialized them.
         assert count["HGMMA"] == 4 * count["WARPGROUP.DEPBAR"], name
+        # Copies of the generic proxy would need a fence before wgmma reads them.
+        assert not count["LDGSTS"], name
+
+
+def test_no_operand_of_a_wgmma_in_flight_is_overwritten():
+    found = sass("90a")
+    if not found:
+        pytest.skip("the library was not built for sm_90a")
+    by_register = r" HGMMA\S* R\d+, R\d+, gdesc"
+    for name in kernels(HOPPER):
+        assert len(re.findall(by_register, found[name])) == 12, name
+        assert not overwritten(found[name]), name
+    # Without its waits it would be: the scan follows this code.
+    assert overwritten(re.sub(r"WARPGROUP\.DEPBAR.*?;", "NOP;", found[kernels(HOPPER)[0]]))
+    assert not {name for name, text in found.items() if " HGMMA" in text} - {*kernels(HOPPER)}
 
 
 def test_the_page_lists_every_kernel():

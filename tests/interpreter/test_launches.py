@@ -198,6 +198,13 @@ def test_descriptors_where_the_table_and_the_channels_allow_them(launches):
     assert blocks == {(1, True), (2, False)}
 
 
+@pytest.mark.parametrize(("kind", "first"), [("dense", True), ("labels", False), ("topk", False)])
+def test_lists_are_read_by_pointers(kind, first, launches):
+    walks(kind, (1, 19, 32, 32), blocks=(1, 1))
+    blocks = [launch.meta["DESCRIPTORS"] for launch in launches if launch.kernel == BLOCK]
+    assert blocks == [first, True]
+
+
 def test_true_float32_is_atens(launches, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     walks("labels", (1, 19, 32, 32), dtype=FLOAT)

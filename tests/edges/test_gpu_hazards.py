@@ -1,0 +1,327 @@
+"""What goes wrong on a GPU in silence, as far as it shows without one.
+
+Tiles that the compiler gets wrong, and CUDA's streams, captures and driver behind small fakes;
+tests/compile looks at the compiled code, tests/gpu at a device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gpl_fast
+from gpl_fast import LossNet, backend, chain, lossnet, ops
+from gpl_fast.chain import stages
+from gpl_fast.chain.convolution import conv_transpose
+from gpl_fast.kernels import tiles
+
+CUDA = torch.device("cuda", 0)
+BF16 = torch.bfloat16
+
+
+# ------------------------------------------------------------------------------------------ tiles
+
+
+@pytest.fixture
+def user_rows(tmp_path, monkeypatch):
+    """Names a file of rows as a user has it."""
+
+    def use(*rows):
+        path = tmp_path / "tiles.json"
+        path.write_text(json.dumps(rows))
+        monkeypatch.setenv("GPL_FAST_TILES", str(path))
+        tiles.rows.cache_clear()
+        tiles.choose.cache_clear()
+
+    yield use
+    monkeypatch.undo()
+    tiles.rows.cache_clear()
+    tiles.choose.cache_clear()
+
+
+def chosen(arch, form, *, dtype="bfloat16", c_out=64, stride=1):
+    return tiles.choose.__wrapped__(arch, dtype, form, 64, c_out, stride)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_lists_are_read_by_pointers_on_sm_90_alone(dtype):
+    assert not chosen(90, "listed", dtype=dtype).descriptors
+    for arch, form in ((90, "diff"), (90, "plain"), (100, "listed"), (120, "listed")):
+        assert chosen(arch, form, dtype=dtype).descriptors
+
+
+@pytest.mark.parametrize("form", ["listed", "any"])
+def test_rows_of_a_users_own_do_not_bring_them_back(form, user_rows):
+    row = {"arch": 90, "dtype": "bfloat16", "form": form, "tile": [8, 8, 32, 64], "warps": 4,
+           "stages": 2, "descriptors": True}  # fmt: skip
+    user_rows(row)
+    assert chosen(90, "listed") == tiles.Tile(8, 8, 32, 64, 4, chosen(90, "listed").stages, False)
+    assert chosen(90, "diff").block_k == (32 if form == "any" else 64)
+
+
+@pytest.mark.parametrize("fences", [False, True])
+def test_unfenced_copies_are_not_pipelined(fences, monkeypatch):
+    """Stages of loads by pointers, where Triton fences them and where it does not."""
+    monkeypatch.setattr(tiles, "FENCES_COPIES", fences)
+    async_proxy = 3 if fences else 1
+    for arch, stages_ in ((80, 3), (89, 3), (90, async_proxy), (100, async_proxy), (120, 3)):
+        assert chosen(arch, "diff", stride=2).stages == stages_
+        assert chosen(arch, "plain", c_out=21).stages == stages_
+    assert chosen(90, "listed").stages == async_proxy
+    assert chosen(90, "diff").stages == chosen(100, "listed").stages == 3  # by TMA
+
+
+# -------------------------------------------------------------------------------- streams, graphs
+
+
+class Stream:
+    """Work waits until somebody waits for it."""
+
+    def __init__(self) -> None:
+        self.work: list = []
+
+    def synchronize(self) -> None:
+        for run in self.work:
+            run()
+        self.work.clear()
+
+
+class OnDevice(torch.Tensor):
+    """A tensor that says that it is on a GPU, and remembers who reads it."""
+
+    is_cuda = True
+    device = CUDA
+
+    def record_stream(self, stream):
+        self.readers = {*getattr(self, "readers", ()), stream}
+
+
+class Gpu:
+    """`torch.cuda` as far as caches ask it."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.current, self.capturing = Stream(), False
+        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: self.current)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+
+    def made(self, *_, **__):
+        """A tensor that the current stream is going to fill with ones."""
+        t = torch.zeros(3).as_subclass(OnDevice)
+        self.current.work.append(lambda: torch.Tensor.fill_(t, 1))
+        return t
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    gpu = Gpu(monkeypatch)
+    monkeypatch.setattr(chain, "pack_weights", lambda *args: [gpu.made(), gpu.made()])
+    monkeypatch.setattr(lossnet, "_rounded", lambda w, dtype: SimpleNamespace(to=gpu.made))
+    return gpu
+
+
+CACHES = {
+    "packs": lambda net: net.cached_packs(CUDA, BF16, False),
+    "packs of lists": lambda net: net.cached_packs(CUDA, BF16, True),
+    "weights": lambda net: list(net.weights_on(CUDA, BF16).values()),
+}
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_what_one_stream_made_is_there_for_another(cache, gpu):
+    net = LossNet.vgg(3, (1, 1), widths=(4, 4))
+    made = CACHES[cache](net)
+    gpu.current = Stream()  # has waited for nothing
+    read = CACHES[cache](net)
+    assert all(a is b for a, b in zip(made, read, strict=True))
+    for t in read:
+        assert torch.equal(t.as_subclass(torch.Tensor), torch.ones(3))
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_the_allocator_knows_who_reads(cache, gpu):
+    """Else it gives freed memory to the stream that made it while others still read it."""
+    net = LossNet.vgg(3, (1, 1), widths=(4, 4))
+    streams = {gpu.current, second := Stream()}
+    CACHES[cache](net)
+    gpu.current = second
+    assert all(t.readers == streams for t in CACHES[cache](net))
+
+
+class Module(nn.Module):
+    def to(self, *args, **kwargs):
+        raise AssertionError("made while a graph is captured")
+
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.parametrize("cache", [*CACHES, "module"])
+def test_nothing_is_made_while_a_graph_is_captured(cache, gpu):
+    if cache == "module":
+        net = LossNet.from_module(nn.Sequential(Module()), {"a": "0"}, in_channels=3)
+        get = lambda: net._module_on(net.identity, CUDA, BF16)  # noqa: E731
+    else:
+        net = LossNet.vgg(3, (1, 1), widths=(4, 4))
+        get = lambda: CACHES[cache](net)  # noqa: E731
+    gpu.capturing = True
+    with pytest.raises(RuntimeError, match=r"run the loss once before the capture.*same kind"):
+        get()
+    assert not gpu.current.work
+    assert net.cached_tensors() == []
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_what_is_there_is_read_while_a_graph_is_captured(cache, gpu):
+    net = LossNet.vgg(3, (1, 1), widths=(4, 4))
+    made = CACHES[cache](net)
+    gpu.capturing = True
+    assert all(a is b for a, b in zip(made, CACHES[cache](net), strict=True))
+    assert not gpu.current.work
+
+
+def test_a_cpu_asks_cuda_for_nothing(monkeypatch):
+    for name in ("device", "current_stream", "is_current_stream_capturing"):
+        monkeypatch.setattr(torch.cuda, name, None)
+    x = torch.rand(1, 3, 8, 8)
+    loss = gpl_fast.GenericPerceptualLoss(3, (1,), widths=(4,), activation="none")
+    assert loss(x, x) == 0
+
+
+# ----------------------------------------------------------------------------------------- driver
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """A GPU, a driver and a library, each of a version of one's own."""
+
+    def use(text, capability, driver):
+        monkeypatch.setattr(ops, "load", lambda: None)
+        monkeypatch.setattr(torch.ops, "gpl_fast", SimpleNamespace(cuda_build=lambda: text))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(ops, "driver_version", lambda: driver)
+
+    return use
+
+
+BUILD = "13.1 80+PTX 90a"
+
+
+@pytest.mark.parametrize(
+    ("text", "capability", "driver", "needed"),
+    [
+        (BUILD, (9, 0), (12, 8), "13.0"),
+        (BUILD, (9, 0), (13, 0), None),  # minor versions are compatible
+        (BUILD, (9, 0), (13, 1), None),
+        (BUILD, (9, 0), (14, 0), None),
+        (BUILD, (12, 0), (13, 0), "13.1"),  # but PTX is not
+        (BUILD, (12, 0), (13, 1), None),
+        ("12.8 80+PTX 90a", (9, 0), (12, 2), None),
+        ("12.8 80+PTX 90a", (9, 0), (11, 8), "12.0"),
+        (BUILD, (9, 0), None, None),  # nobody can say
+    ],
+)
+def test_an_older_driver_is_an_obstacle(text, capability, driver, needed, library):
+    library(text, capability, driver)
+    said = ops.cuda_obstacle(CUDA)
+    if needed is None:
+        assert said is None
+        assert stages.compiled_on(CUDA) is ops
+        return
+    assert f"the driver knows CUDA up to {driver[0]}.{driver[1]}" in said
+    assert f"need {needed} for sm_{capability[0]}{capability[1]}" in said
+    assert "update the driver" in said
+
+
+def test_with_an_older_driver_tritons_kernels_run_and_it_is_said(library, monkeypatch):
+    library(BUILD, (9, 0), (12, 8))
+    monkeypatch.setattr(backend, "_broken_library", lambda: None)
+    monkeypatch.setattr(backend, "_warned", set())
+    assert stages.backward_stages_on(CUDA).__name__ == "gpl_fast.kernels"
+    with pytest.warns(UserWarning, match=r"Triton's kernels run.*CUDA up to 12\.8"):
+        choice = backend.choose("auto", CUDA, torch.float32)
+    assert choice.name == "fast"
+
+
+@pytest.mark.parametrize(("status", "version"), [(0, (12, 8)), (3, None)])
+def test_the_driver_is_asked(status, version, monkeypatch):
+    def answer(number):
+        number._obj.value = 12080
+        return status
+
+    driver = {"libcuda.so.1": SimpleNamespace(cuDriverGetVersion=answer)}
+    monkeypatch.setattr(ctypes, "CDLL", driver.__getitem__)
+    assert ops.driver_version.__wrapped__() == version
+
+
+def test_there_may_be_no_driver(monkeypatch):
+    def missing(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    assert ops.driver_version.__wrapped__() is None
+
+
+# ------------------------------------------------------------------------------------ fixed order
+
+
+class Inside(TorchDispatchMode):
+    """Calls `during` in the middle of each convolution; keeps the arguments by name."""
+
+    def __init__(self, during) -> None:
+        super().__init__()
+        self.during, self.calls = during, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "convolution" in str(func):
+            names = [argument.name for argument in func._schema.arguments]
+            self.calls.append({**dict(zip(names, args, strict=False)), **(kwargs or {})})
+            self.during()
+        return func(*args, **(kwargs or {}))
+
+
+def data_gradient(during):
+    dz, w = torch.rand(1, 5, 6, 4).as_subclass(OnDevice), torch.rand(4, 3, 3, 3)
+    with Inside(during) as inside:
+        dx = conv_transpose(dz, w, 1, (1, 1), (0, 0))
+    (call,) = inside.calls
+    return dz, w, dx, call
+
+
+def test_the_data_gradient_asks_for_a_fixed_order_itself():
+    switch = []
+    dz, w, dx, call = data_gradient(lambda: switch.append(torch.backends.cudnn.deterministic))
+    assert call["deterministic"]
+    assert switch == [False]
+    wanted = nn.functional.conv_transpose2d(dz.permute(0, 3, 1, 2), w, padding=1)
+    assert torch.equal(dx, wanted.permute(0, 2, 3, 1))
+
+
+def test_two_threads_leave_the_switch_as_it_was():
+    """The first to come leaves first: whoever puts back what it found leaves it on."""
+    first_is_in, second_is_in, first_is_out = (threading.Event() for _ in range(3))
+
+    def first():
+        data_gradient(lambda: (first_is_in.set(), second_is_in.wait(10)))
+        first_is_out.set()
+
+    def second():
+        data_gradient(lambda: (second_is_in.set(), first_is_out.wait(10)))
+
+    with torch.backends.cudnn.flags(deterministic=False):
+        threads = [threading.Thread(target=run) for run in (first, second)]
+        threads[0].start()
+        first_is_in.wait(10)
+        threads[1].start()
+        for thread in threads:
+            thread.join()
+        assert not torch.backends.cudnn.deterministic
