@@ -5,27 +5,34 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from os import PathLike
-from typing import Any, TypeVar
+from types import SimpleNamespace
+from typing import Any, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._guards import active_fake_mode
 
-from gpl_fast import reference
-from gpl_fast.files import read_safetensors
-from gpl_fast.initialisation import Init, draw_weight, own_generator
+from gpl_fast import reference, streams
+from gpl_fast.files import read_safetensors, write_safetensors
+from gpl_fast.initialisation import Init, check_init, draw_weight, own_generator
+from gpl_fast.sequential import sequential_chain
 from gpl_fast.structure import (
-    KERNEL_SIZES,
-    POOLS,
     WIDTHS,
     Layer,
-    check_chain,
-    sequential_chain,
+    Normalisation,
+    Structure,
+    check_channels,
+    check_normalisation,
+    check_weights,
+    layer_shapes,
+    stored_layers,
     weight_shape,
 )
-from gpl_fast.taps import TappedModule
+from gpl_fast.taps import Tap, TappedModule, Taps, frozen_copy, parse_taps
 
 T = TypeVar("T")
 
@@ -34,7 +41,8 @@ def constant_in_graphs(function: Callable[..., T]) -> Callable[..., T]:
     """torch.compile calls `function` while it traces and keeps the result.
 
     What `torch.compiler.assume_constant_result` does, which would import all of torch._dynamo. The
-    arguments must be constants in torch 2.11; the object of a method may be any.
+    arguments must be constants in torch 2.11; the object of a method may be any, and nothing of it
+    is guarded: what the result depends on must be an argument too (`LossNet.identity`).
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -52,102 +60,88 @@ class LossNet:
         layers: Sequence[Layer],
         weights: Mapping[str, Tensor],
         *,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        mean: Normalisation | None = None,
+        std: Normalisation | None = None,
         module: nn.Module | None = None,
-        taps: Mapping[str, str] | None = None,
+        taps: Mapping[str, Tap] | None = None,
         in_channels: int | None = None,
+        drawn: dict[str, Any] | None = None,
     ) -> None:
         self.layers = tuple(layers)
+        if module is None:
+            check_weights(self.layers, weights)
         with torch.inference_mode(False):  # tensors of that mode could not enter a graph later
             self._weights = {name: w.detach().clone() for name, w in weights.items()}
         self._names = tuple(self._weights)
-        self.mean, self.std = _normalisation(mean, std)
         self._module = module
         self._taps = dict(taps or {})
-        if "adapter" in self._weights:
-            self.in_channels = self._weights["adapter"].shape[1]
-        else:
-            self.in_channels = in_channels or self.layers[0].in_channels
-        if self.mean is not None and len(self.mean) not in (1, self._network_channels):
-            raise ValueError(
-                f"mean, std: got {len(self.mean)} values, expected {self._network_channels}, one "
-                "for each channel that enters the network"
-            )
-        self._cast: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        self._cast_module: dict[tuple[torch.device, torch.dtype], TappedModule] = {}
-        self._packs: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = {}
+        channels = in_channels or self.layers[0].in_channels
+        self.mean, self.std = check_normalisation(mean, std, channels)
+        adapter = self._weights.get("adapter")
+        self.in_channels: int = channels if adapter is None else adapter.shape[1]
+        self._network_channels = channels
+        self._drawn = drawn  # what draws the weights again: arguments of `vgg`, of the adapter
+        # In the guards of what torch.compile keeps of this network: no other network, of any
+        # process, has it. A string: integers may become symbols.
+        self.identity = uuid.uuid4().hex
         self._fingerprint: str | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """Start with empty caches."""
+        self._cast: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        self._cast_modules = SimpleNamespace()  # `TappedModule` by `_module_on`
+        self._packs: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = {}
 
     # ------------------------------------------------------------------------------- constructors
 
     @classmethod
     def vgg(
         cls,
-        in_channels: int,
-        blocks: Sequence[int] = (1, 1, 1, 1, 1),
-        widths: Sequence[int] = WIDTHS,
-        kernel_size: int = 3,
+        in_channels: SupportsIndex,
+        blocks: Iterable[SupportsIndex] = (1, 1, 1, 1, 1),
+        widths: Iterable[SupportsIndex] = WIDTHS,
+        kernel_size: SupportsIndex = 3,
         pool: str = "max",
         init: Init = "he",
-        seed: int = 0,
+        seed: SupportsIndex = 0,
     ) -> LossNet:
-        """The paper's VGG-like network with random weights and no biases (its Section 3.2).
+        """The paper's VGG-like network (its Section 3.1), random and without biases (Section 3.2).
 
         Args:
             in_channels: C, the channels of the maps that are compared.
-            blocks: convolutions per block; each block ends in a down-sampling by 2.
+            blocks: convolutions per block; each block ends in a down-sampling by 2. The paper's
+                tables of dense prediction (its Section 4.2) use 16 convolutions and 5 pools,
+                (2, 2, 4, 4, 4); the default is what its Section 4.1 recommends where time and
+                memory count.
             widths: output channels of each block (the first ``len(blocks)`` are used).
             kernel_size: 1, 3, 5 or 7, padded with ``kernel_size // 2`` zeros.
             pool: "max", "avg", or "stride": a convolution of stride 2 and a ReLU instead.
-            init: "he", "xavier_normal", ("normal", std) or ("uniform", a).
+            init: "he", "xavier_normal", ("normal", std) or ("uniform", a). "he" is N(0, 2/fan_in),
+                which names a variance; std is a standard deviation.
             seed: of the weights' own CPU generator; the global one is neither read nor advanced.
 
         Raises:
             ValueError: an argument outside of what is listed.
         """
-        for what, given in (("blocks", blocks), ("widths", widths)):
-            if not isinstance(given, Iterable) or isinstance(given, str):
-                raise ValueError(f"{what}: got {given!r}, expected a list, one for each block")
-        blocks, widths = tuple(blocks), tuple(widths)
-        if not isinstance(in_channels, int) or in_channels < 1:
-            raise ValueError(f"in_channels: got {in_channels!r}, expected an integer >= 1")
-        if not blocks or not all(isinstance(n, int) and n >= 1 for n in blocks):
-            raise ValueError(f"blocks: got {blocks}, expected integers >= 1, one for each block")
-        if len(widths) < len(blocks) or not all(isinstance(w, int) and w >= 1 for w in widths):
-            raise ValueError(
-                f"widths: got {widths}, expected {len(blocks)} integers >= 1, one for each block"
-            )
-        if kernel_size not in KERNEL_SIZES:
-            raise ValueError(f"kernel_size: got {kernel_size!r}, expected one of {KERNEL_SIZES}")
-        if pool not in POOLS:
-            raise ValueError(f"pool: got {pool!r}, expected one of {POOLS}")
-        layers: list[Layer] = []
-        c = in_channels
-        for b, (count, width) in enumerate(zip(blocks, widths, strict=False), start=1):
-            for i in range(1, count + 1):
-                layers.append(Layer(f"conv{b}_{i}", "conv", c, width, kernel_size))
-                layers.append(Layer(f"relu{b}_{i}", "relu", width, width))
-                c = width
-            if pool == "stride":
-                layers.append(Layer(f"down{b}", "down", c, c, kernel_size))
-            else:
-                layers.append(Layer(f"pool{b}", f"{pool}pool", c, c))
-        generator = own_generator(seed)
+        structure = Structure.checked(in_channels, blocks, widths, kernel_size, pool)
+        init, generator = check_init(init), own_generator(seed)
+        layers = structure.layers()
         weights = {
             layer.name: draw_weight(weight_shape(layer), init, generator)
             for layer in layers
             if layer.kind in ("conv", "down")
         }
-        return cls(layers, weights)
+        arguments = {**structure._asdict(), "init": init, "seed": int(seed)}
+        return cls(layers, weights, drawn={"vgg": arguments, "adapter": None})
 
     @classmethod
     def from_sequential(
         cls,
         sequential: nn.Sequential,
         *,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        mean: Normalisation | None = None,
+        std: Normalisation | None = None,
     ) -> LossNet:
         """A chain of Conv2d, ReLU, MaxPool2d(2) and AvgPool2d(2), such as ``vgg16().features``.
 
@@ -155,9 +149,15 @@ class LossNet:
         first convolution pads it. Layers are named ``conv{block}_{i}``, ``relu{block}_{i}``,
         ``pool{block}``; what follows the last pool is one more block.
 
+        Args:
+            sequential: of modules whose ``forward`` is torch's own, without hooks and without
+                parametrizations; nested ones are taken apart.
+            mean, std: one number for each channel that enters the network, or one for all.
+
         Raises:
             TypeError: `sequential` is not an ``nn.Sequential``.
-            ValueError: a layer that the chain cannot hold; `from_module` takes any module.
+            ValueError: a layer that the chain cannot hold, with its position; `from_module` takes
+                any module.
         """
         layers, weights = sequential_chain(sequential)
         return cls(layers, weights, mean=mean, std=std)
@@ -166,52 +166,49 @@ class LossNet:
     def from_module(
         cls,
         module: nn.Module,
-        taps: Mapping[str, str] | Iterable[str],
+        taps: Taps,
         *,
-        in_channels: int | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        in_channels: SupportsIndex | None = None,
+        mean: Normalisation | None = None,
+        std: Normalisation | None = None,
     ) -> LossNet:
         """Any module, copied, frozen and in eval mode; it runs on the reference backend.
+
+        A tap is what its submodule returns, before anything that follows writes to it. A pass ends
+        at the last tap that a loss uses. The copy has none of the module's hooks but those that
+        make a weight (``torch.nn.utils.weight_norm``).
 
         Args:
             module: called with ``(N, C, H, W)``.
             taps: layer names mapped to submodule paths, ``{"relu1": "features.1"}``, or paths
                 alone; in the order of the forward pass. Each must give one (N, C_b, H_b, W_b).
+                Of a submodule that runs more than once, the first output;
+                ``{"name": ("path", 1)}`` is the second.
             in_channels: of the module; found from its first convolution if None.
+            mean, std: one number for each channel that enters the network, or one for all.
 
         Raises:
             TypeError: `module` is not an ``nn.Module``.
-            ValueError: an unknown path, no taps, or no convolution to find the channels from.
+            ValueError: an unknown path, no taps, no convolution to find the channels from, or
+                weights that hold no values. At a call: a tap that does not run.
         """
         if not isinstance(module, nn.Module):
             raise TypeError(f"from_module: got {type(module).__name__}, expected torch.nn.Module")
-        paths = dict(taps) if isinstance(taps, Mapping) else {path: path for path in taps}
-        known = dict(module.named_modules())
-        unknown = [path for path in paths.values() if path not in known]
-        if unknown or not paths:
-            raise ValueError(
-                f"from_module: taps: got {unknown or 'none'}, expected paths of submodules, such "
-                f"as {[name for name in known if name][:8]}"
-            )
+        parsed = parse_taps(module, taps)
         if in_channels is None:
             convs = [m for m in module.modules() if isinstance(m, nn.Conv2d)]
             if not convs:
                 raise ValueError("from_module: no Conv2d in the module, pass in_channels=")
             in_channels = convs[0].in_channels
-        frozen = copy.deepcopy(module).cpu().eval().requires_grad_(False)
-        for m in frozen.modules():  # would overwrite taps, or the caller's input
-            if getattr(m, "inplace", None) is True:
-                m.inplace = False  # type: ignore[assignment]
-        return cls(
-            (), {}, mean=mean, std=std, module=frozen, taps=paths, in_channels=in_channels
-        )  # fmt: skip
+        frozen, channels = frozen_copy(module), check_channels(in_channels)
+        return cls((), {}, mean=mean, std=std, module=frozen, taps=parsed, in_channels=channels)
 
-    def with_input_adapter(self, in_channels: int, seed: int = 0) -> LossNet:
+    def with_input_adapter(self, in_channels: SupportsIndex, seed: SupportsIndex = 0) -> LossNet:
         """This network behind a frozen random 1x1 convolution ``in_channels -> C``.
 
-        The "T" rows of the paper's Table 1 (150 classes into a pre-trained network of 3 channels).
-        The weight is He-initialised from an own generator; mean and std act after it.
+        The "T" rows of the paper's Table 1 (19 classes into a pre-trained network of 3 channels).
+        Frozen, and He-initialised from an own generator: a convention here. mean and std act after
+        it.
 
         Raises:
             ValueError: the network has an adapter already, or `in_channels` is not >= 1.
@@ -221,10 +218,10 @@ class LossNet:
                 "with_input_adapter: this network has an input adapter already; call it on the "
                 "network without one"
             )
-        if not isinstance(in_channels, int) or in_channels < 1:
-            raise ValueError(f"in_channels: got {in_channels!r}, expected an integer >= 1")
-        generator = own_generator(seed)
-        adapter = draw_weight((self.in_channels, in_channels, 1, 1), "he", generator)
+        channels = check_channels(in_channels)
+        shape = (self._network_channels, channels, 1, 1)
+        adapter = draw_weight(shape, "he", own_generator(seed))
+        drawn = self._drawn and {**self._drawn, "adapter": (channels, int(seed))}
         return LossNet(
             self.layers,
             {"adapter": adapter, **self._weights},
@@ -232,6 +229,8 @@ class LossNet:
             std=self.std,
             module=self._module,
             taps=self._taps,
+            in_channels=self._network_channels,
+            drawn=drawn,
         )
 
     # -------------------------------------------------------------------------------- description
@@ -264,41 +263,27 @@ class LossNet:
         """True for a chain of named layers, False for `from_module`."""
         return self._module is None
 
-    @property
-    def _network_channels(self) -> int:
-        adapter = self._weights.get("adapter")
-        return self.in_channels if adapter is None else adapter.shape[0]
-
     def shapes(self, height: int, width: int) -> dict[str, tuple[int, int, int]]:
         """``(C_b, H_b, W_b)`` of each layer's output for an input of height x width.
 
         Raises:
             ValueError: the input is too small for the down-sampling.
         """
-        sizes: dict[str, tuple[int, int, int]] = {}
-        h, w = height, width
-        for layer in self.layers:
-            if layer.kind in ("maxpool", "avgpool"):
-                h, w = h // 2, w // 2
-            elif layer.kind == "down":
-                h, w = (h + 1) // 2, (w + 1) // 2
-            sizes[layer.name] = (layer.out_channels, h, w)
-        if min(h, w) < 1:
-            pools = sum(layer.kind in ("maxpool", "avgpool") for layer in self.layers)
-            raise ValueError(
-                f"input: got {height} x {width}, expected at least {2**pools} x {2**pools}: the "
-                f"network halves it {pools} times; use larger inputs or a net with fewer blocks"
-            )
-        return sizes
+        return layer_shapes(self.layers, height, width)
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of structure and weights: the same on every machine, rank and device."""
+        return self._digest(self.identity)
+
+    @constant_in_graphs
+    def _digest(self, _identity: str) -> str:
         if self._fingerprint is None:
-            digest = hashlib.sha256(self._structure().encode())
+            digest = hashlib.sha256(json.dumps(self._structure()).encode())
             tensors = dict(self._weights)
             if self._module is not None:
                 digest.update(repr(self._module).encode())
-                tensors |= self._module.state_dict()
+                tensors |= dict(self._module.named_parameters(remove_duplicate=False))
+                tensors |= dict(self._module.named_buffers(remove_duplicate=False))
             for name in sorted(tensors):
                 t = tensors[name].detach().cpu().contiguous()
                 digest.update(f"{name} {tuple(t.shape)} {t.dtype}".encode())
@@ -307,61 +292,84 @@ class LossNet:
         return self._fingerprint
 
     def __repr__(self) -> str:
-        body = "module" if self._module is not None else f"{len(self.layers)} layers"
-        return f"LossNet(in_channels={self.in_channels}, {body}, levels={list(self.levels)})"
+        if self._drawn is None:
+            body = f"levels={list(self.levels)}, fingerprint={self.fingerprint()[:12]}"
+            if self._module is not None:
+                body = f"module={type(self._module).__name__}, {body}"
+            return f"LossNet(in_channels={self.in_channels}, {body})"
+        words = ", ".join(f"{name}={value!r}" for name, value in self._drawn["vgg"].items())
+        adapter = self._drawn["adapter"]
+        behind = f".with_input_adapter({adapter[0]}, seed={adapter[1]})" if adapter else ""
+        return f"LossNet.vgg({words}){behind}"
 
     # ------------------------------------------------------------------------------------ forward
 
     def weights_on(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """All weights on `device` in `dtype`, made once. Not copies: never write to them."""
-        return dict(zip(self._names, self._cast_weights(device, dtype), strict=True))
+        weights = self._cast_weights(self.identity, device, dtype)
+        return dict(zip(self._names, weights, strict=True))
 
     @constant_in_graphs
-    def _cast_weights(self, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    def _cast_weights(
+        self, _identity: str, device: torch.device, dtype: torch.dtype
+    ) -> list[Tensor]:
         key = (device, dtype)
         if key not in self._cast:
-            with torch.inference_mode(False), torch.no_grad():
+            made_once = streams.made_once(device, dtype)
+            with torch.inference_mode(False), torch.no_grad(), made_once:
                 cast = [_rounded(self._weights[k], dtype).to(device) for k in self._names]
-            if torch._guards.detect_fake_mode() is not None:  # fake tensors must not outlive it
+            if active_fake_mode() is not None:  # fake tensors must not outlive it
                 return cast
             self._cast[key] = cast
-        return self._cast[key]
+        return streams.read_here(self._cast[key])
 
-    @constant_in_graphs
     def chain_obstacle(self) -> str | None:
         """Why the fast path cannot hold this network, or None; see `gpl_fast.plan`."""
+        return self._chain_obstacle(self.identity)
+
+    @constant_in_graphs
+    def _chain_obstacle(self, _identity: str) -> str | None:
         from gpl_fast.plan import obstacle
 
         return obstacle(self)
 
-    @constant_in_graphs
     def chain_json(self) -> str:
         """This network's part of the fast path's `Spec`; see `gpl_fast.plan`."""
+        return self._chain_json(self.identity)
+
+    @constant_in_graphs
+    def _chain_json(self, _identity: str) -> str:
         from gpl_fast.plan import network_json
 
         return network_json(self)
 
-    @constant_in_graphs
     def cached_packs(
         self, device: torch.device, dtype: torch.dtype, looked_up: bool
     ) -> list[Tensor]:
         """`chain.pack_weights` of this network, made once."""
+        return self._cached_packs(self.identity, device, dtype, looked_up)
+
+    @constant_in_graphs
+    def _cached_packs(
+        self, _identity: str, device: torch.device, dtype: torch.dtype, looked_up: bool
+    ) -> list[Tensor]:
         from gpl_fast.chain import pack_weights
 
         key = (device, dtype, looked_up)
         if key not in self._packs:
-            with torch.inference_mode(False), torch.no_grad():
+            made_once = streams.made_once(device, dtype)
+            with torch.inference_mode(False), torch.no_grad(), made_once:
                 packs = pack_weights(self, device, dtype, looked_up)
-            if torch._guards.detect_fake_mode() is not None:
+            if active_fake_mode() is not None:
                 return packs
             self._packs[key] = packs
-        return self._packs[key]
+        return streams.read_here(self._packs[key])
 
     def cached_tensors(self) -> list[Tensor]:
         """All copies that `weights_on` and module networks hold, on any device."""
         copies = (*self._cast.values(), *self._packs.values())
         tensors = [t for held in copies for t in held]
-        for module in self._cast_module.values():
+        for module in vars(self._cast_modules).values():
             tensors += [*module.parameters(), *module.buffers()]
         return tensors
 
@@ -379,18 +387,21 @@ class LossNet:
     def features(self, y: Tensor, taps: Sequence[str]) -> dict[str, Tensor]:
         """Outputs ``(N, C_b, H_b, W_b)`` of the layers named, after `network_input`."""
         if self._module is not None:
-            module: TappedModule = self._module_on(y.device, y.dtype)
+            module = getattr(self._cast_modules, self._module_on(self.identity, y.device, y.dtype))
             return module(y, taps)  # type: ignore[no-any-return]
         return reference.features(y, self.layers, self.weights_on(y.device, y.dtype), taps)
 
-    def _module_on(self, device: torch.device, dtype: torch.dtype) -> TappedModule:
-        key = (device, dtype)
-        if key not in self._cast_module:
+    @constant_in_graphs
+    def _module_on(self, _identity: str, device: torch.device, dtype: torch.dtype) -> str:
+        """The name of the module on `device` in `dtype` in `_cast_modules`, made once."""
+        name = f"{device} {dtype}".replace(".", "_")
+        if not hasattr(self._cast_modules, name):
             assert self._module is not None
-            with torch.inference_mode(False):
+            made_once = streams.made_once(device, dtype)
+            with torch.inference_mode(False), made_once:
                 module = copy.deepcopy(self._module).to(device=device, dtype=dtype)
-            self._cast_module[key] = TappedModule(module, self._taps)
-        return self._cast_module[key]
+            setattr(self._cast_modules, name, TappedModule(module, self._taps))
+        return name
 
     # -------------------------------------------------------------------------------------- files
 
@@ -405,53 +416,76 @@ class LossNet:
                 "save: a from_module network has no structure of its own to write; save the "
                 "module's state_dict and build the LossNet from the module again"
             )
-        from safetensors.torch import save_file
-
-        tensors = {name: w.contiguous() for name, w in self._weights.items()}
-        save_file(tensors, str(path), metadata={"gpl_fast.lossnet": self._structure()})
+        write_safetensors(path, self._weights, "gpl_fast.lossnet", self._structure())
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> LossNet:
         """Read what `save` wrote; nothing is unpickled.
 
         Raises:
-            ValueError: not a safetensors file, truncated, not a LossNet's, or of another shape.
+            OSError: the file cannot be opened.
+            ValueError: not a safetensors file, truncated, not a LossNet's, of another shape, or
+                with weights that are not finite; the message begins with the path.
         """
         structure, tensors = read_safetensors(path, "gpl_fast.lossnet", "LossNet.save")
         try:
-            layers = [Layer(**layer) for layer in structure["layers"]]
-            shapes = {x.name: weight_shape(x) for x in layers if x.kind in ("conv", "down")}
-            mean, std = _normalisation(structure["mean"], structure["std"])
-            check_chain(layers)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: the network's structure is malformed: {error!r}") from error
-        for name, t in tensors.items():
-            layer = name.removesuffix(".bias")
-            if name == "adapter":
-                expected: Sequence[int] = (layers[0].in_channels, t.shape[1] if t.dim() == 4 else 1)
-                expected = (*expected, 1, 1)
-            elif layer in shapes:
-                expected = shapes[layer][:1] if name.endswith(".bias") else shapes[layer]
-            else:
-                raise ValueError(f"{path}: got a tensor {name!r} that no layer has")
-            if tuple(t.shape) != tuple(expected) or t.dtype != torch.float32:
-                raise ValueError(
-                    f"{path}: {name}: got {tuple(t.shape)} {t.dtype}, expected {tuple(expected)} "
-                    "torch.float32"
-                )
-        missing = [name for name in shapes if name not in tensors]
-        if missing or not layers:
-            raise ValueError(f"{path}: weights of {missing or 'all layers'} are missing")
-        return cls(layers, tensors, mean=mean, std=std)
+            layers = stored_layers(structure["layers"])
+            mean, std = (structure[name] for name in ("mean", "std"))
+            if not all(x is None or isinstance(x, list) for x in (mean, std)):
+                raise TypeError(f"mean, std: got {mean} and {std}, expected lists")
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path!s}: the network's structure is malformed: {error}") from error
+        try:
+            return cls(layers, tensors, mean=mean, std=std)
+        except ValueError as error:
+            raise ValueError(f"{path!s}: {error}") from error
 
-    def _structure(self) -> str:
+    def _structure(self) -> dict[str, Any]:
+        # A first call is its path alone: fingerprints depend on this text.
+        taps = {name: tap if tap.call else tap.path for name, tap in self._taps.items()}
         layers = [asdict(layer) for layer in self.layers]
-        return json.dumps(
-            {"layers": layers, "mean": self.mean, "std": self.std, "taps": self._taps}
-        )
+        return {"layers": layers, "mean": self.mean, "std": self.std, "taps": taps}
+
+    # ------------------------------------------------------------------------------------- copies
+
+    def __copy__(self) -> LossNet:
+        """The same weights, which nothing writes to, without what was made of them."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other._forget()
+        return other
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> LossNet:
+        return self.__copy__()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cast": {}, "_cast_module": {}, "_packs": {}}
+        """How to draw the weights again, or where they were not drawn here, the weights."""
+        if self._drawn is not None:
+            return {**self._drawn, "fingerprint": self.fingerprint()}
+        return {
+            "layers": self.layers,
+            "weights": self._weights,
+            "mean": self.mean,
+            "std": self.std,
+            "module": self._module,
+            "taps": self._taps,
+            "in_channels": self._network_channels,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "vgg" in state:
+            net = LossNet.vgg(**state["vgg"])
+            if state["adapter"]:
+                net = net.with_input_adapter(*state["adapter"])
+            if net.fingerprint() != state["fingerprint"]:
+                raise ValueError(
+                    "LossNet: the pickle's weights, drawn again, have the fingerprint "
+                    f"{net.fingerprint()[:12]}…, expected {state['fingerprint'][:12]}…: another "
+                    "version drew them; keep weights with LossNet.save and LossNet.load instead"
+                )
+        else:
+            net = LossNet(**state)
+        self.__dict__.update(net.__dict__)
 
 
 def _rounded(w: Tensor, dtype: torch.dtype) -> Tensor:
@@ -467,15 +501,3 @@ def _rounded(w: Tensor, dtype: torch.dtype) -> Tensor:
         out[..., i] = wanted
         error = wanted - out[..., i].float()
     return out.view_as(w)
-
-
-def _normalisation(
-    mean: Sequence[float] | None, std: Sequence[float] | None
-) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
-    if mean is None and std is None:
-        return None, None
-    if mean is None or std is None or len(mean) != len(std) or not all(s > 0 for s in std):
-        raise ValueError(
-            f"mean, std: got {mean} and {std}, expected both, of the same length, std > 0"
-        )
-    return tuple(float(m) for m in mean), tuple(float(s) for s in std)

@@ -509,7 +509,7 @@ def test_pickles_are_never_read(saved, write, tmp_path):
         (lambda t, s: t.update(adapter=torch.rand(2, 5, 1, 1)), "adapter: got"),
         (lambda t, s: t.update(adapter=torch.rand(3)), "adapter: got"),
         (lambda t, s: s.pop("layers"), "malformed"),
-        (lambda t, s: s["layers"].clear(), "that no layer has|missing"),
+        (lambda t, s: s["layers"].clear(), "empty chain"),
         (lambda t, s: s["layers"][0].pop("kind"), "malformed"),
         (lambda t, s: s.update(mean=[0.5]), "mean, std"),
         (lambda t, s: s.update(mean=5, std=5), "malformed"),

@@ -1,0 +1,384 @@
+"""Networks at the edges: graphs that must not share them, contexts of construction, pickles,
+numbers of other kinds. (Other people's modules: test_network_modules.py.)"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from gpl_fast import GenericPerceptualLoss, LossNet, PerceptualLoss, SegmentationLoss
+from gpl_fast.structure import parse_blocks
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+C, H, W = 6, 8, 12
+WIDTHS = (4, 6)
+
+
+def value_and_grad(loss, x, *args):
+    x = x.clone().requires_grad_()
+    value = loss(x, *args)
+    value.backward()
+    return value.detach(), x.grad
+
+
+def agree(got, want, tolerance=1e-5):
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * b.abs().max().item())
+
+
+# --------------------------------------------------------------------- compiled losses and networks
+
+
+def compiled(function, backend="eager"):
+    return torch.compile(function, fullgraph=True, backend=backend)
+
+
+def drawn(seed, backend):
+    return GenericPerceptualLoss(C, "1", widths=WIDTHS, seed=seed, backend=backend)
+
+
+def small_chain(seed, channels=C):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(channels, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+
+
+def of_one_structure(kind, tmp_path):
+    """Two networks that differ in their weights alone."""
+    if kind == "drawn":
+        return [LossNet.vgg(C, (1,), WIDTHS, seed=s) for s in range(2)]
+    if kind == "adapter":
+        return [LossNet.vgg(3, (1,), WIDTHS).with_input_adapter(C, seed=s) for s in range(2)]
+    if kind == "mean":
+        return [LossNet.from_sequential(small_chain(0), mean=m, std=1 + m) for m in (0, 0.5)]
+    if kind == "module":
+        return [LossNet.from_module(small_chain(s), ["2"]) for s in range(2)]
+    nets = [LossNet.from_sequential(small_chain(s)) for s in range(2)]
+    if kind == "loaded":
+        for i, net in enumerate(nets):
+            net.save(tmp_path / f"{i}.safetensors")
+        nets = [LossNet.load(tmp_path / f"{i}.safetensors") for i in range(2)]
+    return nets
+
+
+@pytest.mark.parametrize("kind", ["drawn", "sequential", "loaded", "adapter", "mean", "module"])
+def test_compiled_losses_do_not_share_weights(backend, kind, tmp_path):
+    backend = "reference" if kind == "module" else backend
+    nets = of_one_structure(kind, tmp_path)
+    losses = [GenericPerceptualLoss(C, net, backend=backend) for net in nets]
+    x, y = torch.randn(2, 2, C, H, W)
+    got = [value_and_grad(compiled(loss), x, y) for loss in losses]
+    want = [value_and_grad(loss, x, y) for loss in losses]
+    assert abs(want[0][0] - want[1][0]) > 0.01 * want[0][0]
+    for a, b in zip(got, want, strict=True):
+        agree(a, b)
+
+
+def test_looked_up_labels_do_not_share_weights(backend):
+    """Of the walk that looks weights up, through AOTAutograd too."""
+    x, y = torch.randn(2, C, H, W), torch.randint(C, (2, H, W))
+    for seed in (0, 1):
+        loss = drawn(seed, backend)
+        agree(value_and_grad(compiled(loss, "aot_eager"), x, y), value_and_grad(loss, x, y))
+
+
+def test_a_network_is_replaced_under_a_compiled_loss(backend):
+    loss, (x, y) = drawn(0, backend), torch.randn(2, 2, C, H, W)
+    run = compiled(loss)
+    before = value_and_grad(run, x, y)
+    loss.net = LossNet.vgg(C, (1,), WIDTHS, seed=5)
+    agree(value_and_grad(run, x, y), value_and_grad(drawn(5, backend), x, y))
+    loss.net = LossNet.vgg(C, (1,), WIDTHS, seed=0)
+    agree(value_and_grad(run, x, y), before)
+
+
+def test_one_compiled_function_of_any_loss(backend):
+    x, y = torch.randn(2, 2, C, H, W)
+    step = compiled(lambda loss, x, y: loss(x, y))
+    first, other = drawn(0, backend), drawn(1, backend)
+    copies = [copy.deepcopy(first), pickle.loads(pickle.dumps(first)), copy.deepcopy(other)]
+    for loss, seed in zip((first, other, *copies), (0, 1, 0, 0, 1), strict=True):
+        want = value_and_grad(drawn(seed, backend), x, y)
+        agree(value_and_grad(partial(step, loss), x, y), want)
+
+
+def test_two_losses_in_one_graph(backend):
+    x, y = torch.randn(2, 2, C, H, W)
+    a, b = drawn(0, backend), drawn(1, backend)
+
+    def both(x, y):
+        return a(x, y) + 3 * b(x, y)
+
+    agree(value_and_grad(compiled(both), x, y), value_and_grad(both, x, y))
+
+
+@pytest.mark.parametrize("family", ["segmentation", "perceptual"])
+def test_the_other_losses_do_not_share_weights(backend, family):
+    x, labels = torch.randn(2, C, H, W), torch.randint(C, (2, H, W))
+    made = []
+    for seed in range(2):
+        net = LossNet.vgg(C, (1,), WIDTHS, seed=seed)
+        if family == "segmentation":
+            made.append((SegmentationLoss(C, gpl_weight=1, net=net, backend=backend), labels))
+        else:
+            loss = PerceptualLoss(net, {"relu1_1": 1.0}, {"pool1": 1.0}, backend=backend)
+            made.append((loss, x.flip(0)))
+    got = [value_and_grad(compiled(loss), x, y) for loss, y in made]
+    for a, (loss, y) in zip(got, made, strict=True):
+        agree(a, value_and_grad(loss, x, y))
+
+
+def test_stored_features_of_a_loss_that_never_ran_compile(backend):
+    """The fingerprint that they are held against is computed while the graph is traced."""
+    x, y = torch.randn(2, 2, C, H, W)
+    features = drawn(3, backend).encode(y)
+    want = value_and_grad(drawn(3, backend), x, features)
+    agree(value_and_grad(compiled(drawn(3, backend)), x, features), want)
+
+
+def test_no_two_networks_have_one_identity():
+    pickled = pickle.dumps(LossNet.vgg(C, (1,), WIDTHS))
+    nets = [LossNet.vgg(C, (1,), WIDTHS, seed=s) for s in range(20)]
+    nets += [pickle.loads(pickled), LossNet.vgg(C, (1,), WIDTHS)]
+    assert len({net.identity for net in nets}) == len(nets)
+    assert all(isinstance(net.identity, str) for net in nets)
+
+
+# ------------------------------------------------------------------------- contexts of construction
+
+
+class Context:
+    """Sets a default and puts the old one back."""
+
+    def __init__(self, set_default, value, back):
+        self.set_default, self.value, self.back = set_default, value, back
+
+    def __enter__(self):
+        self.set_default(self.value)
+
+    def __exit__(self, *_):
+        self.set_default(self.back)
+
+
+CONTEXTS = {
+    "meta": lambda: torch.device("meta"),
+    "default device": lambda: Context(torch.set_default_device, "meta", None),
+    "bfloat16": lambda: Context(torch.set_default_dtype, torch.bfloat16, torch.float32),
+    "float64": lambda: Context(torch.set_default_dtype, torch.float64, torch.float32),
+    "inference": torch.inference_mode,
+    "no_grad": torch.no_grad,
+}
+SOURCE = small_chain(3, 3)
+
+
+def networks(path):
+    yield LossNet.vgg(C, (1, 1), WIDTHS, seed=3)
+    yield LossNet.vgg(C, (2,), WIDTHS, init=("uniform", 0.1), pool="stride")
+    yield LossNet.vgg(3, (1,), WIDTHS).with_input_adapter(C, seed=2)
+    yield LossNet.from_sequential(SOURCE, mean=[0.5], std=[0.25]).with_input_adapter(C)
+    yield LossNet.from_module(SOURCE, ["2"]).with_input_adapter(C)
+    yield LossNet.load(path)
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_networks_are_the_same_wherever_they_are_made(context, tmp_path):
+    path = tmp_path / "net.safetensors"
+    LossNet.from_sequential(small_chain(1)).save(path)
+    want = list(networks(path))
+    with CONTEXTS[context]():
+        made = list(networks(path))
+        pickled = pickle.dumps(made)
+        unpickled, copied = pickle.loads(pickled), copy.deepcopy(made)
+    x, y = torch.randn(2, 2, C, H, W)
+    for nets in (made, unpickled, copied):
+        for got, expected in zip(nets, want, strict=True):
+            assert got.fingerprint() == expected.fingerprint()
+            a, b = (GenericPerceptualLoss(C, net, backend="reference") for net in (got, expected))
+            for one, other in zip(value_and_grad(a, x, y), value_and_grad(b, x, y), strict=True):
+                assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("context", [c for c in CONTEXTS if c not in ("inference", "no_grad")])
+def test_networks_are_the_same_wherever_they_are_called(context, tmp_path):
+    path = tmp_path / "net.safetensors"
+    LossNet.from_sequential(small_chain(1)).save(path)
+    x = torch.randn(2, C, H, W)
+    for got, expected in zip(networks(path), networks(path), strict=True):
+        want = expected.features(expected.network_input(x, None), expected.layer_names)
+        with CONTEXTS[context]():
+            e = got.features(got.network_input(x, None), got.layer_names)
+        assert all(torch.equal(e[k], want[k]) for k in want)
+
+
+# ---------------------------------------------------------------------------------------- pickles
+
+
+def test_pickles_of_drawn_networks_are_small():
+    loss = GenericPerceptualLoss(19, seed=4)
+    data = pickle.dumps(loss)
+    assert len(data) < 4096
+    other = pickle.loads(data)
+    assert other.fingerprint() == loss.fingerprint()
+    assert not other.net.cached_tensors()
+    behind = LossNet.vgg(3, (1, 1), (64, 128), seed=2).with_input_adapter(5, seed=7)
+    data = pickle.dumps(behind)
+    assert len(data) < 2048
+    again = pickle.loads(data)
+    assert again.fingerprint() == behind.fingerprint()
+    assert again.in_channels == 5
+    assert all(torch.equal(w, again.weights[k]) for k, w in behind.weights.items())
+
+
+def test_pickles_say_when_weights_are_drawn_differently(monkeypatch):
+    data = pickle.dumps(LossNet.vgg(3, (1,), WIDTHS, seed=4))
+    draw = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *a, **k: draw(*a, **k) * 1.5)
+    with pytest.raises(ValueError, match=r"fingerprint .* expected .*LossNet\.save"):
+        pickle.loads(data)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_pickles_of_foreign_networks_hold_the_weights(adapter):
+    net = LossNet.from_sequential(small_chain(0), mean=0.5, std=2)
+    if adapter:
+        net = net.with_input_adapter(9, seed=3)
+    x = torch.rand(1, net.in_channels, 8, 8)
+    want = net.features(net.network_input(x, None), net.layer_names)
+    size = len(pickle.dumps(LossNet.from_sequential(small_chain(0), mean=0.5, std=2)))
+    GenericPerceptualLoss(net.in_channels, net)(x, x)  # fills the caches
+    data = pickle.dumps(net)
+    assert len(data) < size + 2000
+    other = pickle.loads(data)
+    got = other.features(other.network_input(x, None), net.layer_names)
+    assert all(torch.equal(got[k], want[k]) for k in want)
+    assert (other.fingerprint(), other.mean, other.std) == (net.fingerprint(), net.mean, net.std)
+
+
+def test_deepcopy_shares_weights_and_no_caches():
+    net = LossNet.vgg(3, (1, 1), WIDTHS)
+    device = torch.device("cpu")
+    net.weights_on(device, torch.bfloat16)
+    other = copy.deepcopy(net)
+    assert not other.cached_tensors()
+    a, b = (n.weights_on(device, torch.float32)["conv1_1"] for n in (net, other))
+    assert a.data_ptr() == b.data_ptr()
+    loss = GenericPerceptualLoss(3, net)
+    assert copy.deepcopy(loss).net is not net
+
+
+def test_repr_shows_what_makes_networks_differ():
+    text = repr(LossNet.vgg(3, (1, 1), WIDTHS, seed=4, init=("normal", 0.1), pool="avg"))
+    for word in ("3", "(1, 1)", "(4, 6)", "seed=4", "('normal', 0.1)", "'avg'"):
+        assert word in text
+    assert "with_input_adapter(9, seed=5)" in repr(LossNet.vgg(3).with_input_adapter(9, 5))
+    one, other = (LossNet.from_sequential(small_chain(s)) for s in range(2))
+    assert repr(one) != repr(other)
+    assert "Sequential" in repr(LossNet.from_module(small_chain(0), ["0"]))
+
+
+# ------------------------------------------------------------------------ numbers of other kinds
+
+
+def test_integers_may_be_numpys_or_tensors():
+    want = LossNet.vgg(3, (1, 2), (4, 6), 5, seed=7, init=("normal", 0.5)).fingerprint()
+    for make in (np.int64, np.uint8, torch.tensor):
+        net = LossNet.vgg(
+            make(3), [make(1), make(2)], [make(4), make(6)], make(5),
+            seed=make(7), init=["normal", np.float64(0.5)],
+        )  # fmt: skip
+        assert net.fingerprint() == want
+        assert pickle.loads(pickle.dumps(net)).fingerprint() == want
+    arrays = LossNet.vgg(3, np.array([1, 2]), torch.tensor([4, 6]), 5, "max",
+                         ("normal", torch.tensor(0.5)), 7)  # fmt: skip
+    assert arrays.fingerprint() == want
+    behind = LossNet.vgg(3, (1,), WIDTHS).with_input_adapter(np.int32(5), seed=torch.tensor(2))
+    assert behind.fingerprint() == (
+        LossNet.vgg(3, (1,), WIDTHS).with_input_adapter(5, seed=2).fingerprint()
+    )
+
+
+@pytest.mark.parametrize(
+    "blocks", [[1, 2], (1, 2), np.array([1, 2]), torch.tensor([1, 2]), [np.int64(1), 2], "1, 2"]
+)
+def test_blocks_may_be_a_list(blocks):
+    assert parse_blocks(blocks) == (1, 2)
+    assert all(type(n) is int for n in parse_blocks(blocks))
+
+
+@pytest.mark.parametrize("blocks", [[], [1, 0], [True], [1.0], 3, None, ["1"], {"vgg19": 1}])
+def test_blocks_that_are_none_list_what_is_known(blocks):
+    with pytest.raises(ValueError, match=r"net: got .*'vgg11'.*'1,1,1,1,1'"):
+        parse_blocks(blocks)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"in_channels": True}, {"in_channels": np.bool_(True)}, {"in_channels": "3"},
+        {"blocks": (True,)}, {"blocks": 2}, {"blocks": (1.0,)}, {"widths": (True,)},
+        {"widths": 4}, {"widths": "44"}, {"kernel_size": True}, {"kernel_size": 3.0},
+        {"kernel_size": "3"}, {"seed": True}, {"seed": 1.5}, {"seed": None}, {"seed": 2**64},
+        {"seed": "0"}, {"init": ("normal", True)}, {"init": ("normal", "0.1")},
+        {"init": ("normal", 0.1, 2)}, {"init": ("normal",)}, {"init": ("normal", 1e300)},
+        {"init": ("uniform", 1e-300)}, {"init": 0.1}, {"init": None}, {"init": ["he"]},
+        {"pool": None}, {"pool": ["max"]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_other_kinds_of_arguments_are_refused(options):
+    name = next(iter(options))
+    with pytest.raises(ValueError, match=rf"^{name}: got .*expected"):
+        LossNet.vgg(**{"in_channels": 3, "blocks": (1,), **options})
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [
+        (0.5, 0.25), (np.float32(0.5), torch.tensor(0.25)), (np.array(0.5), np.array([0.25])),
+        (torch.full((3,), 0.5), np.full(3, 0.25)), ((0.5,), (0.25,)),
+        (torch.full((3, 1, 1), 0.5), [0.25] * 3),
+    ],
+)  # fmt: skip
+def test_mean_and_std_may_be_one_number_or_arrays(mean, std):
+    module = small_chain(0, 3)
+    x = torch.rand(1, 3, 8, 8)
+    net = LossNet.from_sequential(module, mean=mean, std=std)
+    if np.size(mean) == np.size(std):
+        got = net.features(net.network_input(x, None), ["conv1_1"])["conv1_1"]
+        want = module[0]((x - 0.5) / 0.25)
+        torch.testing.assert_close(got, want.detach())
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [
+        ("0.5", "0.5"), (True, 1.0), ([0.5, "0", 0.5], [1.0] * 3), (0.5, float("nan")),
+        (float("inf"), 1.0), (0.5, -1.0), ([[0.5] * 3], [1.0]), ({"r": 1}, 1.0),
+        ([0.5] * 3, None), ([0.5] * 2, [1.0] * 2), ([], []),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_other_normalisations_are_refused(mean, std):
+    with pytest.raises(ValueError, match=r"mean, std: got .*expected"):
+        LossNet.from_sequential(small_chain(0, 3), mean=mean, std=std)
+    with pytest.raises(ValueError, match=r"mean, std: got .*expected"):
+        LossNet.from_module(small_chain(0, 3), ["0"], mean=mean, std=std)
+
+
+@pytest.mark.parametrize("name", ["fast", "reference"])
+def test_a_graph_makes_no_copies_of_its_own(name):
+    """What a trace packs is kept: real tensors, which eager calls and other graphs read too."""
+    loss = GenericPerceptualLoss(6, "1,1", backend=name)
+    x, y = torch.randn(1, 6, 32, 32), torch.randint(0, 6, (1, 32, 32))
+    value = torch.compile(loss, backend="aot_eager", fullgraph=True)(x, y)
+    held = loss.net.cached_tensors()
+    assert held
+    assert all(type(t) is torch.Tensor for t in held)
+    assert torch.equal(loss(x, y), value)
+    assert [t.data_ptr() for t in loss.net.cached_tensors()] == [t.data_ptr() for t in held]
