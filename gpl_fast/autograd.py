@@ -15,6 +15,9 @@ Saved between forward and backward (docs/derivation.md, section 4; `Plan.saved` 
 ``valid``   (N, H, W)                               bool          where pixels do not count
 =========== ======================================= ============= ==================================
 
+``lse`` is max + T log Σ e^((x − max) / T), in the logits' own units; y' = e^((x − lse) / T) over
+its sum.
+
 Both walks are one operator each, opaque to torch.compile: they loop over chunks that are chosen
 from the shapes.
 """
@@ -27,9 +30,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from gpl_fast import chain, plan, reference
-from gpl_fast.lossnet import LossNet
+from gpl_fast.lossnet import LossNet, constant_in_graphs
 from gpl_fast.targets import Target
 
 _LIBRARY: Any = torch.library.Library("gpl_fast", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -70,7 +74,7 @@ def perceptual_terms(
     target_activation: str,
     temperature: float,
     dtype: torch.dtype,
-    workspace_mb: float,
+    workspace_mb: float | str,
     cross_entropy: CrossEntropy | None = None,
 ) -> Tensor:
     """(4, N) float32: feature term, style term, Σ of the pixels' cross-entropy, Σ of its weights.
@@ -80,7 +84,11 @@ def perceptual_terms(
         style_features: by layer, (1 or N, C_b, h, w), where the style target is not `target`.
         dtype: what the chain computes in.
         Others: as `functional`.
+
+    Raises:
+        NotImplementedError: inside a transform of `torch.func`, or forward-mode differentiation.
     """
+    refuse_transforms(pred)
     tensors = _target_tensors(target, style_features, style_weights, dtype)
     if cross_entropy is not None:
         if tensors.get("labels") is cross_entropy.labels:
@@ -92,6 +100,7 @@ def perceptual_terms(
             tensors["class_weight"] = cross_entropy.class_weight.float()
     resized = target.dense is not None and tuple(target.dense.shape[2:]) != tuple(pred.shape[2:])
     arithmetic = chain.arithmetic(pred.device, dtype)
+    megabytes, hard = workspace(pred.device, workspace_mb)
     spec = plan.make_spec(
         net,
         feature_weights=feature_weights,
@@ -106,7 +115,8 @@ def perceptual_terms(
         device=pred.device.type,
         dtype=dtype,
         arithmetic=arithmetic,
-        workspace_mb=workspace_mb,
+        workspace_mb=megabytes,
+        hard=hard,
     )
     names = tuple(tensors)
     weights = torch.float32 if arithmetic == "float32" else dtype
@@ -132,7 +142,7 @@ def encode(
     activation: str,
     temperature: float,
     dtype: torch.dtype,
-    workspace_mb: float,
+    workspace_mb: float | str,
 ) -> dict[str, Tensor]:
     """φ(target) of a dense target by layer, (N, C_b, H_b, W_b): the walk in its plain form.
 
@@ -140,7 +150,9 @@ def encode(
         target: (N, C, H, W) float32, bfloat16 or float16, any strides.
         Others: as `perceptual_terms`.
     """
+    refuse_transforms(target)
     arithmetic = chain.arithmetic(target.device, dtype)
+    megabytes, hard = workspace(target.device, workspace_mb)
     spec = plan.make_spec(
         net,
         feature_weights=dict.fromkeys(layers, 1.0),
@@ -152,7 +164,8 @@ def encode(
         device=target.device.type,
         dtype=dtype,
         arithmetic=arithmetic,
-        workspace_mb=workspace_mb,
+        workspace_mb=megabytes,
+        hard=hard,
     )
     packed = target.device, torch.float32 if arithmetic == "float32" else dtype, False
     packs = net.cached_packs(*packed)
@@ -170,9 +183,8 @@ class _PerceptualTerms(torch.autograd.Function):
         target, packs = list(tensors[:count]), list(tensors[count:])
         terms, saved = torch.ops.gpl_fast.perceptual_fwd(x, target, packs, spec, names, True)
         kept = {k: t for k, t in _by_name(names, target, packs)[0].items() if k in _KEPT}
-        if "ce_labels" in kept:  # 2 bytes a pixel instead of 8
-            small = torch.int16 if x.shape[1] <= 2**15 else torch.int32
-            kept["ce_labels"] = kept["ce_labels"].to(small)
+        if "ce_labels" in kept:
+            kept["ce_labels"] = kept["ce_labels"].to(label_dtype(x.shape[1]))
         ctx.save_for_backward(x, *kept.values(), *packs, *saved)
         ctx.spec, ctx.counts = spec, (len(kept), len(packs))
         ctx.names = ",".join(kept) + ";" + names.split(";")[1]
@@ -181,15 +193,59 @@ class _PerceptualTerms(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, *rest = ctx.saved_tensors
+        g = grads[0]
         n_target, n_packs = ctx.counts
         target, packs = rest[:n_target], rest[n_target : n_target + n_packs]
         with torch.no_grad():
             dx = torch.ops.gpl_fast.perceptual_bwd(
-                x, target, packs, rest[n_target + n_packs :], grads[0], ctx.spec, ctx.names
+                x, target, packs, rest[n_target + n_packs :], g, ctx.spec, ctx.names
             )
-        if torch.is_grad_enabled():
-            dx = reference.refuse_double_backward(dx, x)
+        if torch.is_grad_enabled():  # by the prediction, and by the gradient that came in
+            dx = reference.refuse_double_backward(dx, x, g)
         return dx, *(None,) * (len(ctx.needs_input_grad) - 1)
+
+
+def refuse_transforms(x: Tensor) -> None:
+    """Derivatives that the operators do not give would be 0 in silence.
+
+    Raises:
+        NotImplementedError: a transform of `torch.func` is active, or `x` has a tangent.
+    """
+    what = (
+        _transform_while_tracing()
+        if torch.compiler.is_compiling()
+        else reference.active_transform(x)
+    )
+    if what is None:
+        return
+    raise NotImplementedError(
+        f"gpl_fast: the fast path has no {what}; use backend='reference', which leaves them to "
+        "PyTorch (or loss.backward() and torch.autograd.grad on the fast path)"
+    )
+
+
+@constant_in_graphs  # torch.compile guards on what it sees
+def _transform_while_tracing() -> str | None:
+    if forward_ad._current_level >= 0:
+        return "forward-mode derivatives"
+    return reference.active_transform(torch.empty(0, device="cpu"))
+
+
+def label_dtype(channels: int) -> torch.dtype:
+    """Of the labels that are kept: 2 bytes a pixel instead of 8."""
+    return torch.int16 if channels <= 2**15 else torch.int32
+
+
+@constant_in_graphs
+def workspace(device: torch.device, workspace_mb: float | str) -> tuple[float, bool]:
+    """Megabytes, and whether they are a hard bound: of "auto" a share of a GPU's memory, the same
+    on every rank."""
+    if not isinstance(workspace_mb, str):
+        return workspace_mb, True
+    if device.type != "cuda":
+        return plan.CPU_WORKSPACE_MB, False
+    total = torch.cuda.get_device_properties(device).total_memory / plan.MIB
+    return max(plan.CPU_WORKSPACE_MB, total / plan.GPU_WORKSPACE_SHARE), False
 
 
 # ------------------------------------------------------------------------------------ operators
@@ -261,6 +317,8 @@ def _target_tensors(
         tensors["valid"] = target.valid.contiguous()
     if target.dense is not None:
         tensors["dense"] = target.dense
+    if target.dense_valid is not None:
+        tensors["dense_valid"] = target.dense_valid
     if target.labels is not None:
         labels = target.labels.contiguous()
         # One channel: value 1 is the first class and value 0 none, so the map is the label itself.
@@ -278,18 +336,22 @@ def _target_tensors(
 
 
 def _topk_tensors(target: Target) -> dict[str, Tensor]:
-    assert target.topk is not None
-    indices = target.topk.indices.contiguous()
-    values = reference.zero_invalid(target.topk.values.detach().float(), target.valid).contiguous()
-    total = values.sum(dim=1)
-    out = {"topk_values": values, "topk_indices": indices}
-    if target.topk.rest == "renormalize":
-        out["topk_values"] = torch.where(total > 0, 1 / total, 0).unsqueeze(1) * values
-    elif target.topk.rest == "uniform":
+    topk = target.topk
+    assert topk is not None
+    indices = topk.indices.contiguous()
+    values = reference.zero_invalid(topk.values.detach().float(), target.valid)
+    if topk.rest == "renormalize":
+        values = reference.renormalized(values)
+    out = {"topk_values": values.contiguous(), "topk_indices": indices}
+    if topk.rest == "uniform":
+        total = values.sum(dim=1)
         ordered = indices.sort(dim=1).values
-        listed = (ordered.diff(dim=1) != 0).sum(dim=1) + 1
+        listed = (ordered.diff(dim=1) != 0).sum(dim=1) + min(indices.shape[1], 1)
         unlisted = target.channels - listed
         out["topk_rest"] = (1 - total).clamp(min=0) * (unlisted > 0) / unlisted.clamp(min=1)
+    if indices.shape[1] == 0:  # one entry of no class: an empty list has no memory to point at
+        out["topk_values"] = values.new_zeros(values.shape[0], 1, *values.shape[2:])
+        out["topk_indices"] = torch.full_like(out["topk_values"], -1, dtype=torch.int64)
     return out
 
 

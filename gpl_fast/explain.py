@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from gpl_fast import chain, functional, plan
+from gpl_fast import autograd, chain, functional, plan
+from gpl_fast import backend as backends
 from gpl_fast.backend import Choice
+from gpl_fast.input_checks import check_prediction
 from gpl_fast.lossnet import LossNet
 from gpl_fast.options import Options
-from gpl_fast.targets import Target, TargetFeatures, TopK, resolve_target
+from gpl_fast.targets import (
+    Target,
+    TargetFeatures,
+    TopK,
+    check_labels,
+    normalise_mask,
+    resolve_target,
+)
 
 
 @dataclass(frozen=True)
@@ -76,90 +87,184 @@ class Explanation:
 
 
 def explain(
-    loss: Callable[[Tensor, Any, Tensor | None], Tensor],
+    loss: nn.Module,
+    net: LossNet,
+    o: Options,
     pred: Tensor,
     target: Tensor | TopK | TargetFeatures,
     mask: Tensor | None,
-    net: LossNet,
-    taps: Sequence[str],
-    options: Options,
+    *,
+    features: Mapping[str, float],
+    styles: Mapping[str, float] = MappingProxyType({}),
+    style_target: Tensor | TargetFeatures | None = None,
+    tv_weight: float = 0.0,
 ) -> Explanation:
-    """Plan the call and count: nothing is computed, and no value but a label's is looked at.
+    """Plan the call and count: nothing is computed, and of a target only what is checked is read.
 
     Args:
-        loss: called as ``loss(pred, target, mask)``.
-        pred: (N, C, H, W); its values are not looked at.
-        target, mask: what the loss takes.
-        net: its network.
-        taps: layers it compares.
-        options: its keywords.
+        loss: called with these tensors, by name.
+        net, o: its network and options.
+        pred: (N, C, H, W); its values are not looked at. On "meta" it stands for one on the default
+            device.
+        target, mask, style_target: what the loss takes.
+        features, styles, tv_weight: its weights.
     """
-    o = options
-    resolved = resolve_target(
-        target, net.in_channels, mask=mask, ignore_index=o.ignore_index, pred=pred
-    )
-    dtype = functional.compute_dtype(pred, resolved, o)
-    choice = functional.choose_backend(pred, dtype, net, o)
-    if choice.name == "fast":
-        return _explain_fast(pred, resolved, mask, net, taps, o, dtype, choice)
-    layers = _layer_costs(net, pred, resolved.kind, taps, None)
-    # On CUDA labels and indices out of range make a mask of their own; meta tensors are like CPU's.
-    made = resolved.valid is not None and resolved.kind in ("labels", "topk") and pred.is_cuda
-    bytes_saved, counted = _run_on_meta(
-        loss, pred, target, resolved.valid if made else mask, net, not made
-    )
-    flops = sum(layer.flops for layer in layers) if layers else counted
-    return Explanation(choice.name, choice.reason, dtype, flops, bytes_saved, None, layers)
+    resolved = resolve_target(target, net.in_channels, o, mask=mask, pred=pred)
+    inputs: dict[str, Any] = {"pred": pred, "target": target, "mask": mask}
+    if style_target is not None:
+        inputs["style_target"] = style_target
+    planned = Planned(loss, net, o, pred, resolved, mask, inputs, features, styles)
+    found = planned.explain()
+    if tv_weight and found.backend == "fast":  # which leaves the total variation to PyTorch
+        valid = resolved.valid
+        saved, _ = _run_on_meta(
+            lambda pred: functional.total_variation(pred, valid, o), {"pred": pred}, net
+        )
+        found = replace(found, bytes_saved=found.bytes_saved + saved)
+    return found
 
 
-def _explain_fast(
-    pred: Tensor,
-    target: Target,
-    mask: Tensor | None,
+def explain_segmentation(
+    loss: nn.Module,
     net: LossNet,
-    taps: Sequence[str],
     o: Options,
-    dtype: torch.dtype,
-    choice: Choice,
+    logits: Tensor,
+    labels: Tensor,
+    teacher: Tensor | TopK | TargetFeatures | None,
+    mask: Tensor | None,
+    *,
+    taps: Mapping[str, float],
+    gpl_weight: float,
+    ce_weight: float,
+    label_smoothing: float,
+    gpl_ignore: bool | str,
 ) -> Explanation:
-    spec = plan.make_spec(
-        net,
-        feature_weights=dict.fromkeys(taps, 1.0),
-        style_weights={},
-        kind=target.kind,
-        activation=o.activation,
-        target_activation=o.target,
-        temperature=o.temperature,
-        device=pred.device.type,
-        dtype=dtype,
-        arithmetic=chain.arithmetic(pred.device, dtype),
-        workspace_mb=o.workspace_mb,
-    )
-    n, _, height, width = pred.shape
-    planned = plan.Plan(plan.load_spec(spec), n, height, width)
-    layers = _layer_costs(net, pred, target.kind, taps, planned)
-    total = planned.bytes_saved()
-    if target.valid is not None and (
-        mask is None or target.valid.untyped_storage()._cdata != mask.untyped_storage()._cdata
-    ):
-        total += target.valid.numel()
-    flops = sum(layer.flops for layer in layers)
-    workspace = planned.bytes_transient()
-    float32 = planned.spec.arithmetic == "float32"
-    return Explanation(choice.name, choice.reason, dtype, flops, total, workspace, layers, float32)
+    """`explain` for a loss with a cross-entropy; see `functional.segmentation_loss`."""
+    check_prediction(logits, net, needs_size=False)
+    plane = functional.segmentation_labels(labels, logits)
+    size = (int(plane.shape[1]), int(plane.shape[2]))
+    net.shapes(*size)
+    given = normalise_mask(mask, logits.shape[0], size, logits.device)
+    checked = check_labels(plane, given, net.in_channels, o.ignore_index)
+    full = logits
+    if size != tuple(logits.shape[2:]):  # as large, and without memory
+        full = logits.new_empty(()).expand(*logits.shape[:2], *size)
+    target = functional.segmentation_target(full, checked, teacher, given, net, o, gpl_ignore)
+    inputs = {"logits": logits, "labels": labels, "teacher": teacher, "mask": mask}
+    shared = label_smoothing if ce_weight and gpl_weight else None
+    return Planned(
+        loss, net, o, full, target, mask, inputs, taps if gpl_weight else {}, {}, shared,
+        resized=full is not logits,
+    ).explain()  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A call of a loss with checked arguments, to be counted.
+
+    ``label_smoothing``: of the cross-entropy that shares the fast path's passes, or None;
+    ``resized``: the prediction is a map that the loss makes.
+    """
+
+    loss: nn.Module
+    net: LossNet
+    o: Options
+    pred: Tensor
+    target: Target
+    mask: Tensor | None
+    inputs: Mapping[str, Any]
+    features: Mapping[str, float]
+    styles: Mapping[str, float]
+    label_smoothing: float | None = None
+    resized: bool = False
+
+    def explain(self) -> Explanation:
+        dtype = functional.compute_dtype(self.pred, self.target, self.o)
+        wide = torch.float64 if self.pred.dtype == torch.float64 else dtype
+        choice = backends.choose(self.o.backend, self.device, wide, self.net)
+        if not (self.features or self.styles):
+            choice = Choice("reference", "no feature has a weight")
+        if choice.name == "fast":
+            return self._fast(dtype, choice)
+        layers = _layer_costs(self.net, self.pred, self.target.kind, self.taps, None)
+        bytes_saved, counted = _run_on_meta(self.loss, self._seen_inputs(), self.net)
+        flops = sum(layer.flops for layer in layers) if layers else counted
+        return Explanation(choice.name, choice.reason, dtype, flops, bytes_saved, None, layers)
+
+    @property
+    def device(self) -> torch.device:
+        """Of the prediction, or of what a meta tensor stands for."""
+        if not self.pred.is_meta:
+            return self.pred.device
+        usual = torch.get_default_device()
+        return torch.device("cpu") if usual.type == "meta" else usual
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*self.features, *self.styles)))
+
+    def _seen_inputs(self) -> dict[str, Any]:
+        # On CUDA labels and indices out of range make a mask of their own; meta tensors are like
+        # the CPU's.
+        made = self.target.valid is not None and self.target.kind in ("labels", "topk")
+        return {
+            **self.inputs,
+            **({"mask": self.target.valid} if made and self.pred.is_cuda else {}),
+        }
+
+    def _fast(self, dtype: torch.dtype, choice: Choice) -> Explanation:
+        o, device, target = self.o, self.device, self.target
+        megabytes, hard = autograd.workspace(device, o.workspace_mb)
+        spec = plan.make_spec(
+            self.net,
+            feature_weights=dict(self.features),
+            style_weights=dict(self.styles),
+            kind=target.kind,
+            resized=target.dense is not None and tuple(target.dense.shape[2:]) != target.size,
+            activation=o.activation,
+            target_activation=o.target,
+            temperature=o.temperature,
+            label_smoothing=self.label_smoothing or 0.0,
+            cross_entropy=self.label_smoothing is not None,
+            device=device.type,
+            dtype=dtype,
+            arithmetic=chain.arithmetic(device, dtype),
+            workspace_mb=megabytes,
+            hard=hard,
+        )
+        n, c, height, width = self.pred.shape
+        planned = plan.Plan(plan.load_spec(spec), n, height, width)
+        layers = _layer_costs(self.net, self.pred, target.kind, self.taps, planned)
+        total = planned.bytes_saved()
+        if target.valid is not None and not _same_memory(target.valid, self.mask):
+            total += target.valid.numel()
+        if self.label_smoothing is not None:
+            total += n * height * width * autograd.label_dtype(c).itemsize
+        if self.resized:
+            total += self.pred.numel() * self.pred.element_size()
+        flops = sum(layer.flops for layer in layers)
+        workspace = planned.bytes_transient()
+        float32 = planned.spec.arithmetic == "float32"
+        return Explanation(
+            choice.name, choice.reason, dtype, flops, total, workspace, layers, float32
+        )
+
+
+def _same_memory(a: Tensor, b: Tensor | None) -> bool:
+    return b is not None and a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
 
 def _run_on_meta(
-    loss: Callable[[Tensor, Any, Tensor | None], Tensor],
-    pred: Tensor,
-    target: Tensor | TopK | TargetFeatures,
-    mask: Tensor | None,
-    net: LossNet,
-    own_mask: bool = True,
+    run: Callable[..., Tensor], inputs: Mapping[str, Any], net: LossNet
 ) -> tuple[int, int]:
-    """Bytes that autograd keeps for the backward, each storage once, and FLOPs of the network."""
-    meta_pred = torch.empty_like(pred, device="meta").requires_grad_()
-    meta_target, meta_mask = _to_meta(target), None if mask is None else mask.to("meta")
+    """Bytes that autograd keeps for the backward, each storage once, and FLOPs of the network.
+
+    Args:
+        run: called with `inputs` by name; the first one is the prediction.
+    """
+    name, *_ = inputs
+    moved = {k: None if t is None else t.to("meta") for k, t in inputs.items()}
+    moved[name] = torch.empty_like(inputs[name], device="meta").requires_grad_()
     kept: dict[int, Tensor] = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -171,10 +276,10 @@ def _run_on_meta(
     counter = FlopCounterMode(display=False)
     with torch.enable_grad(), counter:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            value = loss(meta_pred, meta_target, meta_mask)
+            value = run(**moved)
         value.sum().backward()  # type: ignore[no-untyped-call]
-    own = [meta_pred, *_tensors(meta_target), *net.cached_tensors()]
-    for t in [*own, meta_mask] if meta_mask is not None and own_mask else own:
+    given = [t for x in moved.values() for t in tree_leaves(x) if isinstance(t, Tensor)]
+    for t in [*given, *net.cached_tensors()]:
         kept.pop(t.untyped_storage()._cdata, None)
     bytes_saved = sum(t.untyped_storage().nbytes() for t in kept.values())
     return bytes_saved, int(counter.get_total_flops())
@@ -208,21 +313,6 @@ def _layer_costs(
         if not missing:
             break
     return tuple(costs)
-
-
-def _to_meta(target: Tensor | TopK | TargetFeatures) -> Any:
-    if isinstance(target, TopK):
-        return replace(target, values=target.values.to("meta"), indices=target.indices.to("meta"))
-    return target.to("meta")
-
-
-def _tensors(target: Tensor | TopK | TargetFeatures) -> list[Tensor]:
-    if isinstance(target, TopK):
-        return [target.values, target.indices]
-    if isinstance(target, TargetFeatures):
-        masks = [t for t in (target.mask, target.valid) if t is not None]
-        return [*target.features.values(), *masks]
-    return [target]
 
 
 def _size(count: int) -> str:

@@ -14,13 +14,16 @@ from torch import Tensor
 
 from gpl_fast import autograd, reference
 from gpl_fast import backend as backends
-from gpl_fast.input_checks import FLOAT_DTYPES
+from gpl_fast.input_checks import check_prediction, check_tensor
 from gpl_fast.lossnet import LossNet, constant_in_graphs
 from gpl_fast.options import (
     Options,
-    check_class_weight,
-    check_layers,
-    check_segmentation,
+    as_class_weight,
+    as_label_smoothing,
+    as_layers,
+    as_num_classes,
+    as_weight,
+    check_gpl_ignore,
     level_taps,
 )
 from gpl_fast.targets import (
@@ -28,6 +31,7 @@ from gpl_fast.targets import (
     TargetFeatures,
     check_labels,
     label_plane,
+    may_look,
     normalise_mask,
     resolve_target,
 )
@@ -42,16 +46,20 @@ def generic_perceptual_loss(
     level_weights: Sequence[float] | None = None,
     **options: Any,
 ) -> Tensor:
-    """Eq. (1): ``Σ_b w_b / (C_b H_b W_b) ‖E'_b − E_b‖²`` (Liu et al., Section 3.1).
+    """Eq. (1) of docs/derivation.md: ``Σ_b w_b / (C_b H_b W_b) ‖E'_b − E_b‖²`` (Liu et al., eq. (1)
+    and Section 3.1).
 
     Args:
         pred: (N, C, H, W) floating.
         target: floating (N, C, h, w), integer labels (N, H, W) or (N, 1, H, W), `TopK`, or
             `TargetFeatures`. Never gets a gradient.
         net: the frozen network, ``net.in_channels == C``.
-        mask: (N, H, W) or (N, 1, H, W) bool, True = valid.
+        mask: (N, H, W) or (N, 1, H, W) bool, True = valid; of a dense target of another size also
+            (N, h, w): that target is then resized with what is valid alone.
         level_weights: one for each block; None = the last block only, weight 1.
-        **options: the fields of `Options`.
+        **options: the fields of `Options`. A dense target that holds probabilities is refused
+            under ``target_activation="auto"``, as `GenericPerceptualLoss` says; on a GPU only
+            with ``GPL_FAST_CHECK=1``.
 
     Returns:
         0-dim, or (N,) with ``reduction="none"``; float32, float64 for float64 input.
@@ -60,15 +68,24 @@ def generic_perceptual_loss(
         TypeError, ValueError: bad input, with what was got, expected, and the way out.
         BackendUnavailable: ``backend="fast"`` where it cannot run.
     """
-    o = Options(**options)
-    weights = level_taps(net, level_weights)
-    check_prediction(pred, net)
+    o = Options.of("generic_perceptual_loss", options)
     o.check_channels(net.in_channels)
-    resolved = resolve_target(
-        target, net.in_channels, mask=mask, ignore_index=o.ignore_index, pred=pred
-    )
+    return generic_value(pred, target, mask, net, level_taps(net, level_weights), o)
+
+
+def generic_value(
+    pred: Tensor,
+    target: Tensor | Any,
+    mask: Tensor | None,
+    net: LossNet,
+    taps: Mapping[str, float],
+    o: Options,
+) -> Tensor:
+    """`generic_perceptual_loss` by the weight of each layer, with options that are checked."""
+    check_prediction(pred, net)
+    resolved = resolve_target(target, net.in_channels, o, mask=mask, pred=pred)
     pred = reference.input_edge(pred)
-    parts = _perceptual_terms(pred, resolved, None, net, weights, {}, o)
+    parts = _perceptual_terms(pred, resolved, None, net, taps, {}, o)
     return _reduce(parts["feature"], o.reduction)
 
 
@@ -81,7 +98,7 @@ def segmentation_loss(
     mask: Tensor | None = None,
     gpl_weight: float = 0.1,
     ce_weight: float = 1.0,
-    class_weight: Tensor | None = None,
+    class_weight: Tensor | Sequence[float] | None = None,
     label_smoothing: float = 0.0,
     gpl_ignore: bool | str = "auto",
     level_weights: Sequence[float] | None = None,
@@ -96,8 +113,9 @@ def segmentation_loss(
         net: the frozen network, ``net.in_channels == C``.
         teacher: what `generic_perceptual_loss` takes as a target; None = the labels.
         mask: (N, H, W) or (N, 1, H, W) bool, True = valid, for both terms.
-        gpl_weight, ce_weight: of the two terms.
-        class_weight: (C,) of the cross-entropy, as ``F.cross_entropy(weight=)``.
+        gpl_weight, ce_weight: of the two terms; a term of weight 0 is not computed.
+        class_weight: (C,) of the cross-entropy, as ``F.cross_entropy(weight=)``. Where the weights
+            of all counted pixels are 0, so is the cross-entropy.
         label_smoothing: of the cross-entropy, in [0, 1].
         gpl_ignore: whether pixels with an ignored label leave the perceptual term: "auto" = only
             when the labels are its target; True; False (such a label is then a zero map).
@@ -109,11 +127,47 @@ def segmentation_loss(
         TypeError, ValueError: bad input, with what was got, expected, and the way out.
         BackendUnavailable: ``backend="fast"`` where it cannot run.
     """
-    o = Options(**options)
-    weights = level_taps(net, level_weights)
-    check_segmentation(net.in_channels, gpl_weight, ce_weight, label_smoothing, gpl_ignore)
+    o = Options.of("segmentation_loss", options)
+    as_num_classes(net.in_channels)
+    o.check_channels(net.in_channels)
+    check_gpl_ignore(gpl_ignore)
+    if class_weight is not None:
+        class_weight = as_class_weight(class_weight, net.in_channels, look=False)
+    parts = segmentation_parts(
+        logits,
+        labels,
+        teacher,
+        mask,
+        net,
+        level_taps(net, level_weights),
+        o,
+        gpl_weight=as_weight("gpl_weight", gpl_weight),
+        ce_weight=as_weight("ce_weight", ce_weight),
+        class_weight=class_weight,
+        label_smoothing=as_label_smoothing(label_smoothing),
+        gpl_ignore=gpl_ignore,
+    )
+    return parts if return_parts else parts["loss_ce"] + parts["loss_gpl"]
+
+
+def segmentation_parts(
+    logits: Tensor,
+    labels: Tensor,
+    teacher: Tensor | Any,
+    mask: Tensor | None,
+    net: LossNet,
+    taps: Mapping[str, float],
+    o: Options,
+    *,
+    gpl_weight: float,
+    ce_weight: float,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    gpl_ignore: bool | str,
+) -> dict[str, Tensor]:
+    """The weighted terms of `segmentation_loss`, with options that are checked."""
     check_prediction(logits, net, needs_size=False)
-    labels = _check_segmentation_labels(labels, logits)
+    labels = segmentation_labels(labels, logits)
     size = (int(labels.shape[1]), int(labels.shape[2]))
     net.shapes(*size)
     mask = normalise_mask(mask, logits.shape[0], size, logits.device)
@@ -122,42 +176,94 @@ def segmentation_loss(
     logits = reference.input_edge(logits)
     with _no_autocast(logits):
         logits_full = reference.resize(logits, size)
-    counted = labels >= 0
-    if teacher is None:
-        valid = mask if gpl_ignore is False else counted
-        target = Target("labels", size, valid, labels=labels, channels=net.in_channels)
-    else:
-        teacher_mask = counted if gpl_ignore is True else mask
-        target = resolve_target(teacher, net.in_channels, mask=teacher_mask, pred=logits_full)
+    target = segmentation_target(logits_full, labels, teacher, mask, net, o, gpl_ignore)
 
     if class_weight is not None:
-        class_weight = check_class_weight(class_weight, net.in_channels).to(logits.device)
+        class_weight = class_weight.to(logits.device)
     if gpl_weight and ce_weight:
         dtype = compute_dtype(logits_full, target, o)
         if choose_backend(logits_full, dtype, net, o).name == "fast":
             shared = autograd.CrossEntropy(labels, class_weight, label_smoothing)
-            terms = _fast_terms(logits_full, target, None, net, weights, {}, o, dtype, shared)
+            terms = _fast_terms(logits_full, target, None, net, taps, {}, o, dtype, shared)
             ce = ce_weight * _mean_cross_entropy(terms[2], terms[3], o.reduction)
             gpl = gpl_weight * _reduce(terms[0], o.reduction)
-            return {"loss_ce": ce, "loss_gpl": gpl} if return_parts else ce + gpl
+            return {"loss_ce": ce, "loss_gpl": gpl}
     acc = _accumulation_dtype(logits.dtype)
-    with _no_autocast(logits):
-        weight = None if class_weight is None else class_weight.to(acc)
-        total, norm = reference.cross_entropy(logits_full.to(acc), labels, weight, label_smoothing)
-        ce = ce_weight * _mean_cross_entropy(total, norm, o.reduction)
+    # A term of weight 0 is not computed, but connected.
+    ce = gpl = _reduce(logits_full[:, :0].sum(dim=(1, 2, 3), dtype=acc), o.reduction)
+    if ce_weight:
+        with _no_autocast(logits):
+            weight = None if class_weight is None else class_weight.to(acc)
+            total, norm = reference.cross_entropy(
+                logits_full.to(acc), labels, weight, label_smoothing
+            )
+            ce = ce_weight * _mean_cross_entropy(total, norm, o.reduction)
     if gpl_weight:
-        parts = _perceptual_terms(logits_full, target, None, net, weights, {}, o)
+        parts = _perceptual_terms(logits_full, target, None, net, taps, {}, o)
         gpl = gpl_weight * _reduce(parts["feature"], o.reduction)
-    else:
-        gpl = torch.zeros_like(ce)
-    return {"loss_ce": ce, "loss_gpl": gpl} if return_parts else ce + gpl
+    return {"loss_ce": ce, "loss_gpl": gpl}
+
+
+def segmentation_target(
+    pred: Tensor,
+    labels: Tensor,
+    teacher: Tensor | Any,
+    mask: Tensor | None,
+    net: LossNet,
+    o: Options,
+    gpl_ignore: bool | str,
+) -> Target:
+    """What the perceptual term of `segmentation_loss` compares logits (N, C, H, W) with.
+
+    Args:
+        labels: (N, H, W) int64, -1 = does not count, from `check_labels`.
+        Others: as `segmentation_loss`.
+    """
+    counted = labels >= 0
+    if teacher is None:
+        valid = mask if gpl_ignore is False else counted
+        size = (int(labels.shape[1]), int(labels.shape[2]))
+        return Target("labels", size, valid, labels=labels, channels=net.in_channels)
+    if isinstance(teacher, TargetFeatures) and gpl_ignore is True:
+        return _features_without_ignored(teacher, mask, counted, net, pred, o)
+    teacher_mask = counted if gpl_ignore is True else mask
+    return resolve_target(teacher, net.in_channels, o, mask=teacher_mask, pred=pred, what="teacher")
+
+
+def _features_without_ignored(
+    teacher: TargetFeatures,
+    mask: Tensor | None,
+    counted: Tensor,
+    net: LossNet,
+    pred: Tensor,
+    o: Options,
+) -> Target:
+    """Stored features where ignored pixels are to leave the perceptual term: those pixels must have
+    been left out when they were made."""
+    stored = teacher.valid
+    target = resolve_target(teacher, net.in_channels, o, pred=pred, what="teacher")
+    same = stored is not None and stored.shape == counted.shape
+    if stored is not None and same and not torch.compiler.is_compiling() and may_look(counted):
+        same = torch.equal(stored, counted)
+    if not same:
+        without = "labels != ignore_index" + ("" if mask is None else " and the mask")
+        raise ValueError(
+            "gpl_ignore=True: got teacher features that were not made without this batch's ignored "
+            f"pixels, expected encode(teacher, mask=...) with {without}; or gpl_ignore='auto', "
+            "where a teacher speaks for ignored pixels too"
+        )
+    return target
 
 
 def _mean_cross_entropy(total: Tensor, norm: Tensor, reduction: str) -> Tensor:
-    """Mean over valid pixels of the batch, or of each image and then their sum; 0 for none."""
+    """Mean over valid pixels of the batch, or of each image and then their sum.
+
+    0 where the counted weights sum to 0: with label smoothing `total`, whose smoothed part weighs
+    every class, is none there.
+    """
     if reduction == "mean":
         total, norm = total.sum(), norm.sum()
-    mean = total / torch.where(norm == 0, 1, norm)
+    mean = torch.where(norm == 0, 0, total / torch.where(norm == 0, 1, norm))
     return mean.sum() if reduction == "sum" else mean
 
 
@@ -181,7 +287,7 @@ def perceptual_loss(
         target: as in `generic_perceptual_loss`.
         net: any network with the layers named.
         style_target: like `target`, of any size, for N images or one; None = `target`.
-        mask: (N, H, W) or (N, 1, H, W) bool, True = valid, for `pred` and `target`.
+        mask: as in `generic_perceptual_loss`, for `pred` and `target`.
         feature_layers: weight of ``‖φ' − φ‖² / (C H W)`` by layer.
         style_layers: weight of ``‖G' − G‖_F²`` by layer.
         tv_weight: of the mean squared neighbour difference of the activated prediction.
@@ -192,32 +298,54 @@ def perceptual_loss(
         TypeError, ValueError: bad input, with what was got, expected, and the way out.
         BackendUnavailable: ``backend="fast"`` where it cannot run.
     """
-    o = Options(**{"activation": "none", **options})
-    check_layers(net, feature_layers, style_layers, tv_weight)
-    check_prediction(pred, net)
+    o = Options.of("perceptual_loss", options, activation="none")
     o.check_channels(net.in_channels)
-    resolved = resolve_target(
-        target, net.in_channels, mask=mask, ignore_index=o.ignore_index, pred=pred
-    )
-    style = None
-    if style_target is not None:
-        style = _resolve_style(style_target, net, pred, o)
+    features, styles, tv = as_layers(net, feature_layers, style_layers, tv_weight)
+    parts = perceptual_parts(pred, target, style_target, mask, net, features, styles, tv, o)
+    return parts if return_parts else sum_of_parts(parts)
+
+
+def perceptual_parts(
+    pred: Tensor,
+    target: Tensor | Any,
+    style_target: Tensor | Any,
+    mask: Tensor | None,
+    net: LossNet,
+    feature_layers: Mapping[str, float],
+    style_layers: Mapping[str, float],
+    tv_weight: float,
+    o: Options,
+) -> dict[str, Tensor]:
+    """The weighted terms of `perceptual_loss`, with options that are checked."""
+    check_prediction(pred, net)
+    resolved = resolve_target(target, net.in_channels, o, mask=mask, pred=pred)
+    style = None if style_target is None else _resolve_style(style_target, net, pred, o)
     pred = reference.input_edge(pred)
     features = {k: w for k, w in feature_layers.items() if w}
     styles = {k: w for k, w in style_layers.items() if w}
     parts = _perceptual_terms(pred, resolved, style, net, features, styles, o)
     parts = {k: _reduce(v, o.reduction) for k, v in parts.items()}
     if tv_weight:
-        acc = _accumulation_dtype(pred.dtype)
-        with _no_autocast(pred):
-            valid = resolved.valid
-            y = reference.prediction_map(pred.to(acc), o.activation, o.temperature, valid)
-            tv = tv_weight * _reduce(reference.total_variation(y, valid), o.reduction)
+        tv = tv_weight * _reduce(total_variation(pred, resolved.valid, o), o.reduction)
     else:
         tv = torch.zeros_like(parts["feature"])
-    if return_parts:
-        return {"loss_feature": parts["feature"], "loss_style": parts["style"], "loss_tv": tv}
-    return parts["feature"] + parts["style"] + tv
+    return {"loss_feature": parts["feature"], "loss_style": parts["style"], "loss_tv": tv}
+
+
+def total_variation(pred: Tensor, valid: Tensor | None, o: Options) -> Tensor:
+    """Of the activated prediction, (N,)."""
+    with _no_autocast(pred):
+        wide = pred.to(_accumulation_dtype(pred.dtype))
+        y = reference.prediction_map(wide, o.activation, o.temperature, valid)
+        return reference.total_variation(y, valid)
+
+
+def sum_of_parts(parts: Mapping[str, Tensor]) -> Tensor:
+    """The total, added in order."""
+    first, *rest = parts.values()
+    for part in rest:
+        first = first + part
+    return first
 
 
 @torch.inference_mode(False)  # a teacher's loop may be in it; its tensors cannot enter a graph
@@ -239,20 +367,30 @@ def encode(
         target: floating (N, C, H, W), integer labels or `TopK`.
         net: the frozen network.
         layers: whose outputs are kept.
-        mask: (N, H, W) or (N, 1, H, W) bool, True = valid; kept with the features.
+        mask: (N, H, W) or (N, 1, H, W) bool, True = valid; a copy is kept with the features.
         **options: the fields of `Options`.
 
     Raises:
         TypeError, ValueError: bad input, with what was got, expected, and the way out.
     """
-    o = Options(**options)
+    return encode_target(target, mask, net, layers, Options.of("encode", options))
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def encode_target(
+    target: Tensor | Any, mask: Tensor | None, net: LossNet, layers: Sequence[str], o: Options
+) -> TargetFeatures:
+    """`encode` with options that are checked."""
     o.check_channels(net.in_channels)
-    resolved = resolve_target(target, net.in_channels, mask=mask, ignore_index=o.ignore_index)
+    resolved = resolve_target(target, net.in_channels, o, mask=mask)
     net.shapes(*resolved.size)
-    dtype = o.compute_dtype or _default_target_dtype(resolved)
+    dtype = o.dtype or _default_target_dtype(resolved)
     features = _target_features(resolved, net, tuple(layers), o, dtype)
     given = normalise_mask(mask, len(next(iter(features.values()))), resolved.size, _device(target))
-    return TargetFeatures(features, feature_settings(net, o, resolved.size), given, resolved.valid)
+    # Copies: the caller's mask may change, the features would not.
+    kept = [None if m is None else m.clone() for m in (given, resolved.valid)]
+    return TargetFeatures(features, feature_settings(net, o, resolved.size), *kept)
 
 
 # ----------------------------------------------------------------------------------- the one engine
@@ -276,6 +414,7 @@ def _perceptual_terms(
     if choose_backend(pred, dtype, net, o).name == "fast":
         terms = _fast_terms(pred, target, style, net, feature_weights, style_weights, o, dtype)
         return {"feature": terms[0], "style": terms[1]}
+    seen = _seen(target, style)
     y_pred_dtype = torch.promote_types(acc, dtype)
     with _no_autocast(pred):
         e_target = _target_features(target, net, tuple(feature_weights), o, dtype)
@@ -287,7 +426,13 @@ def _perceptual_terms(
         parts = reference.perceptual_terms(
             y, net.features, e_target, e_style, feature_weights, style_weights, dtype
         )
-    return {name: part.to(acc) for name, part in parts.items()}
+    return {name: part.to(acc) + seen for name, part in parts.items()}
+
+
+def _seen(*targets: Target | None) -> int | Tensor:
+    """0 that keeps what looked at the targets in a compiled graph."""
+    zeros = [t.seen for t in targets if t is not None and t.seen is not None]
+    return zeros[0] if len(zeros) == 1 else zeros[0] + zeros[1] if zeros else 0
 
 
 def _fast_terms(
@@ -306,7 +451,7 @@ def _fast_terms(
     styles = {}
     if style is not None:
         styles = _target_features(style, net, tuple(style_weights), o, dtype)
-    return autograd.perceptual_terms(
+    terms = autograd.perceptual_terms(
         pred,
         target,
         net,
@@ -320,6 +465,8 @@ def _fast_terms(
         workspace_mb=o.workspace_mb,
         cross_entropy=cross_entropy,
     )
+    seen = _seen(target, style)
+    return terms if isinstance(seen, int) else terms + seen
 
 
 def _target_features(
@@ -341,20 +488,20 @@ def _target_features(
                 net,
                 layers,
                 activation=o.target,
-                temperature=o.temperature,
+                temperature=o.target_temperature,
                 dtype=dtype,
                 workspace_mb=o.workspace_mb,
             )
     with torch.no_grad():
-        y = target.map(o.target, o.temperature, acc)
+        y = target.map(o.target, o.target_temperature, acc)
         with _no_autocast(y):
             return net.features(net.network_input(y, target.valid).to(dtype), layers)
 
 
 def compute_dtype(pred: Tensor, target: Target, o: Options) -> torch.dtype:
     """What the network computes in: api.md's rule for dtypes."""
-    if o.compute_dtype is not None:
-        return o.compute_dtype
+    if o.dtype is not None:
+        return o.dtype
     if target.kind == "features" and pred.dtype != torch.float64:
         return torch.float32
     kind = pred.device.type
@@ -369,33 +516,12 @@ def choose_backend(pred: Tensor, dtype: torch.dtype, net: LossNet, o: Options) -
     return backends.choose(o.backend, pred.device, dtype, net)
 
 
-def check_prediction(pred: Tensor, net: LossNet, needs_size: bool = True) -> None:
-    """Raises: TypeError, ValueError if `pred` is not floating (N, in_channels, H, W) of a size."""
-    if not isinstance(pred, Tensor):
-        raise TypeError(f"prediction: got {type(pred).__name__}, expected a torch.Tensor")
-    if pred.dtype not in FLOAT_DTYPES:
-        raise TypeError(
-            f"prediction: got {pred.dtype}, expected one of {FLOAT_DTYPES}; the prediction is the "
-            "logits or maps, before any argmax, not class indices"
-        )
-    if pred.dim() != 4 or pred.shape[1] != net.in_channels:
-        way_out = "one image: use .unsqueeze(0)"
-        if pred.dim() == 4:
-            way_out = f"make it with in_channels (num_classes) = {pred.shape[1]}, or fix the input"
-        raise ValueError(
-            f"prediction: got shape {tuple(pred.shape)}, expected (N, {net.in_channels}, H, W), "
-            f"the channels that the loss was made for; {way_out}"
-        )
-    if needs_size:
-        net.shapes(int(pred.shape[2]), int(pred.shape[3]))
-
-
 def feature_settings(net: LossNet, o: Options, size: tuple[int, int]) -> dict[str, Any]:
     """What stored features must agree in with the loss that uses them."""
     return {
         "fingerprint": net.fingerprint(),
         "activation": o.target,
-        "temperature": float(o.temperature),
+        "temperature": o.target_temperature,
         "size": list(size),
     }
 
@@ -403,7 +529,8 @@ def feature_settings(net: LossNet, o: Options, size: tuple[int, int]) -> dict[st
 def check_features(f: TargetFeatures, net: LossNet, o: Options, layers: Sequence[str]) -> None:
     """Raises: ValueError naming the first setting in which stored features differ."""
     expected = feature_settings(net, o, (f.settings["size"][0], f.settings["size"][1]))
-    for name, want in expected.items():
+    for name in {**expected, **f.settings}:
+        want = expected.get(name)
         if f.settings.get(name) != want:
             raise ValueError(
                 f"target features: {name}: got {f.settings.get(name)!r}, expected {want!r}, this "
@@ -429,7 +556,7 @@ def _resolve_style(style_target: object, net: LossNet, pred: Tensor, o: Options)
         size = (style_target.settings["size"][0], style_target.settings["size"][1])
         resolved = Target("features", size, features=style_target)
     else:
-        resolved = resolve_target(style_target, net.in_channels, ignore_index=o.ignore_index)
+        resolved = resolve_target(style_target, net.in_channels, o, what="style_target")
         net.shapes(*resolved.size)
     data = next(
         t
@@ -448,12 +575,16 @@ def _resolve_style(style_target: object, net: LossNet, pred: Tensor, o: Options)
     return resolved
 
 
-def _check_segmentation_labels(labels: object, logits: Tensor) -> Tensor:
-    if not isinstance(labels, Tensor):
-        raise TypeError(
-            f"labels: got {type(labels).__name__}, expected an integer tensor (N, H, W); soft or "
-            "stored targets go to teacher="
-        )
+def segmentation_labels(labels: object, logits: Tensor) -> Tensor:
+    """Labels (N, H, W) of logits (N, C, h, w), for `check_labels`.
+
+    Raises:
+        TypeError, ValueError: what no resize of the logits brings together with them.
+    """
+    check_tensor(
+        "labels", labels, "an integer tensor (N, H, W); soft or stored targets go to teacher="
+    )
+    assert isinstance(labels, Tensor)
     if labels.is_floating_point() or labels.is_complex():
         raise TypeError(
             f"labels: got {labels.dtype}, expected integers (N, H, W); use labels.long(), or "

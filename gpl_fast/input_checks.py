@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import SupportsFloat, SupportsIndex
+from collections.abc import Mapping
+from typing import Any, Protocol, SupportsFloat, SupportsIndex
 
 import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGER_DTYPES = (
+    torch.int8, torch.int16, torch.int32, torch.int64,
+    torch.uint8, torch.uint16, torch.uint32, torch.uint64,
+)  # fmt: skip
 
 
 def is_integer(t: Tensor) -> bool:
-    """Whether `t` holds integers: bool is none."""
-    return not t.is_floating_point() and not t.is_complex() and t.dtype != torch.bool
+    """Whether `t` holds integers: bool, quantized and complex values are none."""
+    return t.dtype in INTEGER_DTYPES
 
 
 def describe(x: object) -> str:
@@ -22,17 +27,94 @@ def describe(x: object) -> str:
     return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
 
-def as_float(what: str, x: SupportsFloat, expected: str = "a number") -> float:
+def check_tensor(what: str, x: object, expected: str) -> None:
+    """Raises: TypeError if `x` is no tensor, or none with a plain layout in memory."""
+    if isinstance(x, Tensor):
+        kind = (
+            "nested" if x.is_nested
+            else "quantized" if x.is_quantized
+            else "sparse" if x.layout != torch.strided
+            else ""
+        )  # fmt: skip
+        if kind:
+            way_out = {"nested": "to_padded_tensor(0.0)", "quantized": "dequantize()"}
+            raise TypeError(
+                f"{what}: got a {kind} tensor, expected {expected}; use "
+                f".{way_out.get(kind, 'to_dense()')}"
+            )
+        return
+    raise TypeError(f"{what}: got {type(x).__name__}, expected {expected}{_way_out(what, x)}")
+
+
+def _way_out(what: str, x: object) -> str:
+    if isinstance(x, Mapping):
+        maps = [name for name, t in x.items() if isinstance(t, Tensor)]
+        return f"; pass one of its maps, such as {what}[{maps[0]!r}], of {maps}" if maps else ""
+    for name in ("logits", "out", "predicted_depth", "sample"):
+        if isinstance(getattr(x, name, None), Tensor):
+            return f"; pass its tensor, {what}.{name}"
+    if isinstance(x, list | tuple):
+        return (
+            "; of several maps take one, or call the loss for each and add; of images torch.stack"
+        )
+    return "; use torch.from_numpy" if type(x).__module__ == "numpy" else ""
+
+
+class TakesMaps(Protocol):
+    """What a prediction is checked against: a network's channels and the sizes it can take."""
+
+    in_channels: int
+
+    def shapes(self, height: int, width: int) -> Any: ...
+
+
+def check_prediction(pred: Tensor, net: TakesMaps, needs_size: bool = True) -> None:
+    """Raises: TypeError, ValueError if `pred` is not floating (N, in_channels, H, W) of a size."""
+    channels = net.in_channels
+    check_tensor("prediction", pred, f"a torch.Tensor (N, {channels}, H, W)")
+    if pred.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"prediction: got {pred.dtype}, expected one of {FLOAT_DTYPES}; the prediction is the "
+            "logits or maps, before any argmax, not class indices"
+        )
+    if pred.dim() != 4 or pred.shape[1] != channels:
+        raise ValueError(
+            f"prediction: got shape {tuple(pred.shape)}, expected (N, {channels}, H, W), "
+            f"the channels that the loss was made for; {way_out_of_shape(pred, channels)}"
+        )
+    if needs_size:
+        net.shapes(int(pred.shape[2]), int(pred.shape[3]))
+
+
+def way_out_of_shape(maps: Tensor, channels: int) -> str:
+    """How maps of another rank or number of channels become (N, channels, H, W)."""
+    shape = tuple(maps.shape)
+    if maps.dim() == 5:
+        return (
+            "a volume goes through in slices: use .transpose(1, 2).flatten(0, 1) of (N, C, D, H, W)"
+        )
+    if maps.dim() == 3 and channels == 1:
+        return "maps (N, H, W) without their channel: use .unsqueeze(1)"
+    if maps.dim() == 3 and shape[0] == channels:
+        return "one image: use .unsqueeze(0)"
+    if maps.dim() == 4 and shape[3] == channels:
+        return "channels come second: use .permute(0, 3, 1, 2)"
+    if maps.dim() == 4:
+        return f"make it with in_channels (num_classes) = {shape[1]}, or fix the input"
+    return "reshape it to four dimensions"
+
+
+def as_float(what: str, x: SupportsFloat | str, expected: str = "a number") -> float:
     """`x` as a float: Python's, numpy's and 0-dim tensors' numbers; not bool, not text.
 
     Raises:
         ValueError: anything else, or not finite.
     """
     try:
-        if isinstance(x, bool | str | bytes):
+        if isinstance(x, bool | str | bytes) or _is_bool(x):
             raise TypeError
         number = float(x)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ValueError(f"{what}: got {x!r}, expected {expected}") from None
     if not math.isfinite(number):
         raise ValueError(f"{what}: got {x!r}, expected {expected}")
@@ -45,10 +127,13 @@ def as_int(what: str, x: SupportsIndex, expected: str = "an integer") -> int:
     Raises:
         ValueError: anything else.
     """
-    kind = getattr(x, "dtype", None)
-    if not isinstance(x, bool) and kind is not torch.bool and str(kind) != "bool":
+    if not isinstance(x, bool) and not _is_bool(x):
         try:
             return operator.index(x)
         except (TypeError, ValueError, RuntimeError):
             pass
     raise ValueError(f"{what}: got {x!r}, expected {expected}")
+
+
+def _is_bool(x: object) -> bool:
+    return str(getattr(x, "dtype", "")).removeprefix("torch.") == "bool"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +10,11 @@ from torch import Tensor, nn
 from gpl_fast import functional
 from gpl_fast.explain import Explanation, explain
 from gpl_fast.initialisation import Init
+from gpl_fast.input_checks import as_int
 from gpl_fast.lossnet import LossNet
 from gpl_fast.options import Options, level_taps
 from gpl_fast.structure import WIDTHS, parse_blocks
-from gpl_fast.targets import TargetFeatures, TopK
+from gpl_fast.targets import TargetFeatures, TopK, first_look
 
 
 class GenericPerceptualLoss(nn.Module):
@@ -26,18 +26,28 @@ class GenericPerceptualLoss(nn.Module):
     Args:
         in_channels: C: classes, or 1 for depth and masks.
         net: "vgg11", "vgg13", "vgg16", "vgg19" (the paper's structures, random weights),
-            convolutions per block such as "1,1,1,1,1", or a `LossNet`.
+            convolutions per block such as "1,1,1,1,1", or a `LossNet`. The default is the paper's
+            recommendation where time and memory count; its tables for dense prediction use 16
+            convolutions and 5 pools, "vgg19".
         widths, kernel_size, pool, init, seed: of the network; see `LossNet.vgg`. With a `LossNet`
             they are that network's own and must be left alone.
         level_weights: one float for each block; None = the last block only, weight 1.
         activation: "softmax", "sigmoid" or "none", of the prediction and of a dense target.
-        target_activation: the same words for a dense target, or "same".
-        temperature: T: every activation, "none" included, sees ``z / T``.
+        target_activation: of a dense target: "auto" = the prediction's, and a target that holds
+            probabilities already (one-hot, multi-hot, a mask, a teacher's softmax) is refused, as
+            its activation would be applied twice: looked at on the CPU at each call, on a GPU at
+            the first; "same" = the prediction's whatever it holds; "softmax", "sigmoid"; "none" =
+            it holds probabilities, or is compared as it is.
+        temperature: T: every activation, "none" included, sees ``z / T``; a target that is taken as
+            it is beside an activated prediction is not divided. The gradient is not multiplied by
+            the T² of distillation: do that with the loss' weight.
         ignore_index: label of pixels that do not count, for label targets.
         reduction: "mean", "sum", or "none" -> (N,).
         compute_dtype: of the network; None = autocast's dtype if on, else the prediction's.
         backend: "auto", "fast" or "reference"; the variable GPL_FAST_BACKEND overrides "auto".
-        workspace_mb: bound on the fast path's transient memory, in 2^20 bytes.
+        workspace_mb: bound on the fast path's transient memory, in 2^20 bytes: images go through
+            in chunks and strips. "auto" = 256 on a CPU, 1/64 of a GPU's memory, and more where an
+            input cannot do with it.
 
     Raises:
         TypeError, ValueError: an argument outside of what is listed.
@@ -46,7 +56,7 @@ class GenericPerceptualLoss(nn.Module):
     def __init__(
         self,
         in_channels: int,
-        net: str | LossNet = "1,1,1,1,1",
+        net: str | Sequence[int] | LossNet = "1,1,1,1,1",
         *,
         widths: Sequence[int] = WIDTHS,
         kernel_size: int = 3,
@@ -55,15 +65,16 @@ class GenericPerceptualLoss(nn.Module):
         seed: int = 0,
         level_weights: Sequence[float] | None = None,
         activation: str = "softmax",
-        target_activation: str = "same",
+        target_activation: str = "auto",
         temperature: float = 1.0,
         ignore_index: int | None = None,
         reduction: str = "mean",
-        compute_dtype: torch.dtype | None = None,
+        compute_dtype: torch.dtype | str | None = None,
         backend: str = "auto",
-        workspace_mb: float = 256,
+        workspace_mb: float | str = "auto",
     ) -> None:
         super().__init__()
+        in_channels = as_int("in_channels", in_channels, "an integer >= 1")
         if isinstance(net, LossNet):
             given = {"widths": (tuple(widths), WIDTHS), "kernel_size": (kernel_size, 3),
                      "pool": (pool, "max"), "init": (init, "he"), "seed": (seed, 0)}  # fmt: skip
@@ -76,42 +87,43 @@ class GenericPerceptualLoss(nn.Module):
                     f"net.with_input_adapter({in_channels}) puts a 1x1 convolution in front"
                 )
             self.net = net
-        elif isinstance(net, str):
+        elif isinstance(net, str | Sequence):
             blocks = parse_blocks(net)
             self.net = LossNet.vgg(in_channels, blocks, widths, kernel_size, pool, init, seed)
         else:
-            raise TypeError(f"net: got {type(net).__name__}, expected a string or a LossNet")
-        self.options: dict[str, Any] = {
-            "activation": activation,
-            "target_activation": target_activation,
-            "temperature": temperature,
-            "ignore_index": ignore_index,
-            "reduction": reduction,
-            "compute_dtype": compute_dtype,
-            "backend": backend,
-            "workspace_mb": workspace_mb,
-        }
-        Options(**self.options).check_channels(in_channels)
-        level_taps(self.net, level_weights)
-        self.level_weights = None if level_weights is None else tuple(level_weights)
+            raise TypeError(
+                f"net: got {type(net).__name__}, expected a string such as '1,1,1,1,1' or 'vgg16', "
+                "or a LossNet (LossNet.from_module takes any nn.Module)"
+            )
+        self.options = Options(
+            activation=activation,
+            target_activation=target_activation,
+            temperature=temperature,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            compute_dtype=compute_dtype,
+            backend=backend,
+            workspace_mb=workspace_mb,
+        )
+        self.options.check_channels(in_channels)
+        self.taps = level_taps(self.net, level_weights)
+        self._looked = False  # at a dense target on a GPU
 
     def forward(
         self, pred: Tensor, target: Tensor | TopK | TargetFeatures, mask: Tensor | None = None
     ) -> Tensor:
         """The loss of `pred` (N, C, H, W); see `functional.generic_perceptual_loss`."""
-        return functional.generic_perceptual_loss(
-            pred,
-            target,
-            self.net,
-            mask=mask,
-            level_weights=self.level_weights,
-            **self.options,
-        )
+        value = functional.generic_value(pred, target, mask, self.net, self.taps, self.options)
+        if not (torch.compiler.is_compiling() or self._looked):
+            self._looked = first_look(self.options, target=(target, mask))
+        return value
 
     def encode(self, target: Tensor | TopK, mask: Tensor | None = None) -> TargetFeatures:
         """φ(target), to be reused or stored; see `functional.encode`."""
-        layers = tuple(level_taps(self.net, self.level_weights))
-        return functional.encode(target, self.net, layers, mask=mask, **self.options)
+        features = functional.encode_target(target, mask, self.net, tuple(self.taps), self.options)
+        if not self._looked:
+            self._looked = first_look(self.options, target=(target, mask))
+        return features
 
     def fingerprint(self) -> str:
         """Hex digest of the network's structure and weights: the same on every machine."""
@@ -120,11 +132,13 @@ class GenericPerceptualLoss(nn.Module):
     def explain(
         self, pred: Tensor, target: Tensor | TopK | TargetFeatures, mask: Tensor | None = None
     ) -> Explanation:
-        """Which backend would run and why, FLOPs, bytes saved, workspace; print it."""
-        layers = tuple(level_taps(self.net, self.level_weights))
-        return explain(self, pred, target, mask, self.net, layers, Options(**self.options))
+        """Which backend would run and why, FLOPs, bytes saved, workspace; print it.
+
+        Nothing is computed. Meta tensors stand for tensors of the default device.
+        """
+        return explain(self, self.net, self.options, pred, target, mask, features=self.taps)
 
     def extra_repr(self) -> str:
-        words: dict[str, Any] = {"net": self.net, "level_weights": self.level_weights}
-        words |= {k: v for k, v in self.options.items() if v != getattr(Options, k)}
-        return ", ".join(f"{k}={v!r}" for k, v in words.items() if v is not None)
+        last = {self.net.levels[-1]: 1.0}
+        levels = "" if self.taps == last else f", level_weights={self.taps}"
+        return f"net={self.net}{levels}{self.options.changed()}"

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import math
+import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any, SupportsFloat, SupportsIndex
 
 import torch
 from torch import Tensor
 
 from gpl_fast.backend import BACKENDS
-from gpl_fast.input_checks import FLOAT_DTYPES
+from gpl_fast.input_checks import FLOAT_DTYPES, as_float, as_int
 from gpl_fast.lossnet import LossNet
 
 ACTIVATIONS = ("softmax", "sigmoid", "none")
+TARGET_ACTIVATIONS = ("auto", "same", *ACTIVATIONS)
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -21,34 +23,57 @@ REDUCTIONS = ("mean", "sum", "none")
 class Options:
     """Keywords that every loss takes; see `gpl_fast.GenericPerceptualLoss`.
 
+    Numbers may be Python's, numpy's or 0-dim tensors; a dtype may be named by its text.
+
     Raises:
         ValueError: an unknown word or a number out of range.
     """
 
     activation: str = "softmax"
-    target_activation: str = "same"
+    target_activation: str = "auto"
     temperature: float = 1.0
     ignore_index: int | None = None
     reduction: str = "mean"
-    compute_dtype: torch.dtype | None = None
+    compute_dtype: torch.dtype | str | None = None
     backend: str = "auto"
-    workspace_mb: float = 256
+    workspace_mb: float | str = "auto"
 
     def __post_init__(self) -> None:
         _one_of("activation", self.activation, ACTIVATIONS)
-        _one_of("target_activation", self.target_activation, ("same", *ACTIVATIONS))
+        _one_of("target_activation", self.target_activation, TARGET_ACTIVATIONS)
         _one_of("reduction", self.reduction, REDUCTIONS)
         _one_of("backend", self.backend, BACKENDS)
-        if not (_is_number(self.temperature) and self.temperature > 0):
+        self._set("temperature", as_float("temperature", self.temperature, "a number > 0"))
+        if self.temperature <= 0:
             raise ValueError(f"temperature: got {self.temperature!r}, expected a number > 0")
-        if not (_is_number(self.workspace_mb) and self.workspace_mb > 0):
-            raise ValueError(f"workspace_mb: got {self.workspace_mb!r}, expected megabytes > 0")
-        if self.ignore_index is not None and not isinstance(self.ignore_index, int):
-            raise ValueError(f"ignore_index: got {self.ignore_index!r}, expected an int or None")
-        if self.compute_dtype is not None and self.compute_dtype not in FLOAT_DTYPES:
-            raise ValueError(
-                f"compute_dtype: got {self.compute_dtype!r}, expected None or one of {FLOAT_DTYPES}"
-            )
+        if self.workspace_mb != "auto":
+            expected = "'auto' or a number of megabytes > 0"
+            megabytes = as_float("workspace_mb", self.workspace_mb, expected)
+            if megabytes <= 0:
+                raise ValueError(f"workspace_mb: got {self.workspace_mb!r}, expected {expected}")
+            self._set("workspace_mb", megabytes)
+        self._set("ignore_index", as_ignore_index(self.ignore_index))
+        self._set("compute_dtype", as_float_dtype("compute_dtype", self.compute_dtype))
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    @classmethod
+    def of(cls, taker: str, given: Mapping[str, Any], **defaults: Any) -> Options:
+        """The options that `taker`, a loss or a function, was `given`, over its `defaults`.
+
+        Raises:
+            TypeError: a keyword that no loss takes, with those that there are.
+            ValueError: as `Options`.
+        """
+        refuse_unknown(taker, given, [field.name for field in fields(cls)])
+        return cls(**{**defaults, **given})
+
+    def changed(self, **defaults: Any) -> str:
+        """What differs from the defaults, as a `repr` shows it: ``", name=value"`` each."""
+        words = {field.name: getattr(self, field.name) for field in fields(self)}
+        usual = {field.name: field.default for field in fields(self)} | defaults
+        return "".join(f", {k}={v!r}" for k, v in words.items() if v != usual[k])
 
     def check_channels(self, channels: int) -> None:
         """Softmax over one channel is constant 1: refuse it.
@@ -65,10 +90,68 @@ class Options:
     @property
     def target(self) -> str:
         """Activation of a dense target."""
-        return self.activation if self.target_activation == "same" else self.target_activation
+        own = self.target_activation not in ("auto", "same")
+        return self.target_activation if own else self.activation
+
+    @property
+    def target_temperature(self) -> float:
+        """T of a dense target: a map that is taken as it is beside an activated prediction is not
+        divided either."""
+        as_it_is = self.target == "none" and self.activation != "none"
+        return 1.0 if as_it_is else self.temperature
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """`compute_dtype` as a dtype."""
+        assert not isinstance(self.compute_dtype, str)
+        return self.compute_dtype
 
 
-def level_taps(net: LossNet, level_weights: Sequence[float] | None) -> dict[str, float]:
+def refuse_unknown(taker: str, given: Iterable[str], known: Sequence[str]) -> None:
+    """Raises: TypeError naming `taker`, the keywords that it does not know, and those it does."""
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise TypeError(
+            f"{taker}: got an unknown option {', '.join(map(repr, unknown))}{hint}, expected some "
+            f"of {', '.join(known)}"
+        )
+
+
+def as_ignore_index(value: SupportsIndex | None) -> int | None:
+    """A label that does not count, or None.
+
+    Raises:
+        ValueError: not an integer of 64 bits.
+    """
+    if value is None:
+        return None
+    index = as_int("ignore_index", value, "an integer, or None = ignore nothing")
+    if not -(2**63) <= index < 2**63:
+        raise ValueError(
+            f"ignore_index: got {index}, expected an integer that a label can hold, in "
+            "[-2**63, 2**63)"
+        )
+    return index
+
+
+def as_float_dtype(what: str, value: object) -> torch.dtype | None:
+    """A floating dtype or its name, "bfloat16" or "torch.bfloat16".
+
+    Raises:
+        ValueError: anything else.
+    """
+    for dtype in FLOAT_DTYPES:
+        if value is dtype or value in (str(dtype), str(dtype).removeprefix("torch.")):
+            return dtype
+    if value is not None:
+        known = ", ".join(map(str, FLOAT_DTYPES))
+        raise ValueError(f"{what}: got {value!r}, expected None or one of {known}")
+    return None
+
+
+def level_taps(net: LossNet, level_weights: Iterable[SupportsFloat] | None) -> dict[str, float]:
     """Weight by layer; None = the last level, weight 1.
 
     Raises:
@@ -76,29 +159,30 @@ def level_taps(net: LossNet, level_weights: Sequence[float] | None) -> dict[str,
     """
     if level_weights is None:
         return {net.levels[-1]: 1.0}
-    try:
-        weights = [float(w) for w in level_weights]
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"level_weights: got {level_weights!r}, expected {len(net.levels)} numbers, one for "
-            f"each of {list(net.levels)}, or None for the last level alone"
-        ) from None
-    if len(weights) != len(net.levels):
-        raise ValueError(
-            f"level_weights: got {len(weights)} values, expected {len(net.levels)}, one for each "
-            f"of {list(net.levels)}"
-        )
-    _check_weights("level_weights", weights)
-    return {name: w for name, w in zip(net.levels, weights, strict=True) if w}
+    expected = (
+        f"{len(net.levels)} numbers, one for each of {list(net.levels)}, or None for the last"
+    )
+    if isinstance(level_weights, str | Mapping) or not isinstance(level_weights, Iterable):
+        raise ValueError(f"level_weights: got {level_weights!r}, expected {expected}")
+    given = list(level_weights)
+    if len(given) != len(net.levels):
+        raise ValueError(f"level_weights: got {len(given)} values, expected {expected}")
+    weights = _as_weights("level_weights", dict(zip(net.levels, given, strict=True)))
+    return {name: w for name, w in weights.items() if w}
 
 
-def check_layers(
+def as_layers(
     net: LossNet,
-    feature_layers: Mapping[str, float],
-    style_layers: Mapping[str, float],
-    tv_weight: float,
-) -> None:
-    """Raises: TypeError, ValueError for unknown layers, bad weights, or nothing to compute."""
+    feature_layers: Mapping[str, SupportsFloat],
+    style_layers: Mapping[str, SupportsFloat],
+    tv_weight: SupportsFloat,
+) -> tuple[dict[str, float], dict[str, float], float]:
+    """Weights of features and styles by layer and of the total variation, as floats.
+
+    Raises:
+        TypeError, ValueError: unknown layers, bad weights, or nothing to compute.
+    """
+    weights: list[dict[str, float]] = []
     for what, layers in (("feature_layers", feature_layers), ("style_layers", style_layers)):
         if not isinstance(layers, Mapping):
             raise TypeError(
@@ -108,59 +192,100 @@ def check_layers(
         unknown = [name for name in layers if name not in net.layer_names]
         if unknown:
             raise ValueError(f"{what}: got {unknown}, expected names of {list(net.layer_names)}")
-        if layers:
-            _check_weights(what, layers.values())
-    if not (_is_number(tv_weight) and tv_weight >= 0):
-        raise ValueError(f"tv_weight: got {tv_weight!r}, expected a number >= 0")
-    if not feature_layers and not style_layers and not tv_weight:
+        weights.append(_as_weights(what, layers) if layers else {})
+    tv = as_weight("tv_weight", tv_weight)
+    if not feature_layers and not style_layers and not tv:
         raise ValueError("got no feature_layers, no style_layers and tv_weight=0: nothing to do")
+    return weights[0], weights[1], tv
 
 
-def check_segmentation(
-    num_classes: int,
-    gpl_weight: float,
-    ce_weight: float,
-    label_smoothing: float,
-    gpl_ignore: bool | str,
-) -> None:
-    """Raises: ValueError for numbers out of range or unknown words."""
-    if not isinstance(num_classes, int) or num_classes < 2:
+def check_gpl_ignore(word: bool | str) -> None:
+    """Raises: ValueError for anything but "auto", True and False."""
+    if not (word == "auto" or isinstance(word, bool)):
+        raise ValueError(f"gpl_ignore: got {word!r}, expected 'auto', True or False")
+
+
+def as_num_classes(value: SupportsIndex) -> int:
+    """C of a segmentation.
+
+    Raises:
+        ValueError: not an integer >= 2.
+    """
+    expected = (
+        "an integer >= 2; for one channel use GenericPerceptualLoss(1, activation='sigmoid') "
+        "beside a binary cross-entropy"
+    )
+    classes = as_int("num_classes", value, expected)
+    if classes < 2:
+        raise ValueError(f"num_classes: got {classes}, expected {expected}")
+    return classes
+
+
+def as_weight(what: str, value: SupportsFloat) -> float:
+    """A number >= 0.
+
+    Raises:
+        ValueError: anything else.
+    """
+    number = as_float(what, value, "a number >= 0")
+    if number < 0:
+        raise ValueError(f"{what}: got {number}, expected a number >= 0")
+    return number
+
+
+def as_label_smoothing(value: SupportsFloat) -> float:
+    """A number in [0, 1].
+
+    Raises:
+        ValueError: anything else.
+    """
+    number = as_float("label_smoothing", value, "a number in [0, 1]")
+    if not 0 <= number <= 1:
+        raise ValueError(f"label_smoothing: got {number}, expected a number in [0, 1]")
+    return number
+
+
+def as_class_weight(
+    weight: Tensor | Iterable[SupportsFloat], channels: int, look: bool = True
+) -> Tensor:
+    """A weight for each class, (C,) float32: a copy, which a graph may save also where the weights
+    were made under `torch.inference_mode`; the numbers are looked at once, where a loss is made.
+
+    Raises:
+        ValueError: not C finite numbers >= 0.
+    """
+    expected = f"({channels},): {channels} numbers, finite and >= 0, one weight a class"
+    if isinstance(weight, Tensor) and weight.is_meta:
         raise ValueError(
-            f"num_classes: got {num_classes!r}, expected an integer >= 2; for one channel use "
-            "GenericPerceptualLoss(1, activation='sigmoid') beside a binary cross-entropy"
+            "class_weight: got a tensor on 'meta', which holds no numbers, expected "
+            f"{expected}: a list of them is taken as it is under any default device"
         )
-    for what, value in (("gpl_weight", gpl_weight), ("ce_weight", ce_weight)):
-        if not (_is_number(value) and value >= 0):
-            raise ValueError(f"{what}: got {value!r}, expected a number >= 0")
-    if not (_is_number(label_smoothing) and 0 <= label_smoothing <= 1):
-        raise ValueError(f"label_smoothing: got {label_smoothing!r}, expected a number in [0, 1]")
-    if not (gpl_ignore == "auto" or isinstance(gpl_ignore, bool)):
-        raise ValueError(f"gpl_ignore: got {gpl_ignore!r}, expected 'auto', True or False")
-
-
-def check_class_weight(weight: Tensor, channels: int) -> Tensor:
-    if not isinstance(weight, Tensor) or tuple(weight.shape) != (channels,):
-        got = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
-        raise ValueError(
-            f"class_weight: got {got}, expected a tensor of shape ({channels},), one weight a class"
-        )
-    return weight.detach()
+    try:
+        if not isinstance(weight, Tensor):
+            given = [as_float("class_weight", w) for w in weight]
+            weight = torch.tensor(given, dtype=torch.float32, device="cpu")
+        with torch.inference_mode(False):
+            copied = weight.detach().to(torch.float32, copy=True)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"class_weight: got {weight!r}, expected {expected}") from error
+    if tuple(copied.shape) != (channels,):
+        raise ValueError(f"class_weight: got shape {tuple(copied.shape)}, expected {expected}")
+    if look and not (copied.isfinite() & (copied >= 0)).all():
+        raise ValueError(f"class_weight: got {copied.tolist()}, expected {expected}")
+    return copied
 
 
 def _one_of(what: str, got: object, known: Sequence[str]) -> None:
-    if got not in known:
+    if not isinstance(got, str) or got not in known:
         raise ValueError(f"{what}: got {got!r}, expected one of {tuple(known)}")
 
 
-def _is_number(x: object) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
-
-
-def _check_weights(what: str, weights: Iterable[float]) -> None:
-    weights = list(weights)
+def _as_weights(what: str, weights: Mapping[str, SupportsFloat]) -> dict[str, float]:
+    expected = "finite numbers >= 0, not all 0"
     try:
-        good = all(math.isfinite(w) and w >= 0 for w in weights) and any(weights)
-    except TypeError:
-        good = False
-    if not good:
-        raise ValueError(f"{what}: got {weights}, expected finite numbers >= 0, not all 0")
+        numbers = {name: as_weight(f"{what}: {name}", w) for name, w in weights.items()}
+    except ValueError as error:
+        raise ValueError(f"{error}; {what} takes {expected}") from None
+    if not any(numbers.values()):
+        raise ValueError(f"{what}: got {list(numbers.values())}, expected {expected}")
+    return numbers

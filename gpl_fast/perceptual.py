@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gpl_fast import functional
+from gpl_fast.explain import Explanation, explain
 from gpl_fast.lossnet import LossNet
-from gpl_fast.options import Options, check_layers
-from gpl_fast.targets import TargetFeatures, TopK
+from gpl_fast.options import Options, as_layers, refuse_unknown
+from gpl_fast.targets import TargetFeatures, TopK, first_look
+
+_KNOWN = [field.name for field in fields(Options) if field.name != "reduction"]
 
 
 class PerceptualLoss(nn.Module):
@@ -25,7 +30,8 @@ class PerceptualLoss(nn.Module):
         style_layers: weight of ``‖G' − G‖_F²`` by layer name.
         tv_weight: of the total variation of the prediction.
         reduction: "mean", "sum", or "none" -> (N,).
-        return_parts: return ``{"loss_feature", "loss_style", "loss_tv"}`` instead of their sum.
+        return_parts: return ``{"loss_feature", "loss_style", "loss_tv"}`` instead of their sum; the
+            call's own word wins.
         **options: activation ("none" by default), target_activation, temperature, ignore_index,
             compute_dtype, backend, workspace_mb of `GenericPerceptualLoss`.
 
@@ -49,12 +55,17 @@ class PerceptualLoss(nn.Module):
                 f"net: got {type(net).__name__}, expected a LossNet (LossNet.vgg, "
                 ".from_sequential, .from_module, .load)"
             )
-        check_layers(net, feature_layers, style_layers, tv_weight)
+        refuse_unknown("PerceptualLoss", options, _KNOWN)
         self.net = net
-        self.feature_layers, self.style_layers = dict(feature_layers), dict(style_layers)
-        self.tv_weight, self.return_parts = tv_weight, return_parts
-        self.options: dict[str, Any] = {"activation": "none", "reduction": reduction, **options}
-        Options(**self.options).check_channels(net.in_channels)
+        self.feature_layers, self.style_layers, self.tv_weight = as_layers(
+            net, feature_layers, style_layers, tv_weight
+        )
+        self.return_parts = return_parts
+        self.options = Options.of(
+            "PerceptualLoss", {"reduction": reduction, **options}, activation="none"
+        )
+        self.options.check_channels(net.in_channels)
+        self._looked = False  # at a dense target on a GPU
 
     def forward(
         self,
@@ -62,25 +73,58 @@ class PerceptualLoss(nn.Module):
         target: Tensor | TopK | TargetFeatures,
         style_target: Tensor | TargetFeatures | None = None,
         mask: Tensor | None = None,
+        return_parts: bool | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """The loss of `pred` (N, C, H, W); see `functional.perceptual_loss`."""
-        return functional.perceptual_loss(
+        parts = functional.perceptual_parts(
             pred,
             target,
+            style_target,
+            mask,
             self.net,
-            style_target=style_target,
-            mask=mask,
-            feature_layers=self.feature_layers,
-            style_layers=self.style_layers,
-            tv_weight=self.tv_weight,
-            return_parts=self.return_parts,
-            **self.options,
+            self.feature_layers,
+            self.style_layers,
+            self.tv_weight,
+            self.options,
         )
+        if not (torch.compiler.is_compiling() or self._looked):
+            self._looked = first_look(
+                self.options, target=(target, mask), style_target=(style_target, None)
+            )
+        wanted = self.return_parts if return_parts is None else return_parts
+        return parts if wanted else functional.sum_of_parts(parts)
 
     def encode(self, target: Tensor | TopK, mask: Tensor | None = None) -> TargetFeatures:
         """φ(target) at every layer used: a `target`, a `style_target`, or both."""
         layers = tuple(dict.fromkeys((*self.feature_layers, *self.style_layers)))
-        return functional.encode(target, self.net, layers, mask=mask, **self.options)
+        features = functional.encode_target(target, mask, self.net, layers, self.options)
+        if not self._looked:
+            self._looked = first_look(self.options, target=(target, mask))
+        return features
+
+    def explain(
+        self,
+        pred: Tensor,
+        target: Tensor | TopK | TargetFeatures,
+        style_target: Tensor | TargetFeatures | None = None,
+        mask: Tensor | None = None,
+    ) -> Explanation:
+        """Which backend would run and why, FLOPs, bytes saved, workspace; print it.
+
+        Nothing is computed. Meta tensors stand for tensors of the default device.
+        """
+        return explain(
+            self,
+            self.net,
+            self.options,
+            pred,
+            target,
+            mask,
+            features=self.feature_layers,
+            styles=self.style_layers,
+            style_target=style_target,
+            tv_weight=self.tv_weight,
+        )
 
     def fingerprint(self) -> str:
         """Hex digest of the network's structure and weights: the same on every machine."""
@@ -90,4 +134,5 @@ class PerceptualLoss(nn.Module):
         return (
             f"net={self.net}, feature_layers={self.feature_layers}, "
             f"style_layers={self.style_layers}, tv_weight={self.tv_weight}"
+            f"{self.options.changed(activation='none')}"
         )

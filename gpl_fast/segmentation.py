@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gpl_fast import functional
+from gpl_fast import functional, streams
+from gpl_fast.explain import Explanation, explain_segmentation
 from gpl_fast.loss import GenericPerceptualLoss
 from gpl_fast.lossnet import LossNet
-from gpl_fast.options import check_class_weight, check_segmentation
-from gpl_fast.targets import TargetFeatures, TopK
+from gpl_fast.options import (
+    as_class_weight,
+    as_label_smoothing,
+    as_num_classes,
+    as_weight,
+    check_gpl_ignore,
+    refuse_unknown,
+)
+from gpl_fast.targets import TargetFeatures, TopK, first_look
+
+# What `GenericPerceptualLoss` takes beside the channels and the ignored label.
+_KNOWN = [
+    name
+    for name in inspect.signature(GenericPerceptualLoss.__init__).parameters
+    if name not in ("self", "in_channels", "ignore_index")
+]
 
 
 class SegmentationLoss(nn.Module):
@@ -27,7 +43,10 @@ class SegmentationLoss(nn.Module):
         label_smoothing: of the cross-entropy, in [0, 1].
         gpl_ignore: whether pixels with an ignored label leave the perceptual term: "auto" = only
             when the labels are its target; True; False.
-        **gpl: everything that `GenericPerceptualLoss` takes.
+        return_parts: return ``{"loss_ce", "loss_gpl"}``, weighted, instead of their sum; the call's
+            own word wins.
+        **gpl: everything that `GenericPerceptualLoss` takes. A teacher that holds probabilities
+            needs ``target_activation="none"``.
 
     Raises:
         TypeError, ValueError: an argument outside of what is listed.
@@ -43,11 +62,14 @@ class SegmentationLoss(nn.Module):
         class_weight: Tensor | Sequence[float] | None = None,
         label_smoothing: float = 0.0,
         gpl_ignore: bool | str = "auto",
+        return_parts: bool = False,
         **gpl: Any,
     ) -> None:
         super().__init__()
-        check_segmentation(num_classes, gpl_weight, ce_weight, label_smoothing, gpl_ignore)
-        if ignore_index == "auto":
+        num_classes = as_num_classes(num_classes)
+        check_gpl_ignore(gpl_ignore)
+        refuse_unknown("SegmentationLoss", gpl, _KNOWN)
+        if isinstance(ignore_index, str) and ignore_index == "auto":
             if num_classes > 255:
                 raise ValueError(
                     f"ignore_index: got 'auto' with {num_classes} classes, where 255 is a class; "
@@ -57,23 +79,15 @@ class SegmentationLoss(nn.Module):
         elif isinstance(ignore_index, str):
             raise ValueError(f"ignore_index: got {ignore_index!r}, expected 'auto', an int or None")
         self.gpl = GenericPerceptualLoss(num_classes, ignore_index=ignore_index, **gpl)
-        self.gpl_weight, self.ce_weight = gpl_weight, ce_weight
-        self.label_smoothing, self.gpl_ignore = label_smoothing, gpl_ignore
-        if class_weight is not None:
-            try:
-                class_weight = torch.as_tensor(class_weight, dtype=torch.float32).detach().clone()
-            except (TypeError, ValueError) as error:
-                raise ValueError(
-                    f"class_weight: got {class_weight!r}, expected {num_classes} numbers, one "
-                    "weight a class"
-                ) from error
-            check_class_weight(class_weight, num_classes)
-            if not (class_weight.isfinite() & (class_weight >= 0)).all():
-                raise ValueError(
-                    f"class_weight: got {class_weight.tolist()}, expected finite numbers >= 0"
-                )
+        self.gpl_weight = as_weight("gpl_weight", gpl_weight)
+        self.ce_weight = as_weight("ce_weight", ce_weight)
+        self.label_smoothing, self.gpl_ignore = as_label_smoothing(label_smoothing), gpl_ignore
+        self.return_parts = return_parts
         # A plain attribute: a buffer would appear in state_dict and be broadcast by DDP.
-        self.class_weight = class_weight
+        self.class_weight = (
+            None if class_weight is None else as_class_weight(class_weight, num_classes)
+        )
+        self._class_weights: dict[torch.device, Tensor] = {}  # copies on other devices
 
     @property
     def net(self) -> LossNet:
@@ -86,28 +100,70 @@ class SegmentationLoss(nn.Module):
         labels: Tensor,
         teacher: Tensor | TopK | TargetFeatures | None = None,
         mask: Tensor | None = None,
-        return_parts: bool = False,
+        return_parts: bool | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """The total for `logits` (N, C, h, w); see `functional.segmentation_loss`."""
-        return functional.segmentation_loss(
+        parts = functional.segmentation_parts(
             logits,
             labels,
+            teacher,
+            mask,
             self.net,
-            teacher=teacher,
-            mask=mask,
+            self.gpl.taps,
+            self.gpl.options,
             gpl_weight=self.gpl_weight,
             ce_weight=self.ce_weight,
-            class_weight=self.class_weight,
+            class_weight=self._class_weight_on(logits),
             label_smoothing=self.label_smoothing,
             gpl_ignore=self.gpl_ignore,
-            level_weights=self.gpl.level_weights,
-            return_parts=return_parts,
-            **self.gpl.options,
+        )
+        if not (torch.compiler.is_compiling() or self.gpl._looked):
+            self.gpl._looked = first_look(self.gpl.options, teacher=(teacher, mask))
+        wanted = self.return_parts if return_parts is None else return_parts
+        return parts if wanted else functional.sum_of_parts(parts)
+
+    def _class_weight_on(self, logits: object) -> Tensor | None:
+        """`class_weight` where the logits are: copying it at each step would stop a GPU."""
+        weight = self.class_weight
+        if torch.compiler.is_compiling() or weight is None or not isinstance(logits, Tensor):
+            return weight
+        if weight.device == logits.device or logits.is_meta:
+            return weight
+        if logits.device not in self._class_weights:
+            with streams.made_once(logits.device, weight.dtype):
+                self._class_weights[logits.device] = weight.to(logits.device)
+        return streams.read_here([self._class_weights[logits.device]])[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_class_weights": {}}
+
+    def explain(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        teacher: Tensor | TopK | TargetFeatures | None = None,
+        mask: Tensor | None = None,
+    ) -> Explanation:
+        """Which backend would run and why, FLOPs, bytes saved, workspace; print it.
+
+        Nothing is computed. Meta tensors stand for tensors of the default device.
+        """
+        return explain_segmentation(
+            self,
+            self.net,
+            self.gpl.options,
+            logits,
+            labels,
+            teacher,
+            mask,
+            taps=self.gpl.taps,
+            gpl_weight=self.gpl_weight,
+            ce_weight=self.ce_weight,
+            label_smoothing=self.label_smoothing,
+            gpl_ignore=self.gpl_ignore,
         )
 
-    def encode(
-        self, teacher: Tensor | TopK, mask: Tensor | None = None
-    ) -> TargetFeatures:  # fmt: skip
+    def encode(self, teacher: Tensor | TopK, mask: Tensor | None = None) -> TargetFeatures:
         """φ(teacher), to be used as `teacher`; see `functional.encode`."""
         return self.gpl.encode(teacher, mask)
 
@@ -116,5 +172,8 @@ class SegmentationLoss(nn.Module):
         return self.gpl.fingerprint()
 
     def extra_repr(self) -> str:
-        names = ("gpl_weight", "ce_weight", "label_smoothing", "gpl_ignore")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        usual = {"gpl_weight": 0.1, "ce_weight": 1.0, "label_smoothing": 0.0, "gpl_ignore": "auto"}
+        weights = None if self.class_weight is None else self.class_weight.tolist()
+        words = {name: getattr(self, name) for name in usual}
+        changed = [f"{k}={v!r}" for k, v in words.items() if v != usual[k] or k == "gpl_weight"]
+        return ", ".join([*changed, *([] if weights is None else [f"class_weight={weights}"])])

@@ -1,20 +1,28 @@
 """What a prediction is compared with: dense maps, labels, top-k maps, stored features, masks.
 
-`topk` and `features` are targets as data, `resolve` validates whatever is given, `values` holds
-the operators that look at what is in it.
+`topk` and `features` are targets as data (`batch` is what they share), `resolve` validates whatever
+is given, `values` holds the operators that look at what is in it.
 """
 
 from gpl_fast.targets.features import TargetFeatures
-from gpl_fast.targets.resolve import Target, label_plane, normalise_mask, resolve_target
+from gpl_fast.targets.resolve import (
+    Target,
+    first_look,
+    label_plane,
+    normalise_mask,
+    resolve_target,
+)
 from gpl_fast.targets.topk import TopK
-from gpl_fast.targets.values import check_labels
+from gpl_fast.targets.values import check_labels, may_look
 
 __all__ = [
     "Target",
     "TargetFeatures",
     "TopK",
     "check_labels",
+    "first_look",
     "label_plane",
+    "may_look",
     "normalise_mask",
     "resolve_target",
 ]

@@ -1,4 +1,4 @@
-"""Operators that look at label and top-k values: ranges, signs, sums.
+"""Operators that look at a target's values: ranges, signs, sums, maps that are activated already.
 
 Operators, so that looking works inside torch.compile(fullgraph=True); defined by hand, because
 `torch.library.custom_op` would import torch._dynamo at the first call: seconds.
@@ -6,11 +6,12 @@ Operators, so that looking works inside torch.compile(fullgraph=True); defined b
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from gpl_fast import environment
 
 _LIBRARY: Any = torch.library.Library("gpl_fast", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
@@ -20,6 +21,14 @@ _LIBRARY.define(
     "check_topk(Tensor values, Tensor indices, Tensor? mask, int channels, str rest)"
     " -> (Tensor, Tensor)"
 )
+_LIBRARY.define(
+    "check_dense(Tensor target, Tensor? valid, str activation, bool holes, str what) -> Tensor"
+)
+
+# A look at a dense target begins with about so many values and ends at the first pixel that no
+# activation puts out, which of logits is mostly the first one of all.
+FIRST_LOOK = 2**12
+LARGEST_LOOK = 2**22
 
 
 def _check_labels(
@@ -93,7 +102,78 @@ def _check_topk_fake(
     return indices.new_empty(indices.shape, dtype=torch.int64), valid
 
 
+def _check_dense(
+    target: Tensor, valid: Tensor | None, activation: str, holes: bool, what: str
+) -> Tensor:
+    if may_look(target):
+        refuse_dense(target, valid, activation, holes, what)
+    return target.new_zeros((), dtype=torch.float32)
+
+
+def refuse_dense(
+    target: Tensor, valid: Tensor | None, activation: str, holes: bool, what: str
+) -> None:
+    """What `check_dense` refuses, wherever the target is: on a GPU this synchronises."""
+    if holes and not all(bool(image.isfinite().all()) for image in target):
+        raise ValueError(
+            f"{what}: got NaN or infinite values in a map that is resized to the prediction's "
+            "size, where they would spread to valid pixels, expected finite values, or a mask of "
+            f"the target's own size, {tuple(target.shape[2:])}: what that leaves out is not "
+            "resized; or resize the target to the prediction's size first"
+        )
+    if activation != "none" and holds_probabilities(target, valid, activation):
+        sums = ", summing to 1 or 0 at each pixel, or only 0 and 1"
+        raise ValueError(
+            f"{what}: got values that are probabilities already (all in [0, 1]"
+            f"{sums if activation == 'softmax' else ''}), expected logits, which "
+            f"target_activation='auto' puts through the {activation}; say target_activation='none' "
+            "if it holds probabilities, or 'same' if these really are logits"
+        )
+
+
+def holds_probabilities(target: Tensor, valid: Tensor | None, activation: str) -> bool:
+    """Whether a map (N, C, h, w) holds, at every valid pixel, what `activation` may put out.
+
+    Values in [0, 1]; under softmax also sums that are 1 within ``1e-3 + 2 eps`` or exactly 0, or
+    0 and 1 alone in the whole map. Nothing valid: False.
+    """
+    sums, bits, any_valid = activation == "softmax", activation == "softmax", False
+    n, c, h, w = target.shape
+    tolerance = 1e-3 + 2 * torch.finfo(target.dtype).eps
+    wide = torch.float64 if target.dtype == torch.float64 else torch.float32
+    rows = max(1, FIRST_LOOK // max(c * w, 1))
+    for image in range(n):
+        r0 = 0
+        while r0 < h:
+            y = target[image, :, r0 : r0 + rows].to(wide)
+            keep = None if valid is None else valid[image, r0 : r0 + rows]
+            any_valid = any_valid or keep is None or bool(keep.any())
+
+            def everywhere(good: Tensor, keep: Tensor | None = keep) -> bool:
+                return bool((good if keep is None else good | ~keep).all())
+
+            if not everywhere(((y >= 0) & (y <= 1)).all(dim=0)):
+                return False
+            if activation == "softmax":
+                total = y.sum(dim=0)
+                near = ((total - 1).abs() <= tolerance) | (total == 0)
+                sums = sums and everywhere(near)
+                bits = bits and everywhere(((y == 0) | (y == 1)).all(dim=0))
+                if not (sums or bits):
+                    return False
+            r0 += rows
+            rows = min(2 * rows, max(1, LARGEST_LOOK // max(c * w, 1)))
+    return any_valid
+
+
+def _check_dense_fake(
+    target: Tensor, valid: Tensor | None, activation: str, holes: bool, what: str
+) -> Tensor:
+    return target.new_empty((), dtype=torch.float32)
+
+
 for _name, _run, _fake in (
+    ("check_dense", _check_dense, _check_dense_fake),
     ("check_labels", _check_labels, _check_labels_fake),
     ("check_topk", _check_topk, _check_topk_fake),
 ):
@@ -116,6 +196,35 @@ def check_topk(
     return out
 
 
+def check_dense(
+    target: Tensor, valid: Tensor | None, activation: str, holes: bool, what: str
+) -> Tensor | None:
+    """Look at a dense target (N, C, h, w) before it is resized and activated.
+
+    Args:
+        valid: (N, h, w) bool, the pixels that count; None = all.
+        activation: that would be applied to it unasked: refuse what it put out already; "none" =
+            do not look for that.
+        holes: pixels are masked at another size: it must be finite.
+        what: its name in an error.
+
+    Returns:
+        In a compiled graph a 0 that has to reach the result, or the graph would leave the look out;
+        else None.
+
+    Raises:
+        ValueError: on the CPU; on CUDA only with ``GPL_FAST_CHECK=1``.
+    """
+    if activation == "none" and not holes:
+        return None
+    if torch.compiler.is_compiling():
+        seen: Tensor = torch.ops.gpl_fast.check_dense(target, valid, activation, holes, what)
+        return seen
+    if not torch._C._functorch.is_functorch_wrapped_tensor(target):  # whose values are not one
+        _check_dense(target, valid, activation, holes, what)
+    return None
+
+
 def check_labels(
     labels: Tensor, mask: Tensor | None, channels: int, ignore_index: int | None
 ) -> Tensor:
@@ -131,4 +240,6 @@ def check_labels(
 
 def may_look(t: Tensor) -> bool:
     """Whether values may be read: on the CPU, or where GPL_FAST_CHECK=1 accepts the sync."""
-    return t.device.type == "cpu" or os.environ.get("GPL_FAST_CHECK") == "1"
+    if t.is_meta:
+        return False
+    return t.device.type == "cpu" or environment.value("GPL_FAST_CHECK") == "1"

@@ -3,6 +3,8 @@ memory formats, and which backend runs. Every result is compared with the same e
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import NARROW, error, make_target, value_and_grad
@@ -148,12 +150,13 @@ def test_autocast_sets_the_compute_dtype_alone(name):
     assert value.dtype == torch.float32
     (grad,) = torch.autograd.grad(value, leaf)  # outside of autocast, as in training
     assert grad.dtype == torch.float32
-    options = {**getattr(loss, "gpl", loss).options, "compute_dtype": BF16}
-    getattr(loss, "gpl", loss).options, before = options, getattr(loss, "gpl", loss).options
+    inner = getattr(loss, "gpl", loss)
+    before = inner.options
+    inner.options = replace(before, compute_dtype=BF16)
     try:
         assert same((value.detach(), grad), value_and_grad(loss, x, *args))
     finally:
-        getattr(loss, "gpl", loss).options = before
+        inner.options = before
 
 
 def test_autocast_leaves_stored_features_in_float32():

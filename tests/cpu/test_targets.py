@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def sparse(rest="renormalize", **parts):
 @pytest.mark.parametrize("channel", [False, True], ids=["NHW", "N1HW"])
 def test_labels_of_every_integer_dtype(dtype, channel):
     loss, x, y = make(ignore_index=-1 if dtype in SIGNED else 200), pred(), labels()
-    y[0, :3] = loss.options["ignore_index"]
+    y[0, :3] = loss.options.ignore_index
     want = value_and_grad(loss, x, y)
     y = y.to(dtype)
     copy = y.clone()
@@ -97,13 +98,15 @@ def test_a_class_may_be_the_ignored_one():
 def test_looking_at_values_is_free_on_the_cpu_and_asked_for_elsewhere(monkeypatch):
     """GPL_FAST_CHECK: a device tensor is read only when the variable is 1."""
     monkeypatch.delenv("GPL_FAST_CHECK", raising=False)
-    here, elsewhere = torch.empty(1), torch.empty(1, device="meta")
+    here, nowhere = torch.empty(1), torch.empty(1, device="meta")
+    elsewhere = SimpleNamespace(device=torch.device("cuda"), is_meta=False)
     assert values.may_look(here)
     assert not values.may_look(elsewhere)
     monkeypatch.setenv("GPL_FAST_CHECK", "0")
     assert not values.may_look(elsewhere)
     monkeypatch.setenv("GPL_FAST_CHECK", "1")
     assert values.may_look(elsewhere)
+    assert not values.may_look(nowhere)  # which holds no values
 
 
 def test_unseen_values_out_of_range_count_as_ignored(monkeypatch):
@@ -229,22 +232,22 @@ def test_dense_targets_of_another_size(size, dtype):
 
 
 @pytest.mark.parametrize("channel", [False, True], ids=["NHW", "N1HW"])
-def test_the_mask_is_the_predictions_size_whatever_the_targets(channel):
+def test_the_mask_may_be_the_predictions_size_whatever_the_targets(channel):
     loss, x, target = make(), pred(), torch.randn(2, 4, 5, 5)
     mask = torch.rand(2, 9, 10) < 0.5
     _, grad = value_and_grad(loss, x, target, mask.unsqueeze(1) if channel else mask)
     assert not grad.masked_select(~mask.unsqueeze(1)).any()
-    with pytest.raises(ValueError, match=r"mask: got shape \(2, 5, 5\).*the prediction's size"):
-        loss(x, target, mask[:, :5, :5])
+    with pytest.raises(ValueError, match=r"mask: got shape \(2, 5, 6\).*the prediction's size"):
+        loss(x, target, mask[:, :5, :6])
     with pytest.raises(TypeError, match=r"mask: got torch.uint8.*torch.bool"):
         loss(x, target, mask.byte())
 
 
 @pytest.mark.parametrize("target", ["same", "none", "sigmoid", "softmax"])
 def test_target_activation_and_temperature(target):
-    """The temperature divides before every activation, "none" included."""
+    """The temperature divides before every activation; beside one, "none" takes a map as it is."""
     x, y = pred(), pred()
-    act = {"none": lambda z: z, "sigmoid": torch.sigmoid, "softmax": lambda z: z.softmax(1)}
+    act = {"none": lambda z: 2 * z, "sigmoid": torch.sigmoid, "softmax": lambda z: z.softmax(1)}
     loss = make(activation="sigmoid", target_activation=target, temperature=2.0)
     want = make(activation="none")(torch.sigmoid(x / 2), act.get(target, torch.sigmoid)(y / 2))
     torch.testing.assert_close(loss(x, y), want)
