@@ -2,7 +2,8 @@
 
 Two predictions with the same number of wrong pixels and the same confidence everywhere, hence the
 same cross-entropy: one misses an object, the other has its errors scattered. Everything shown is
-computed: energies of feature differences by block, and the gradient by the logits.
+computed, by the reference in float64: energies of feature differences by block, and the gradient
+by the logits. The figures that README.md states are printed.
 """
 
 from __future__ import annotations
@@ -49,33 +50,64 @@ def predictions(labels: Tensor) -> dict[str, Tensor]:
 
 
 def logits_of(labels: Tensor) -> Tensor:
-    """Logits (1, C, H, W): MARGIN at the class that is predicted, 0 elsewhere."""
-    return MARGIN * F.one_hot(labels, CLASSES).permute(2, 0, 1).unsqueeze(0).float()
+    """Logits (1, C, H, W) float64: MARGIN at the class that is predicted, 0 elsewhere."""
+    return MARGIN * one_hot(labels)
 
 
-def energies(loss: gpl_fast.GenericPerceptualLoss, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Mean over channels of (E' - E)^2 at three blocks, each (H_b, W_b)."""
+def one_hot(labels: Tensor) -> Tensor:
+    """(H, W) -> (1, C, H, W) float64."""
+    return F.one_hot(labels, CLASSES).permute(2, 0, 1).unsqueeze(0).double()
+
+
+def energies(loss: gpl_fast.GenericPerceptualLoss, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """Mean over channels of (E' - E)^2 between two maps at three blocks, each (H_b, W_b)."""
     taps = ("pool1", "pool3", "pool5")
-    target = F.one_hot(labels, CLASSES).permute(2, 0, 1).unsqueeze(0).float()
-    with torch.no_grad():
-        e_pred, e = loss.net.features(x.softmax(dim=1), taps), loss.net.features(target, taps)
+    e_pred, e = loss.net.features(x, taps), loss.net.features(y, taps)
     return {tap: (e_pred[tap] - e[tap]).square().mean(dim=1)[0] for tap in taps}
+
+
+def gradients(loss: gpl_fast.GenericPerceptualLoss, x: Tensor, labels: Tensor) -> list[Tensor]:
+    """Of the loss and of the cross-entropy, by the logits: (C, H, W) each."""
+    x = x.clone().requires_grad_()
+    values = (loss(x, labels[None]), F.cross_entropy(x, labels[None]))
+    return [torch.autograd.grad(value, x)[0][0] for value in values]
+
+
+def print_figures(labels: Tensor) -> None:
+    """Both losses by pool and by network, and how far wrong pixels reach."""
+    loss = gpl_fast.GenericPerceptualLoss(CLASSES)
+    right = logits_of(labels)
+    for name, predicted in predictions(labels).items():
+        x, wrong = logits_of(predicted), predicted != labels
+        ce = float(F.cross_entropy(x, labels[None]))
+        print(f"{name}: {int(wrong.sum())} wrong pixels, cross-entropy {ce:.4f}")
+        for pool in ("max", "avg"):
+            nets = [gpl_fast.GenericPerceptualLoss(CLASSES, pool=pool, seed=s) for s in range(5)]
+            values = " ".join(f"{float(net(x, labels[None])):.4f}" for net in nets)
+            print(f"  perceptual loss, {pool} pools, seeds 0 to 4: {values}")
+        print("  beside a prediction that is right everywhere,")
+        for tap, energy in energies(loss, x.softmax(dim=1), right.softmax(dim=1)).items():
+            share = float((energy > 0).double().mean())
+            print(f"    features differ at {share:.0%} of the positions of {tap}")
+        changes = zip(gradients(loss, x, labels), gradients(loss, right, labels), strict=True)
+        for term, (ours, other) in zip(("perceptual loss", "cross-entropy"), changes, strict=True):
+            change = (ours - other).abs().sum(dim=0)
+            share = float(change[~wrong].sum() / change.sum())
+            print(f"    {share:.0%} of the change of the {term}'s gradient is at right pixels")
 
 
 def main() -> None:
     """Compute and draw."""
     labels = scene()
+    print_figures(labels)
     loss = gpl_fast.GenericPerceptualLoss(CLASSES)
     rows = []
     for name, predicted in predictions(labels).items():
-        x = logits_of(predicted).requires_grad_()
-        value = loss(x, labels[None])
-        (gradient,) = torch.autograd.grad(value, x)
-        ce = float(F.cross_entropy(x.detach(), labels[None]))
-        maps = energies(loss, x.detach(), labels)
-        rows.append(
-            (name, predicted, ce, float(value.detach()), maps, gradient.abs().sum(dim=1)[0])
-        )
+        x = logits_of(predicted)
+        value, ce = float(loss(x, labels[None])), float(F.cross_entropy(x, labels[None]))
+        maps = energies(loss, x.softmax(dim=1), one_hot(labels))
+        gradient = gradients(loss, x, labels)[0].abs().sum(dim=0)
+        rows.append((name, predicted, ce, value, maps, gradient))
 
     figure, axes = plt.subplots(2, 6, figsize=(16, 6.2))
     for axis_row, (name, predicted, ce, value, maps, gradient) in zip(axes, rows, strict=True):
@@ -83,7 +115,7 @@ def main() -> None:
         for axis, (title, picture) in zip(axis_row, pictures, strict=False):
             axis.imshow(picture, cmap="Set2", vmin=0, vmax=7, interpolation="nearest")
             axis.set_title(title, fontsize=10)
-        axis_row[1].set_xlabel(f"cross-entropy {ce:.3f},  perceptual loss {value:.2e}", fontsize=10)
+        axis_row[1].set_xlabel(f"cross-entropy {ce:.3f},  perceptual loss {value:.4f}", fontsize=10)
         for axis, (tap, energy) in zip(axis_row[2:], maps.items(), strict=False):
             top = max(float(row[4][tap].max()) for row in rows)
             axis.imshow(energy, cmap="magma", vmin=0, vmax=top, interpolation="nearest")
@@ -97,8 +129,6 @@ def main() -> None:
     figure.tight_layout()
     OUT.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(OUT, dpi=80)
-    for name, _, ce, value, _, _ in rows:
-        print(f"{name}: cross-entropy {ce:.4f}, perceptual loss {value:.3e}")
 
 
 if __name__ == "__main__":
