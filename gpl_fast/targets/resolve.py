@@ -49,9 +49,7 @@ class Target:
         if self.dense is not None:
             y = reference.resize(self.dense.detach().to(dtype), self.size, self.dense_valid)
             if activation == "softmax" and tuple(self.dense.shape[2:]) != self.size:
-                y = y.clamp(
-                    min=torch.finfo(dtype).min
-                )  # a mean may round to -inf
+                y = y.clamp(min=torch.finfo(dtype).min)  # a mean may round to -inf
             y = reference.zero_invalid(y, self.valid)
             y = reference.activate(y, activation, temperature)
         elif self.labels is not None:
