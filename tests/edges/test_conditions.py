@@ -142,7 +142,8 @@ def check(found, truth, loose=False):
         assert (dx == 0).all()
     else:
         cosine = (dx.double() * dwant).sum() / (dx.double().norm() * scale)
-        assert cosine > (0.95 if loose else 1 - 1e-5)
+        # Padding is constant: rounding may pick another winner among the ties of a pool.
+        assert cosine > (0.95 if loose else 1 - 1e-3)
 
 
 @pytest.mark.parametrize("case", CASES)
