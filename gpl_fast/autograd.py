@@ -194,6 +194,8 @@ class _PerceptualTerms(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, *rest = ctx.saved_tensors
         g = grads[0]
+        if not torch.compiler.is_compiling():  # `is_grads_batched` is a vmap
+            refuse_transforms(g)
         n_target, n_packs = ctx.counts
         target, packs = rest[:n_target], rest[n_target : n_target + n_packs]
         with torch.no_grad():
@@ -211,11 +213,12 @@ def refuse_transforms(x: Tensor) -> None:
     Raises:
         NotImplementedError: a transform of `torch.func` is active, or `x` has a tangent.
     """
-    what = (
-        _transform_while_tracing()
-        if torch.compiler.is_compiling()
-        else reference.active_transform(x)
-    )
+    if not torch.compiler.is_compiling():
+        what = reference.active_transform(x)
+    elif forward_ad._current_level >= 0:  # read here, where torch.compile guards on it
+        what = "forward-mode derivatives"
+    else:
+        what = _transform_while_tracing()
     if what is None:
         return
     raise NotImplementedError(
@@ -224,10 +227,8 @@ def refuse_transforms(x: Tensor) -> None:
     )
 
 
-@constant_in_graphs  # torch.compile guards on what it sees
+@constant_in_graphs  # torch.compile guards on the stack of transforms
 def _transform_while_tracing() -> str | None:
-    if forward_ad._current_level >= 0:
-        return "forward-mode derivatives"
     return reference.active_transform(torch.empty(0, device="cpu"))
 
 

@@ -116,9 +116,9 @@ def explain(
     planned = Planned(loss, net, o, pred, resolved, mask, inputs, features, styles)
     found = planned.explain()
     if tv_weight and found.backend == "fast":  # which leaves the total variation to PyTorch
-        valid = resolved.valid
+        smooth = {"pred": pred, "valid": resolved.valid}
         saved, _ = _run_on_meta(
-            lambda pred: functional.total_variation(pred, valid, o), {"pred": pred}, net
+            lambda pred, valid: functional.total_variation(pred, valid, o), smooth, net
         )
         found = replace(found, bytes_saved=found.bytes_saved + saved)
     return found
@@ -214,7 +214,7 @@ class Planned:
 
     def _fast(self, dtype: torch.dtype, choice: Choice) -> Explanation:
         o, device, target = self.o, self.device, self.target
-        megabytes, hard = autograd.workspace(device, o.workspace_mb)
+        megabytes, hard = autograd.workspace(device, o.constant_workspace)
         spec = plan.make_spec(
             self.net,
             feature_weights=dict(self.features),
@@ -223,7 +223,7 @@ class Planned:
             resized=target.dense is not None and tuple(target.dense.shape[2:]) != target.size,
             activation=o.activation,
             target_activation=o.target,
-            temperature=o.temperature,
+            temperature=o.constant_temperature,
             label_smoothing=self.label_smoothing or 0.0,
             cross_entropy=self.label_smoothing is not None,
             device=device.type,
@@ -254,8 +254,9 @@ def _same_memory(a: Tensor, b: Tensor | None) -> bool:
     return b is not None and a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
 
+@torch.inference_mode(False)  # whose tensors no graph could save
 def _run_on_meta(
-    run: Callable[..., Tensor], inputs: Mapping[str, Any], net: LossNet
+    run: Callable[..., Tensor | dict[str, Tensor]], inputs: Mapping[str, Any], net: LossNet
 ) -> tuple[int, int]:
     """Bytes that autograd keeps for the backward, each storage once, and FLOPs of the network.
 
@@ -276,7 +277,8 @@ def _run_on_meta(
     counter = FlopCounterMode(display=False)
     with torch.enable_grad(), counter:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            value = run(**moved)
+            found = run(**moved)
+            value = functional.sum_of_parts(found) if isinstance(found, dict) else found
         value.sum().backward()  # type: ignore[no-untyped-call]
     given = [t for x in moved.values() for t in tree_leaves(x) if isinstance(t, Tensor)]
     for t in [*given, *net.cached_tensors()]:

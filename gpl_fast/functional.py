@@ -7,6 +7,7 @@ these. Conventions: docs/derivation.md.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,8 +31,8 @@ from gpl_fast.targets import (
     Target,
     TargetFeatures,
     check_labels,
+    check_same_mask,
     label_plane,
-    may_look,
     normalise_mask,
     resolve_target,
 )
@@ -240,19 +241,14 @@ def _features_without_ignored(
 ) -> Target:
     """Stored features where ignored pixels are to leave the perceptual term: those pixels must have
     been left out when they were made."""
-    stored = teacher.valid
     target = resolve_target(teacher, net.in_channels, o, pred=pred, what="teacher")
-    same = stored is not None and stored.shape == counted.shape
-    if stored is not None and same and not torch.compiler.is_compiling() and may_look(counted):
-        same = torch.equal(stored, counted)
-    if not same:
-        without = "labels != ignore_index" + ("" if mask is None else " and the mask")
-        raise ValueError(
-            "gpl_ignore=True: got teacher features that were not made without this batch's ignored "
-            f"pixels, expected encode(teacher, mask=...) with {without}; or gpl_ignore='auto', "
-            "where a teacher speaks for ignored pixels too"
-        )
-    return target
+    without = "labels != ignore_index" + ("" if mask is None else " and the mask")
+    message = (
+        "gpl_ignore=True: got teacher features that were not made without this batch's ignored "
+        f"pixels, expected encode(teacher, mask=...) with {without}; or gpl_ignore='auto', where a "
+        "teacher speaks for ignored pixels too"
+    )
+    return replace(target, seen=check_same_mask(counted, teacher.valid, message))
 
 
 def _mean_cross_entropy(total: Tensor, norm: Tensor, reduction: str) -> Tensor:
@@ -263,7 +259,8 @@ def _mean_cross_entropy(total: Tensor, norm: Tensor, reduction: str) -> Tensor:
     """
     if reduction == "mean":
         total, norm = total.sum(), norm.sum()
-    mean = torch.where(norm == 0, 0, total / torch.where(norm == 0, 1, norm))
+    nothing = norm == 0
+    mean = (total / norm.masked_fill(nothing, 1)).masked_fill(nothing, 0)
     return mean.sum() if reduction == "sum" else mean
 
 
@@ -336,7 +333,7 @@ def total_variation(pred: Tensor, valid: Tensor | None, o: Options) -> Tensor:
     """Of the activated prediction, (N,)."""
     with _no_autocast(pred):
         wide = pred.to(_accumulation_dtype(pred.dtype))
-        y = reference.prediction_map(wide, o.activation, o.temperature, valid)
+        y = reference.prediction_map(wide, o.activation, o.constant_temperature, valid)
         return reference.total_variation(y, valid)
 
 
@@ -420,7 +417,7 @@ def _perceptual_terms(
         e_target = _target_features(target, net, tuple(feature_weights), o, dtype)
         e_style = _target_features(style or target, net, tuple(style_weights), o, dtype)
         y = reference.prediction_map(
-            pred.to(y_pred_dtype), o.activation, o.temperature, target.valid
+            pred.to(y_pred_dtype), o.activation, o.constant_temperature, target.valid
         )
         y = net.network_input(y, target.valid)
         parts = reference.perceptual_terms(
@@ -460,9 +457,9 @@ def _fast_terms(
         style_features=styles,
         activation=o.activation,
         target_activation=o.target,
-        temperature=o.temperature,
+        temperature=o.constant_temperature,
         dtype=dtype,
-        workspace_mb=o.workspace_mb,
+        workspace_mb=o.constant_workspace,
         cross_entropy=cross_entropy,
     )
     seen = _seen(target, style)
@@ -490,7 +487,7 @@ def _target_features(
                 activation=o.target,
                 temperature=o.target_temperature,
                 dtype=dtype,
-                workspace_mb=o.workspace_mb,
+                workspace_mb=o.constant_workspace,
             )
     with torch.no_grad():
         y = target.map(o.target, o.target_temperature, acc)
@@ -590,7 +587,8 @@ def segmentation_labels(labels: object, logits: Tensor) -> Tensor:
             f"labels: got {labels.dtype}, expected integers (N, H, W); use labels.long(), or "
             "teacher= for soft targets"
         )
-    labels = label_plane(labels, logits.shape[1])
+    multi_hot = "to GenericPerceptualLoss, beside a binary cross-entropy,"
+    labels = label_plane(labels, logits.shape[1], multi_hot)
     if labels.shape[0] != logits.shape[0]:
         raise ValueError(
             f"labels: got {labels.shape[0]} images, expected {logits.shape[0]}, as many as logits; "

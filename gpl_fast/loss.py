@@ -12,7 +12,7 @@ from gpl_fast.explain import Explanation, explain
 from gpl_fast.initialisation import Init
 from gpl_fast.input_checks import as_int
 from gpl_fast.lossnet import LossNet
-from gpl_fast.options import Options, level_taps
+from gpl_fast.options import Options, as_numbers, as_texts, level_taps
 from gpl_fast.structure import WIDTHS, parse_blocks
 from gpl_fast.targets import TargetFeatures, TopK, first_look
 
@@ -106,8 +106,13 @@ class GenericPerceptualLoss(nn.Module):
             workspace_mb=workspace_mb,
         )
         self.options.check_channels(in_channels)
-        self.taps = level_taps(self.net, level_weights)
+        self._taps = as_texts(level_taps(self.net, level_weights))
         self._looked = False  # at a dense target on a GPU
+
+    @property
+    def taps(self) -> dict[str, float]:
+        """The weight of each layer that is compared."""
+        return as_numbers(self._taps)
 
     def forward(
         self, pred: Tensor, target: Tensor | TopK | TargetFeatures, mask: Tensor | None = None

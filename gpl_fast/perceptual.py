@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from types import MappingProxyType
 from typing import Any
 
@@ -13,10 +12,17 @@ from torch import Tensor, nn
 from gpl_fast import functional
 from gpl_fast.explain import Explanation, explain
 from gpl_fast.lossnet import LossNet
-from gpl_fast.options import Options, as_layers, refuse_unknown
+from gpl_fast.options import (
+    Options,
+    as_layers,
+    as_numbers,
+    as_texts,
+    option_names,
+    refuse_unknown,
+)
 from gpl_fast.targets import TargetFeatures, TopK, first_look
 
-_KNOWN = [field.name for field in fields(Options) if field.name != "reduction"]
+_KNOWN = [name for name in option_names() if name != "reduction"]
 
 
 class PerceptualLoss(nn.Module):
@@ -57,15 +63,24 @@ class PerceptualLoss(nn.Module):
             )
         refuse_unknown("PerceptualLoss", options, _KNOWN)
         self.net = net
-        self.feature_layers, self.style_layers, self.tv_weight = as_layers(
-            net, feature_layers, style_layers, tv_weight
-        )
+        features, styles, self.tv_weight = as_layers(net, feature_layers, style_layers, tv_weight)
+        self._features, self._styles = as_texts(features), as_texts(styles)
         self.return_parts = return_parts
         self.options = Options.of(
             "PerceptualLoss", {"reduction": reduction, **options}, activation="none"
         )
         self.options.check_channels(net.in_channels)
         self._looked = False  # at a dense target on a GPU
+
+    @property
+    def feature_layers(self) -> dict[str, float]:
+        """The weight of each layer's feature reconstruction."""
+        return as_numbers(self._features)
+
+    @property
+    def style_layers(self) -> dict[str, float]:
+        """The weight of each layer's style."""
+        return as_numbers(self._styles)
 
     def forward(
         self,
@@ -134,5 +149,6 @@ class PerceptualLoss(nn.Module):
         return (
             f"net={self.net}, feature_layers={self.feature_layers}, "
             f"style_layers={self.style_layers}, tv_weight={self.tv_weight}"
+            f"{', return_parts=True' if self.return_parts else ''}"
             f"{self.options.changed(activation='none')}"
         )

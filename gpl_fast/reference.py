@@ -254,7 +254,8 @@ def input_edge(x: Tensor) -> Tensor:
 
 def active_transform(x: Tensor) -> str | None:
     """The kind of derivative that PyTorch is taking of `x` beside its autograd graph, or None."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    functorch = torch._C._functorch
+    if functorch.peek_interpreter_stack() is not None or functorch.is_legacy_batchedtensor(x):
         return "transforms of torch.func (grad, vjp, jvp, vmap, …)"
     if forward_ad._current_level >= 0:
         _, tangent = forward_ad.unpack_dual(x)  # type: ignore[no-untyped-call]

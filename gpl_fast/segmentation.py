@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor, nn
@@ -81,13 +81,23 @@ class SegmentationLoss(nn.Module):
         self.gpl = GenericPerceptualLoss(num_classes, ignore_index=ignore_index, **gpl)
         self.gpl_weight = as_weight("gpl_weight", gpl_weight)
         self.ce_weight = as_weight("ce_weight", ce_weight)
-        self.label_smoothing, self.gpl_ignore = as_label_smoothing(label_smoothing), gpl_ignore
+        self.label_smoothing = label_smoothing
+        self.gpl_ignore = gpl_ignore
         self.return_parts = return_parts
         # A plain attribute: a buffer would appear in state_dict and be broadcast by DDP.
         self.class_weight = (
             None if class_weight is None else as_class_weight(class_weight, num_classes)
         )
         self._class_weights: dict[torch.device, Tensor] = {}  # copies on other devices
+
+    @property
+    def label_smoothing(self) -> float:
+        """Of the cross-entropy; kept as text, as `Options.texts`."""
+        return float(self._label_smoothing)
+
+    @label_smoothing.setter
+    def label_smoothing(self, value: SupportsFloat) -> None:
+        self._label_smoothing = repr(as_label_smoothing(value))
 
     @property
     def net(self) -> LossNet:
@@ -175,5 +185,6 @@ class SegmentationLoss(nn.Module):
         usual = {"gpl_weight": 0.1, "ce_weight": 1.0, "label_smoothing": 0.0, "gpl_ignore": "auto"}
         weights = None if self.class_weight is None else self.class_weight.tolist()
         words = {name: getattr(self, name) for name in usual}
+        words["return_parts"], usual["return_parts"] = self.return_parts, False
         changed = [f"{k}={v!r}" for k, v in words.items() if v != usual[k] or k == "gpl_weight"]
         return ", ".join([*changed, *([] if weights is None else [f"class_weight={weights}"])])

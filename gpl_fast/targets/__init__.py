@@ -13,16 +13,16 @@ from gpl_fast.targets.resolve import (
     resolve_target,
 )
 from gpl_fast.targets.topk import TopK
-from gpl_fast.targets.values import check_labels, may_look
+from gpl_fast.targets.values import check_labels, check_same_mask
 
 __all__ = [
     "Target",
     "TargetFeatures",
     "TopK",
     "check_labels",
+    "check_same_mask",
     "first_look",
     "label_plane",
-    "may_look",
     "normalise_mask",
     "resolve_target",
 ]

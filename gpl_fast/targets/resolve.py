@@ -23,6 +23,7 @@ from gpl_fast.targets.topk import TopK
 from gpl_fast.targets.values import (
     check_dense,
     check_labels,
+    check_same_mask,
     check_topk,
     may_look,
     refuse_dense,
@@ -222,20 +223,23 @@ def _resolve_features(target: TargetFeatures, mask: Tensor | None, pred: Tensor 
     first = next(iter(target.features.values()))
     _check_like(first, "target features", pred, None)
     mask = normalise_mask(mask, len(target), (height, width), pred.device)
+    seen = None
     if mask is not None:
-        stored = target.mask
-        if stored is None or (not torch.compiler.is_compiling() and may_look(mask)
-                              and not torch.equal(mask, stored)):  # fmt: skip
-            raise ValueError(
-                "mask: got one that differs from the mask the target features were encoded with; "
-                "leave it out (the stored one is used), or encode(target, mask=mask) again"
-            )
+        message = (
+            "mask: got one that differs from the mask the target features were encoded with; "
+            "leave it out (the stored one is used), or encode(target, mask=mask) again"
+        )
+        seen = check_same_mask(mask, target.mask, message)
     valid = None if target.valid is None else _savable(target.valid)
-    return Target("features", (height, width), valid, features=target)
+    return Target("features", (height, width), valid, features=target, seen=seen)
 
 
-def label_plane(labels: Tensor, channels: int) -> Tensor:
+def label_plane(labels: Tensor, channels: int, multi_hot: str | None = None) -> Tensor:
     """Labels (N, H, W) or (N, 1, H, W) -> (N, H, W).
+
+    Args:
+        channels: C.
+        multi_hot: what takes maps of several classes at a pixel, where the caller does not.
 
     Raises:
         ValueError: another shape; one-hot labels, with the way out.
@@ -244,15 +248,18 @@ def label_plane(labels: Tensor, channels: int) -> Tensor:
         raise ValueError(
             f"labels: got {tuple(labels.shape)}, a map for each class, expected class indices "
             "(N, H, W): of one-hot maps use labels.argmax(dim=1); of multi-hot maps (several "
-            "classes at a pixel) argmax would lose some: give labels.float() as a target with "
-            "activation='sigmoid', target_activation='none'"
+            f"classes at a pixel) argmax would lose some: give labels.float() {multi_hot or 'here'}"
+            " with activation='sigmoid', target_activation='none'; of images or other values give "
+            ".float(), divided by 255 if that is their range"
         )
     if labels.dim() not in (3, 4) or (labels.dim() == 4 and labels.shape[1] != 1):
-        way_out = (
-            "a volume (N, D, H, W) goes through in slices: use labels.flatten(0, 1)"
-            if labels.dim() in (4, 5)
-            else "one image: use labels.unsqueeze(0)"
-        )
+        way_out = "one image: use labels.unsqueeze(0)"
+        if labels.dim() == 4 and labels.shape[3] == 1:
+            way_out = "use labels.squeeze(-1)"
+        elif labels.dim() == 4 and labels.shape[3] == channels:
+            way_out = "one-hot maps with their classes last: use labels.argmax(-1)"
+        elif labels.dim() in (4, 5):
+            way_out = "a volume (N, D, H, W) goes through in slices: use labels.flatten(0, 1)"
         raise ValueError(
             f"labels: got shape {tuple(labels.shape)}, expected (N, H, W) or (N, 1, H, W); "
             f"{way_out}"

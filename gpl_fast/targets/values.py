@@ -25,6 +25,8 @@ _LIBRARY.define(
     "check_dense(Tensor target, Tensor? valid, str activation, bool holes, str what) -> Tensor"
 )
 
+_LIBRARY.define("check_same_mask(Tensor given, Tensor stored, str message) -> Tensor")
+
 # A look at a dense target begins with about so many values and ends at the first pixel that no
 # activation puts out, which of logits is mostly the first one of all.
 FIRST_LOOK = 2**12
@@ -34,7 +36,7 @@ LARGEST_LOOK = 2**22
 def _check_labels(
     labels: Tensor, mask: Tensor | None, channels: int, ignore_index: int | None
 ) -> Tensor:
-    out = labels.to(torch.int64, copy=True)
+    out = labels.to(torch.int64, copy=True, memory_format=torch.contiguous_format)
     skip = torch.zeros_like(out, dtype=torch.bool) if mask is None else ~mask
     if ignore_index is not None:
         skip |= out == ignore_index
@@ -47,9 +49,18 @@ def _check_labels(
             f"labels: got {int(wrong.sum())} pixels outside [0, {highest}], such as "
             f"{values[:5].tolist()}, expected classes in [0, {highest}]"
             + (f" or ignore_index={ignore_index}" if ignore_index is not None else "")
-            + "; pass ignore_index= for pixels that do not count, or mask="
+            + _way_out(channels)
         )
     return out.masked_fill_(wrong, -1)
+
+
+def _way_out(channels: int) -> str:
+    if channels == 1:
+        return (
+            " of a mask; use (labels > 0) for a mask of other values, .float() for a map of values "
+            "such as depth, and ignore_index= or mask= only for pixels that do not count"
+        )
+    return "; pass ignore_index= for pixels that do not count, or mask="
 
 
 def _check_labels_fake(
@@ -134,12 +145,12 @@ def refuse_dense(
 def holds_probabilities(target: Tensor, valid: Tensor | None, activation: str) -> bool:
     """Whether a map (N, C, h, w) holds, at every valid pixel, what `activation` may put out.
 
-    Values in [0, 1]; under softmax also sums that are 1 within ``1e-3 + 2 eps`` or exactly 0, or
-    0 and 1 alone in the whole map. Nothing valid: False.
+    Values in [0, 1] within ``2 eps``, which a resize may add; under softmax also sums that are 1
+    within ``1e-3 + 2 eps`` or exactly 0, or 0 and 1 alone in the whole map. Nothing valid: False.
     """
     sums, bits, any_valid = activation == "softmax", activation == "softmax", False
     n, c, h, w = target.shape
-    tolerance = 1e-3 + 2 * torch.finfo(target.dtype).eps
+    rounding = 2 * torch.finfo(target.dtype).eps
     wide = torch.float64 if target.dtype == torch.float64 else torch.float32
     rows = max(1, FIRST_LOOK // max(c * w, 1))
     for image in range(n):
@@ -152,11 +163,11 @@ def holds_probabilities(target: Tensor, valid: Tensor | None, activation: str) -
             def everywhere(good: Tensor, keep: Tensor | None = keep) -> bool:
                 return bool((good if keep is None else good | ~keep).all())
 
-            if not everywhere(((y >= 0) & (y <= 1)).all(dim=0)):
+            if not everywhere(((y >= -rounding) & (y <= 1 + rounding)).all(dim=0)):
                 return False
             if activation == "softmax":
                 total = y.sum(dim=0)
-                near = ((total - 1).abs() <= tolerance) | (total == 0)
+                near = ((total - 1).abs() <= 1e-3 + rounding) | (total == 0)
                 sums = sums and everywhere(near)
                 bits = bits and everywhere(((y == 0) | (y == 1)).all(dim=0))
                 if not (sums or bits):
@@ -166,6 +177,16 @@ def holds_probabilities(target: Tensor, valid: Tensor | None, activation: str) -
     return any_valid
 
 
+def _check_same_mask(given: Tensor, stored: Tensor, message: str) -> Tensor:
+    if may_look(given) and not torch.equal(given, stored):
+        raise ValueError(message)
+    return given.new_zeros((), dtype=torch.float32)
+
+
+def _check_same_mask_fake(given: Tensor, stored: Tensor, message: str) -> Tensor:
+    return given.new_empty((), dtype=torch.float32)
+
+
 def _check_dense_fake(
     target: Tensor, valid: Tensor | None, activation: str, holes: bool, what: str
 ) -> Tensor:
@@ -173,6 +194,7 @@ def _check_dense_fake(
 
 
 for _name, _run, _fake in (
+    ("check_same_mask", _check_same_mask, _check_same_mask_fake),
     ("check_dense", _check_dense, _check_dense_fake),
     ("check_labels", _check_labels, _check_labels_fake),
     ("check_topk", _check_topk, _check_topk_fake),
@@ -217,12 +239,25 @@ def check_dense(
     """
     if activation == "none" and not holes:
         return None
-    if torch.compiler.is_compiling():
-        seen: Tensor = torch.ops.gpl_fast.check_dense(target, valid, activation, holes, what)
-        return seen
-    if not torch._C._functorch.is_functorch_wrapped_tensor(target):  # whose values are not one
-        _check_dense(target, valid, activation, holes, what)
-    return None
+    # An operator: modes and transforms, whose tensors have no values to look at, know what to do.
+    seen: Tensor = torch.ops.gpl_fast.check_dense(target, valid, activation, holes, what)
+    return seen if torch.compiler.is_compiling() else None
+
+
+def check_same_mask(given: Tensor, stored: Tensor | None, message: str) -> Tensor | None:
+    """Hold a mask (N, H, W) to the one that stored features were made with.
+
+    Returns:
+        As `check_dense`.
+
+    Raises:
+        ValueError: `message`; on CUDA, of masks that differ in values, only with
+            ``GPL_FAST_CHECK=1``.
+    """
+    if stored is None or given.shape != stored.shape:
+        raise ValueError(message)
+    seen: Tensor = torch.ops.gpl_fast.check_same_mask(given, stored, message)
+    return seen if torch.compiler.is_compiling() else None
 
 
 def check_labels(

@@ -217,3 +217,45 @@ def test_stored_features_keep_the_resolved_word():
     assert {f.settings["activation"] for f in words.values()} == {"softmax"}
     loss = GenericPerceptualLoss(5)
     assert len({float(loss(torch.zeros(1, 5, *SIZE), words["same"])) for _ in range(2)}) == 1
+
+
+@pytest.mark.parametrize("size", [(33, 41), (40, 40), (64, 50), (119, 97)])
+@pytest.mark.parametrize("mode", ["bilinear", "nearest"])
+def test_one_hot_maps_that_were_resized_are_still_probabilities(size, mode):
+    """A resize leaves values such as 1.0000001."""
+    options = {"align_corners": False} if mode == "bilinear" else {}
+    for y, activation in ((one_hot(), "softmax"), (one_hot()[:, :1], "sigmoid")):
+        target = F.interpolate(y, size=size, mode=mode, **options)
+        loss = GenericPerceptualLoss(target.shape[1], activation=activation)
+        with pytest.raises(ValueError, match="probabilities already"):
+            loss(torch.randn(target.shape), target)
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap"])
+def test_transforms_on_the_reference_look_too(transform):
+    loss, y = GenericPerceptualLoss(5, backend="reference"), probabilities()
+    pred = torch.randn(2, 5, *SIZE)
+    calls = {
+        "grad": lambda: torch.func.grad(lambda x: loss(x, y))(pred),
+        "vmap": lambda: torch.func.vmap(loss)(torch.stack([pred, pred]), torch.stack([y, y])),
+    }
+    with pytest.raises(ValueError, match="probabilities already"):
+        calls[transform]()
+
+
+def test_modes_whose_tensors_hold_no_values():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    loss, total = GenericPerceptualLoss(5, backend="reference"), SegmentationLoss(5)
+    pred, target = torch.randn(2, 5, *SIZE), torch.randn(2, 5, *SIZE)
+    traced = make_fx(loss)(pred, target)
+    torch.testing.assert_close(traced(pred, target), loss(pred, target))
+    labels = torch.randint(0, 5, (2, *SIZE))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        x = mode.from_tensor(pred).requires_grad_()
+        loss(x, mode.from_tensor(target)).backward()
+        assert x.grad.shape == x.shape
+        reference_total = SegmentationLoss(5, net=total.net, backend="reference")
+        value = reference_total(x, mode.from_tensor(labels), mode.from_tensor(target[:, :, ::2]))
+        assert value.shape == ()

@@ -167,3 +167,21 @@ def test_return_parts_of_the_constructor_and_of_the_call():
     assert set(parts(x, y)) == {"loss_ce", "loss_gpl"}
     assert parts(x, y, return_parts=False).dim() == 0
     assert set(SegmentationLoss(C)(x, y, return_parts=True)) == {"loss_ce", "loss_gpl"}
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+def test_labels_of_any_strides(teacher, backend):
+    x, y = logits(), labels()
+    given = torch.randn(N, C, *SIZE) if teacher else None
+    total = SegmentationLoss(C, backend=backend)
+    want = total(x, y, given)
+    for strided in (
+        y.permute(1, 2, 0).contiguous().permute(2, 0, 1),
+        y.transpose(1, 2).contiguous().transpose(1, 2),
+        y[:1].expand(N, -1, -1),
+    ):
+        same = strided if strided.shape == y.shape and torch.equal(strided, y) else None
+        value = total(x, strided, given)
+        torch.testing.assert_close(value, total(x, strided.clone(), given))
+        if same is not None:
+            torch.testing.assert_close(value, want)

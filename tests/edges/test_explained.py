@@ -29,6 +29,9 @@ CASES = {
     "style": (lambda o: PerceptualLoss(NET, {"relu1_1": 1.0}, {"relu2_1": 1.0}, **o), (X, T)),
     "style of another": (lambda o: PerceptualLoss(NET, {"pool1": 1.0}, {"relu2_1": 1.0}, **o),
                          (X, T, T[:1])),
+    "smooth, masked": (lambda o: PerceptualLoss(NET, {"pool1": 1.0}, tv_weight=0.1, **o),
+                       (X, T, None, MASK)),
+    "parts": (lambda o: SegmentationLoss(C, net=NET, return_parts=True, **o), (X, Y)),
     "smooth": (lambda o: PerceptualLoss(NET, {"pool1": 1.0}, tv_weight=0.1, **o), (X, T)),
 }  # fmt: skip
 
@@ -49,6 +52,7 @@ def kept_bytes(loss, args):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         value = loss(pred, *rest)
+    value = sum(value.values()) if isinstance(value, dict) else value
     given = [pred, *(t for t in rest if isinstance(t, torch.Tensor))]
     own = {t.untyped_storage()._cdata for t in given} | packs(loss.net)
     assert value.requires_grad
@@ -66,6 +70,14 @@ def test_what_is_saved(case, dtype, backend):
     got = kept_bytes(loss, args)
     assert abs(found.bytes_saved - got) <= slack * got + 16 * N  # scalars of each image
     assert "GFLOP" in str(found)
+
+
+def test_in_a_loop_without_gradients(backend):
+    loss = GenericPerceptualLoss(C, NET, backend=backend)
+    want = loss.explain(X, T).bytes_saved
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            assert loss.explain(X, T).bytes_saved == want
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -119,6 +131,7 @@ def test_what_makes_two_losses_differ_is_in_their_repr():
         SegmentationLoss(5, label_smoothing=0.1),
         SegmentationLoss(5, gpl_ignore=True),
         SegmentationLoss(5, ignore_index=3),
+        SegmentationLoss(5, return_parts=True),
         PerceptualLoss(NET, {"pool1": 1.0}),
         PerceptualLoss(NET, {"pool1": 2.0}),
         PerceptualLoss(NET, {"pool1": 1.0}, {"pool1": 1.0}),

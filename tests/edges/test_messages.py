@@ -153,3 +153,40 @@ def test_losses_pickle_small(loss):
     assert len(data) < 8192
     copy = pickle.loads(data)
     assert torch.equal(copy(X, Y), SegmentationLoss(5, class_weight=[1.0] * 5)(X, Y))
+
+
+def test_masks_of_other_values_are_not_told_to_ignore_their_foreground():
+    loss = GenericPerceptualLoss(1, activation="sigmoid")
+    mask, x = (torch.rand(2, 32, 40) > 0.5).to(torch.uint8) * 255, torch.randn(2, 1, 32, 40)
+    with pytest.raises(ValueError, match=r"\(labels > 0\).*\.float\(\)") as caught:
+        loss(x, mask)
+    assert "only for pixels that do not count" in str(caught.value)
+    assert loss(x, (mask > 0).long()).isfinite()
+    depth = GenericPerceptualLoss(1, activation="none")
+    millimetres = torch.randint(0, 5000, (2, 1, 32, 40), dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"\.float\(\) for a map of values"):
+        depth(x, millimetres)
+    assert depth(x, millimetres.float()).isfinite()
+
+
+def test_images_of_bytes_are_told_to_become_floats():
+    loss = PerceptualLoss(gpl_fast.LossNet.vgg(3), {"pool1": 1.0})
+    with pytest.raises(
+        ValueError, match=r"images or other values give \.float\(\), divided by 255"
+    ):
+        loss(torch.rand(2, 3, 32, 40), torch.randint(0, 255, (2, 3, 32, 40), dtype=torch.uint8))
+
+
+def test_labels_with_their_channel_last():
+    total = SegmentationLoss(5)
+    with pytest.raises(ValueError, match=r"labels\.squeeze\(-1\)"):
+        total(X, Y.unsqueeze(-1))
+    one_hot = torch.nn.functional.one_hot(Y, 5)
+    with pytest.raises(ValueError, match=r"labels\.argmax\(-1\)"):
+        total(X, one_hot)
+    assert torch.equal(total(X, one_hot.argmax(-1)), total(X, Y))
+
+
+def test_multi_hot_labels_of_a_segmentation_are_sent_to_the_loss_that_takes_them():
+    with pytest.raises(ValueError, match="to GenericPerceptualLoss, beside a binary cross-entropy"):
+        SegmentationLoss(5)(X, (torch.rand(2, 5, 32, 40) > 0.5).long())
