@@ -62,10 +62,8 @@ def run(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     free = measure.free_bytes(device) if memory_gib is None else int(memory_gib * GIB)
     named = {"cuda": "free on the GPU", "cpu": "MemAvailable"}[device]
-    for n, c, h, w in shapes:
-        LossNet.vgg(c).shapes(h, w)
-        if n < 1 or (kind == "topk" and c == 1):
-            raise ValueError(f"got {n} x {c} x {h} x {w}, {kind}: expected N >= 1, top-k of C >= 2")
+    for shape in shapes:
+        check_shape(LossNet.vgg(shape[1]), shape, kind)
     return {
         "machine": torch.cuda.get_device_name()
         if device == "cuda"
@@ -83,6 +81,18 @@ def run(
             for row in rows_of(shape, kind, device, free, rounds, workspace_mb)
         ],
     }
+
+
+def check_shape(net: LossNet, shape: Shape, kind: str) -> None:
+    """That a step of logits (N, C, H, W) with a target of `kind` can be run.
+
+    Raises:
+        ValueError: a shape that the network cannot take, or a top-k target of one class.
+    """
+    n, c, h, w = shape
+    net.shapes(h, w)
+    if n < 1 or (kind == "topk" and c == 1):
+        raise ValueError(f"got {n} x {c} x {h} x {w}, {kind}: expected N >= 1, top-k of C >= 2")
 
 
 def make_loss(

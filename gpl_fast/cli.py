@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import os
@@ -18,17 +19,30 @@ MOST_ELEMENTS = 2**40  # of logits, terabytes
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is returned."""
     try:
+        if isinstance(sys.stdout, io.TextIOWrapper):  # paths and names may hold any byte
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             args = _parser().parse_args(argv)
             return int(args.run(args))
         finally:
-            print(end="", flush=True)  # here, where a reader that is gone can be answered
+            _flush()
     except KeyboardInterrupt:
         print("gpl-fast: interrupted", file=sys.stderr)
         return 130  # what a shell says of a process that SIGINT ended, and below SIGPIPE
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:  # a disk that is full
+        print(f"gpl-fast: {error}", file=sys.stderr)
+        return 1
+
+
+def _flush() -> None:
+    """Here, where a reader that is gone and a full disk can be answered: at exit it is too late."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -100,9 +114,7 @@ def _bench(args: argparse.Namespace) -> int:
         return 2
     try:
         return _roofline(args) if args.roofline else _time(args)
-    except BrokenPipeError:
-        raise
-    except (ValueError, OSError, OverflowError) as error:
+    except (ValueError, OverflowError) as error:
         print(f"gpl-fast bench: {error}", file=sys.stderr)
         return 2
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
+import re
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,37 +22,94 @@ PREFIX = "GPL_FAST_"
 OF_TESTS = "GPL_FAST_TEST_"  # read by the test suite alone
 
 
-def _is_rows(text: str) -> bool:
-    try:
-        _read_rows(text)
-    except (OSError, ValueError):
-        return False
-    return True
-
-
 def _is_program(text: str) -> bool:
     return shutil.which(text) is not None
 
 
 def _is_count(text: str) -> bool:
-    return text.isascii() and text.isdigit() and int(text) > 0
+    return re.fullmatch("0*[1-9][0-9]{0,8}", text) is not None
+
+
+def _is_whole(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and x > 0
+
+
+def _is_power_of_two(x: Any) -> bool:
+    return _is_whole(x) and x.bit_count() == 1
+
+
+def _is_time(x: Any) -> bool:
+    return _is_whole(x) or (isinstance(x, float) and math.isfinite(x) and x > 0)
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a row of a file may hold under a key, in words and as a test."""
+
+    expected: str
+    allows: Callable[[Any], bool]
+    needed: bool = True
+
+
+_WHOLE = Key("a whole number > 0", _is_whole)
+_POWER = Key("a power of two", _is_power_of_two)
+_TIME = Key("a number > 0", _is_time)
+_FLAG = Key("true or false", lambda x: isinstance(x, bool))
+_TEXT = Key("a text", lambda x: isinstance(x, str))
+_DTYPE = Key("bfloat16, float16 or float32", lambda x: x in ("bfloat16", "float16", "float32"))
+# `gpl_fast.kernels.tiles.Row` and `gpl_fast.chain.data_gradient.Row`.
+TILES = {
+    "arch": _WHOLE,
+    "dtype": _DTYPE,
+    "form": Key("plain, diff, listed or any", lambda x: x in ("plain", "diff", "listed", "any")),
+    "tile": Key(
+        "four powers of two",
+        lambda x: isinstance(x, list) and len(x) == 4 and all(map(_is_power_of_two, x)),
+    ),
+    "warps": _POWER,
+    "stages": _WHOLE,
+    "descriptors": _FLAG,
+    "c_in": replace(_WHOLE, needed=False),
+    "c_out": replace(_WHOLE, needed=False),
+    "measured": replace(_TEXT, needed=False),
+}
+DATA_GRADIENT = {
+    "arch": _WHOLE,
+    "dtype": _DTYPE,
+    "first": _FLAG,
+    "in_channels": _WHOLE,
+    "out_channels": _WHOLE,
+    "kernel_size": _WHOLE,
+    "stride": _WHOLE,
+    "kernel_ms": _TIME,
+    "aten_ms": _TIME,
+    "measured": _TEXT,
+}
 
 
 @dataclass(frozen=True)
 class Variable:
-    """A variable: what it may hold, in words and as a list or a test, and what it does."""
+    """A variable: what it may hold, in words and by what that is checked (a list, a test, or the
+    keys of a file's rows), and what it does."""
 
     name: str
     expected: str
     does: str
-    allowed: Sequence[str] | Callable[[str], bool] | None = None  # None: the tool that reads it
+    allowed: Sequence[str] | Callable[[str], bool] | Mapping[str, Key] | None = None
     of_build: bool = False
 
-    def allows(self, text: str) -> bool:
-        """Whether it may hold `text`."""
+    def error(self, text: str) -> str | None:
+        """What it may hold instead of `text`, and why; None where it may hold that."""
+        if isinstance(self.allowed, Mapping):
+            try:
+                _read_rows(text, self.allowed)
+            except ValueError as error:
+                return f"expected {self.expected}: {error}"
+            return None
         if self.allowed is None:
-            return True
-        return self.allowed(text) if callable(self.allowed) else text in self.allowed
+            return None
+        allows = self.allowed(text) if callable(self.allowed) else text in self.allowed
+        return None if allows else f"expected {self.expected}"
 
 
 _ROWS = "a JSON file, a list of rows as benchmarks/tune.py writes it"
@@ -81,12 +140,12 @@ VARIABLES = {
             "0: a GPU of compute capability 9.0 takes the kernels of 8.0",
             ("0", "1"),
         ),
-        Variable("GPL_FAST_TILES", _ROWS, "rows before those of kernels/tiles.json", _is_rows),
+        Variable("GPL_FAST_TILES", _ROWS, "rows before those of kernels/tiles.json", TILES),
         Variable(
             "GPL_FAST_DATA_GRADIENT",
             _ROWS,
             "rows before those of chain/data_gradient.json",
-            _is_rows,
+            DATA_GRADIENT,
         ),
         Variable(
             "GPL_FAST_FORCE_CUDA",
@@ -138,9 +197,8 @@ def value(name: str) -> str | None:
     text = os.environ.get(name)
     if text is None or not text.strip():
         return None
-    variable = VARIABLES[name]
-    if not variable.allows(text):
-        raise ValueError(f"{name}: got {text!r}, expected {variable.expected}; or unset it")
+    if (error := VARIABLES[name].error(text)) is not None:
+        raise ValueError(f"{name}: got {text!r}, {error}; or unset it")
     return text
 
 
@@ -151,10 +209,9 @@ def states() -> dict[str, dict[str, Any]]:
     for name, variable in VARIABLES.items():
         text = os.environ.get(name)
         text = text if text and text.strip() else None
-        wrong = text is not None and not variable.allows(text)
         found[name] = {
             "value": text,
-            "error": f"expected {variable.expected}" if wrong else None,
+            "error": None if text is None else variable.error(text),
             "expected": variable.expected,
             "of_build": variable.of_build,
         }
@@ -167,8 +224,8 @@ def rows(name: str) -> list[Any]:
     Raises:
         ValueError: there is no such file, or it holds something else.
     """
-    path = value(name)
-    return [] if path is None else _read_rows(path)
+    path, keys = value(name), VARIABLES[name].allowed
+    return [] if path is None or not isinstance(keys, Mapping) else _read_rows(path, keys)
 
 
 def unknown() -> dict[str, str]:
@@ -182,8 +239,32 @@ def unknown() -> dict[str, str]:
     return {name: difflib.get_close_matches(name, own, 1, 0.0)[0] for name in strange}
 
 
-def _read_rows(path: str) -> list[Any]:
-    found = json.loads(Path(path).read_text())
-    if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
-        raise ValueError(f"{path}: expected a list of rows")
+def _read_rows(path: str, keys: Mapping[str, Key]) -> list[Any]:
+    """The rows of a JSON file; ValueError where it holds no rows of such keys."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(error.strerror) from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(found, list):
+        raise ValueError("it holds no list")
+    for i, row in enumerate(found):
+        if (wrong := _wrong_in(row, keys)) is not None:
+            raise ValueError(f"row {i + 1} of {len(found)}: {wrong}")
     return found
+
+
+def _wrong_in(row: Any, keys: Mapping[str, Key]) -> str | None:
+    if not isinstance(row, dict):
+        return f"expected an object, got a {type(row).__name__}"
+    for name in row:
+        if name not in keys:
+            near = difflib.get_close_matches(name, keys, 1, 0.0)[0]
+            return f"nothing reads {name!r:.60}: did you mean {near}?"
+    for name, key in keys.items():
+        if name in row and not key.allows(row[name]):
+            return f"{name}: expected {key.expected}, got {json.dumps(row[name]):.60}"
+        if name not in row and key.needed:
+            return f"{name} is missing, expected {key.expected}"
+    return None

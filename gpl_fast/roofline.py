@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpl_fast import chain, plan
+from gpl_fast.bench import check_shape
 from gpl_fast.lossnet import LossNet
 
 
@@ -171,11 +172,11 @@ def launches(
     """Of the forward and of the backward, in bfloat16 with the default network.
 
     Raises:
-        ValueError: the network cannot take the shape, or it does not fit into the workspace.
+        ValueError: `gpl_fast.bench.check_shape`, or it does not fit into the workspace.
     """
     n, c, h, w = work.shape
     net = LossNet.vgg(c)
-    net.shapes(h, w)
+    check_shape(net, work.shape, work.kind)
     text = plan.make_spec(
         net, feature_weights={net.layer_names[-1]: 1.0}, style_weights={}, kind=work.kind,
         activation=work.activation, target_activation=work.activation, temperature=1.0,
@@ -344,10 +345,10 @@ def read_measured(path: Path) -> list[dict[str, Any]]:
     """Rows with times of a benchmark's CSV, or of the JSON of a GPU report or `gpl-fast bench`.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is neither, or cannot be read.
     """
-    text = path.read_text()
     try:
+        text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
             found = json.loads(text)
             machine = found.get("machine", "")
@@ -356,7 +357,9 @@ def read_measured(path: Path) -> list[dict[str, Any]]:
         else:
             rows = list(csv.DictReader(text.splitlines()))
         return [_numbers(row) for row in rows if row.get("seconds_median")]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError, csv.Error) as error:
         raise ValueError(
             f"{path}: got no rows of a benchmark ({error!r}), expected a CSV of "
             "benchmarks/run.py, or a report.json of make gpu-report or gpl-fast bench --json"

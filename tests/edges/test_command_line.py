@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NotRequired, get_origin, get_type_hints
 
 import pytest
 
@@ -17,6 +19,7 @@ import gpl_fast
 from gpl_fast import backend, bench, cli, demo, environment, info, measure, ops, roofline
 from gpl_fast.chain import data_gradient
 from gpl_fast.demo import experiment
+from gpl_fast.kernels import tiles
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = [sys.executable, "-m", "gpl_fast"]
@@ -92,6 +95,13 @@ BAD = [
     (["bench", "--quick", "--mine", 1, 5, 32, 32], r"not allowed with"),
     (["bench", "--csv", "rows.csv"], r"--csv needs --roofline"),
     (["bench", "--gpu", "a100"], r"--gpu needs --roofline"),
+    *(
+        (
+            ["bench", *more, "--mine", 1, 1, 64, 64, "--target", "topk"],
+            r"got 1 x 1 x 64 x 64, topk: expected N >= 1, top-k of C >= 2$",
+        )
+        for more in ([], ["--roofline"])
+    ),
     (["bench", "--roofline", "--memory-gib", 2], r"--memory-gib is not for --roofline"),
     (["bench", "--roofline", "--quick"], r"--quick is not for --roofline"),
     (["bench", "--target", "soft"], r"--target: invalid choice: 'soft' .*'dense'"),
@@ -103,6 +113,9 @@ BAD = [
 
 @pytest.mark.parametrize(("words", "said"), BAD, ids=[" ".join(map(str, b[0])) for b in BAD])
 def test_what_is_wrong_is_one_line_before_any_work(words, said, capsys, request):
+    if "topk" in words:  # said by what would do the work
+        assert re.search(said, refused(words, capsys))
+        return
     if "meta" not in words:
         request.getfixturevalue("no_work")
         assert re.search(said, refused(words, capsys))
@@ -192,6 +205,25 @@ def test_the_roofline_as_data_is_what_the_table_says(workspace_mb, tmp_path, cap
         cells = [cell.strip() for cell in line.split("|")]
         assert cells[2] == str(stage["launches"])
         assert cells[6] == f"{1e3 * stage['floor_seconds'][0]:.2f}"
+
+
+DEEP = "[" * 10**5 + "]" * 10**5
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("deep.json", DEEP.encode()),
+        ("bytes.csv", b"\xff\xfe"),
+        ("long.csv", b"seconds_median\n" + b"1" * 2**18),  # csv's own limit of a field
+        ("folder.csv", None),
+    ],
+)
+def test_a_file_that_holds_no_measured_rows_is_named(name, text, tmp_path, capsys):
+    path = tmp_path / name
+    path.mkdir() if text is None else path.write_bytes(text)
+    words = ["bench", "--roofline", "--mine", 1, 3, 32, 32, "--csv", path]
+    assert f"gpl-fast bench: {path}: " in refused(words, capsys)
 
 
 # --------------------------------------------------------------------------------------- workspace
@@ -293,6 +325,30 @@ def test_a_reader_that_is_gone_is_no_error(words):
     assert process.returncode == 141 or "--help" in words  # argparse may have seen to that itself
 
 
+FLOORS = ["bench", "--roofline", "--mine", "1", "3", "32", "32"]
+
+
+@pytest.mark.parametrize("words", [["info"], ["--version"], FLOORS], ids=lambda words: words[0])
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["flush", "write"])  # which of both fails
+def test_a_full_disk_is_one_line(words, unbuffered):
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*MODULE, *words], stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env,
+            check=False,
+        )  # fmt: skip
+    assert done.stderr == f"gpl-fast: {OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))}\n"
+    assert done.returncode == 1
+
+
+def test_what_the_terminal_cannot_show_is_escaped():
+    """Whatever bytes a path has, and in a terminal of few characters."""
+    env = {**os.environb, b"CXXFLAGS": b"\xff" + "é".encode(), b"PYTHONIOENCODING": b"ascii"}
+    done = subprocess.run([*MODULE, "info"], env=env, capture_output=True, cwd=ROOT, check=False)
+    assert done.stderr == b""
+    assert re.search(rb"CXXFLAGS +\\udcff\\xe9\n", done.stdout)
+
+
 # --------------------------------------------------------------------------------------- variables
 
 
@@ -340,8 +396,9 @@ def test_a_word_that_is_not_known_is_an_error(name, capsys, monkeypatch):
     assert re.search(rf"^  {name} .* ERROR: expected ", capsys.readouterr().out, re.M)
 
 
-def test_a_variable_of_the_build_does_not_fail_what_runs(capsys, monkeypatch):
-    monkeypatch.setenv("MAX_JOBS", "many")
+@pytest.mark.parametrize("jobs", ["many", "0", "-1", "9" * 5000], ids=lambda jobs: jobs[:4])
+def test_a_variable_of_the_build_does_not_fail_what_runs(jobs, capsys, monkeypatch):
+    monkeypatch.setenv("MAX_JOBS", jobs)
     status, found = shown(capsys)
     assert status == 0
     assert found["environment"]["MAX_JOBS"]["error"] == "expected a whole number > 0"
@@ -379,9 +436,93 @@ def test_rows_of_one_s_own_are_read_and_their_file_is_named(monkeypatch, tmp_pat
         data_gradient.rows.cache_clear()
         with pytest.raises(ValueError, match=r"GPL_FAST_DATA_GRADIENT: got '.*rows\.json'"):
             data_gradient.rows()
-    path.write_text('[{"arch": 80}]')
-    assert data_gradient.rows()[0] == {"arch": 80}
+    path.write_text(json.dumps([RIGHT["GPL_FAST_DATA_GRADIENT"]]))
+    assert data_gradient.rows()[0] == RIGHT["GPL_FAST_DATA_GRADIENT"]
     data_gradient.rows.cache_clear()
+
+
+RIGHT = {
+    "GPL_FAST_TILES": {
+        "arch": 90, "dtype": "bfloat16", "form": "diff", "c_in": 64, "c_out": 128,
+        "tile": [8, 16, 64, 64], "warps": 8, "stages": 3, "descriptors": False, "measured": "here",
+    },
+    "GPL_FAST_DATA_GRADIENT": {
+        "arch": 90, "dtype": "float32", "first": True, "in_channels": 19, "out_channels": 64,
+        "kernel_size": 3, "stride": 1, "kernel_ms": 1, "aten_ms": 0.5, "measured": "here",
+    },
+}  # fmt: skip
+ROWS = {"GPL_FAST_TILES": tiles.Row, "GPL_FAST_DATA_GRADIENT": data_gradient.Row}
+BAD_VALUES = {
+    "arch": ["90", 9.5, True, 0, None],
+    "dtype": ["bf16", 16, ["bfloat16"], {}],
+    "form": ["dif", None, []],
+    "tile": [[8, 16, 64], [8, 16, 64, "64"], [8, 16, 64, 48], [8, 16, 64, 0], 64, {}, "8888"],
+    "warps": [3, 4.0, True, "8"],
+    "stages": [0, "3"],
+    "descriptors": [0, "false", None],
+    "c_in": [None, 1.5],
+    "first": [1, "yes"],
+    "in_channels": [0, -19],  # a ratio is taken
+    "kernel_ms": ["1", float("nan"), float("inf"), -1, True],
+    "aten_ms": [0, None],
+    "measured": [1],
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_row_has_the_keys_that_its_reader_takes(name, monkeypatch, tmp_path):
+    hints = get_type_hints(ROWS[name], include_extras=True)
+    optional = {key for key, hint in hints.items() if get_origin(hint) is NotRequired}
+    right, path = RIGHT[name], tmp_path / "rows.json"
+    assert set(right) == set(hints)
+    monkeypatch.setenv(name, str(path))
+
+    def read(*rows):
+        path.write_text(json.dumps(rows))
+        return environment.rows(name)
+
+    assert read(right, right) == [right, right]
+    for key in hints:
+        without = {k: v for k, v in right.items() if k != key}
+        if key in optional:
+            assert read(without) == [without]
+            continue
+        with pytest.raises(ValueError, match=rf": row 2 of 2: {key} is missing, expected .*; or"):
+            read(right, without)
+    for key, value in [(k, v) for k in hints for v in BAD_VALUES.get(k, [])]:
+        with pytest.raises(ValueError, match=rf": row 2 of 2: {key}: expected .*, got .*; or"):
+            read(right, right | {key: value})
+    # It would be taken for all channels, or for none.
+    with pytest.raises(ValueError, match=r"row 1 of 1: nothing reads 'c_inn': did you mean \w+\?"):
+        read(right | {"c_inn": 3})
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"[{}]", "row 1 of 1: arch is missing, expected a whole number > 0"),
+        (b"[[]]", "row 1 of 1: expected an object, got a list"),
+        (b"{}", "it holds no list"),
+        (DEEP.encode(), "it is nested too deeply"),
+        (b'[{"arch": ' + DEEP.encode() + b"}]", "it is nested too deeply"),
+        (b'["\xff"]', "'utf-8' codec can't decode byte 0xff"),
+        (b"[" + b"9" * 5000 + b"]", "Exceeds the limit"),
+        (None, "Is a directory"),
+    ],
+    ids=["empty", "list", "object", "deep", "deep-value", "bytes", "digits", "folder"],
+)
+@pytest.mark.parametrize("name", RIGHT)
+def test_info_says_why_a_file_holds_no_rows(name, content, why, capsys, monkeypatch, tmp_path):
+    path = tmp_path / "rows"
+    path.mkdir() if content is None else path.write_bytes(content)
+    monkeypatch.setenv(name, str(path))
+    state = environment.states()[name]
+    assert re.fullmatch(r"expected a JSON file, .*: " + re.escape(why) + r".*", state["error"])
+    with pytest.raises(ValueError, match=rf"^{name}: got '.*', {re.escape(state['error'])}; or un"):
+        environment.rows(name)
+    monkeypatch.setattr(info, "collect", lambda: {"environment": environment.states()})
+    assert cli.main(["info"]) == 1
+    assert f"ERROR: {state['error']}" in capsys.readouterr().out
 
 
 def test_the_docs_list_the_same_variables():
@@ -437,3 +578,25 @@ def test_what_is_measured_elsewhere_comes_back_in_a_thread_too():
     thread.start()
     thread.join()
     assert found == [3]
+
+
+CONSOLE_SCRIPT = "import sys; from gpl_fast.cli import main; sys.exit(main())"  # as pip writes it
+
+
+@pytest.mark.parametrize("command", [["-m", "gpl_fast"], ["-c", CONSOLE_SCRIPT]])
+def test_ctrl_c_while_torch_is_imported(command):
+    """The first two seconds of a command."""
+    process = subprocess.Popen(
+        [sys.executable, *command, "info"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    maps = Path(f"/proc/{process.pid}/maps")
+    while "libtorch" not in maps.read_text():
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert errors == "gpl-fast: interrupted\n"
