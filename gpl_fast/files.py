@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpl_fast.real_tensors import real_tensors
+
 
 def read_safetensors(
     path: str | PathLike[str], key: str, writer: str
@@ -34,7 +36,7 @@ def read_safetensors(
     with open(path, "rb"):  # the system's own errors: they name the path
         pass
     try:
-        with torch.inference_mode(False), safe_open(path, framework="pt", device="cpu") as f:
+        with real_tensors(), safe_open(path, framework="pt", device="cpu") as f:
             metadata = f.metadata() or {}
             tensors = {name: _owned(f.get_tensor(name)) for name in f.keys()}  # noqa: SIM118
     except (SafetensorError, AttributeError, RuntimeError, TypeError, ValueError) as error:
@@ -54,6 +56,7 @@ def read_safetensors(
     return header, tensors
 
 
+@real_tensors()
 def write_safetensors(
     path: str | PathLike[str], tensors: Mapping[str, Tensor], key: str, header: Mapping[str, Any]
 ) -> None:
@@ -67,7 +70,10 @@ def write_safetensors(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    path = os.path.realpath(os.fsdecode(path))  # a link stays one
+    path = os.fsdecode(path)
+    if os.path.basename(path) in ("", os.curdir, os.pardir):  # which realpath would cut off
+        raise IsADirectoryError(errno.EISDIR, "names a folder, expected a file", path)
+    path = os.path.realpath(path)  # a link stays one
     folder = os.path.dirname(path)
     if not os.path.isdir(folder):
         raise FileNotFoundError(errno.ENOENT, "no such folder, create it first", folder)

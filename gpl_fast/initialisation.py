@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gpl_fast.input_checks import as_float, as_int
+from gpl_fast.real_tensors import real_tensors
 
 Init = str | tuple[str, float]
 
@@ -39,6 +40,7 @@ def check_init(init: Init | Sequence[str | float]) -> Init:
     )
 
 
+@real_tensors()
 def draw_weight(shape: Sequence[int], init: Init, generator: torch.Generator) -> Tensor:
     """A ``(C_out, C_in, K, K)`` float32 weight on the CPU, drawn in float64 and cast.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import uuid
@@ -18,7 +17,15 @@ from torch._guards import active_fake_mode
 
 from gpl_fast import reference, streams
 from gpl_fast.files import read_safetensors, write_safetensors
+from gpl_fast.frozen_module import (
+    frozen_copy,
+    in_dtype,
+    module_tensors,
+    module_text,
+    tensor_bytes,
+)
 from gpl_fast.initialisation import Init, check_init, draw_weight, own_generator
+from gpl_fast.real_tensors import holds_values, real_tensors
 from gpl_fast.sequential import sequential_chain
 from gpl_fast.structure import (
     WIDTHS,
@@ -32,7 +39,7 @@ from gpl_fast.structure import (
     stored_layers,
     weight_shape,
 )
-from gpl_fast.taps import Tap, TappedModule, Taps, frozen_copy, parse_taps
+from gpl_fast.taps import Tap, TappedModule, Taps, parse_taps
 
 T = TypeVar("T")
 
@@ -68,9 +75,15 @@ class LossNet:
         drawn: dict[str, Any] | None = None,
     ) -> None:
         self.layers = tuple(layers)
-        if module is None:
-            check_weights(self.layers, weights)
-        with torch.inference_mode(False):  # tensors of that mode could not enter a graph later
+        held = [*weights.values(), *(module.parameters() if module is not None else ())]
+        if not all(holds_values(t) for t in held):
+            raise ValueError(
+                "LossNet: got weights that hold no values (fake, or on the meta device); unpickle "
+                "networks outside of FakeTensorMode"
+            )
+        with real_tensors():
+            if module is None:
+                check_weights(self.layers, weights)
             self._weights = {name: w.detach().clone() for name, w in weights.items()}
         self._names = tuple(self._weights)
         self._module = module
@@ -175,22 +188,30 @@ class LossNet:
         """Any module, copied, frozen and in eval mode; it runs on the reference backend.
 
         A tap is what its submodule returns, before anything that follows writes to it. A pass ends
-        at the last tap that a loss uses. The copy has none of the module's hooks but those that
-        make a weight (``torch.nn.utils.weight_norm``).
+        at the last tap that a loss uses: gradients and autocast are as before then, lists, dicts
+        and sets that were empty in `module` are empty again; a ``@contextmanager`` without try and
+        finally does not get to its end.
+
+        The copy has the hooks that are part of the module: what ``torch.nn.utils`` makes a weight
+        with (`weight_norm`), and methods of its own modules. A UserWarning names the modules whose
+        other forward hooks it does not have.
 
         Args:
             module: called with ``(N, C, H, W)``.
             taps: layer names mapped to submodule paths, ``{"relu1": "features.1"}``, or paths
                 alone; in the order of the forward pass. Each must give one (N, C_b, H_b, W_b).
                 Of a submodule that runs more than once, the first output;
-                ``{"name": ("path", 1)}`` is the second.
+                ``{"name": ("path", 1)}`` is the second. A submodule with several paths is named
+                by its first.
             in_channels: of the module; found from its first convolution if None.
             mean, std: one number for each channel that enters the network, or one for all.
 
         Raises:
             TypeError: `module` is not an ``nn.Module``.
-            ValueError: an unknown path, no taps, no convolution to find the channels from, or
-                weights that hold no values. At a call: a tap that does not run.
+            ValueError: an unknown path, a second path of one submodule, no taps, a part of a
+                scripted module, no convolution to find the channels from, weights that hold no
+                values, or a module that cannot be copied. At a call: a tap that does not run, or
+                that has no gradient where the input has one.
         """
         if not isinstance(module, nn.Module):
             raise TypeError(f"from_module: got {type(module).__name__}, expected torch.nn.Module")
@@ -251,7 +272,8 @@ class LossNet:
     @property
     def weights(self) -> dict[str, Tensor]:
         """Copies of all weights by layer, float32 on the CPU, ``(C_out, C_in, K, K)``."""
-        return {name: w.clone() for name, w in self._weights.items()}
+        with real_tensors():
+            return {name: w.clone() for name, w in self._weights.items()}
 
     @property
     def weight_names(self) -> tuple[str, ...]:
@@ -272,22 +294,24 @@ class LossNet:
         return layer_shapes(self.layers, height, width)
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of structure and weights: the same on every machine, rank and device."""
+        """SHA-256 (hex) of structure and weights: the same on every machine, rank and device.
+
+        Of a `from_module` network: its ``repr`` and all tensors that its modules hold, but no plain
+        numbers that the ``repr`` does not show.
+        """
         return self._digest(self.identity)
 
     @constant_in_graphs
     def _digest(self, _identity: str) -> str:
         if self._fingerprint is None:
             digest = hashlib.sha256(json.dumps(self._structure()).encode())
-            tensors = dict(self._weights)
-            if self._module is not None:
-                digest.update(repr(self._module).encode())
-                tensors |= dict(self._module.named_parameters(remove_duplicate=False))
-                tensors |= dict(self._module.named_buffers(remove_duplicate=False))
-            for name in sorted(tensors):
-                t = tensors[name].detach().cpu().contiguous()
-                digest.update(f"{name} {tuple(t.shape)} {t.dtype}".encode())
-                digest.update(t.reshape(-1).view(torch.uint8).numpy().tobytes())
+            with real_tensors():
+                tensors = dict(self._weights)
+                if self._module is not None:
+                    digest.update(module_text(self._module).encode())
+                    tensors |= module_tensors(self._module)
+                for name in sorted(tensors):
+                    digest.update(f"{name} ".encode() + tensor_bytes(tensors[name]))
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
@@ -397,9 +421,8 @@ class LossNet:
         name = f"{device} {dtype}".replace(".", "_")
         if not hasattr(self._cast_modules, name):
             assert self._module is not None
-            made_once = streams.made_once(device, dtype)
-            with torch.inference_mode(False), made_once:
-                module = copy.deepcopy(self._module).to(device=device, dtype=dtype)
+            with real_tensors(), streams.made_once(device, dtype):
+                module = in_dtype(self._module, device, dtype)
             setattr(self._cast_modules, name, TappedModule(module, self._taps))
         return name
 
@@ -473,6 +496,8 @@ class LossNet:
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_weights" in state:
+            state = _named_state(state)
         if "vgg" in state:
             net = LossNet.vgg(**state["vgg"])
             if state["adapter"]:
@@ -486,6 +511,20 @@ class LossNet:
         else:
             net = LossNet(**state)
         self.__dict__.update(net.__dict__)
+
+
+def _named_state(state: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a `LossNet` from its attributes, of which old pickles are."""
+    adapter, module = state["_weights"].get("adapter"), state["_module"]
+    return {
+        "layers": state["layers"],
+        "weights": state["_weights"],
+        "mean": state["mean"],
+        "std": state["std"],
+        "module": module and frozen_copy(module),
+        "taps": {name: Tap(path) for name, path in state["_taps"].items()},
+        "in_channels": state["in_channels"] if adapter is None else adapter.shape[0],
+    }
 
 
 def _rounded(w: Tensor, dtype: torch.dtype) -> Tensor:

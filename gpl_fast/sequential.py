@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from gpl_fast.real_tensors import holds_values, real_tensors
 from gpl_fast.structure import Layer, Part, named_chain
 
 PLAIN = (nn.Sequential, nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d)
@@ -17,6 +18,7 @@ COMPUTES = ("forward", "__call__", "_call_impl", "_conv_forward", "__iter__")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+@real_tensors()
 def sequential_chain(sequential: nn.Sequential) -> tuple[list[Layer], dict[str, Tensor]]:
     """Layers, and float32 copies of weights and biases on the CPU.
 
@@ -82,8 +84,10 @@ def altered(m: nn.Module) -> str | None:
         )
     if any(getattr(m, hooks, None) for hooks in HOOKS):
         return (
-            "hooks, which may change what it computes; remove them, or use LossNet.from_module "
-            "(its copy keeps the hooks that make a weight, as weight_norm's, and no others)"
+            "hooks, which may change what it computes; remove those that only watch, and move what "
+            "others compute into a forward, for LossNet.from_module (which itself keeps hooks that "
+            "torch.nn.utils makes a weight with, as weight_norm's, and methods of the module's own "
+            "parts)"
         )
     return None
 
@@ -108,7 +112,7 @@ def _part(m: nn.Module) -> Part | None:
 
 
 def _copy(w: Tensor, position: str) -> Tensor:
-    if w.is_meta or not w.is_floating_point():
+    if not holds_values(w) or not w.is_floating_point():
         raise ValueError(
             f"from_sequential: got {w.dtype} weights on {w.device} at position {position}, "
             "expected floating ones that hold values; load them first"

@@ -226,11 +226,10 @@ def check_normalisation(
                 f"mean, std: got {len(got)} values, expected {channels}, one for each channel that "
                 "enters the network, or one number for all"
             )
-    if len(means) != len(stds) or not all(s > 0 for s in stds):
-        raise ValueError(
-            f"mean, std: got {mean} and {std}, expected as many of one as of the other, std > 0"
-        )
-    return means, stds
+    if not all(s > 0 for s in stds):
+        raise ValueError(f"mean, std: got {mean} and {std}, expected std > 0")
+    count = max(len(means), len(stds))
+    return means * (count // len(means)), stds * (count // len(stds))
 
 
 def _numbers(given: Normalisation) -> tuple[float, ...]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import threading
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
+from gpl_fast.frozen_module import OWN
 from gpl_fast.input_checks import as_int
 
 Taps = Mapping[str, str | tuple[str, int]] | Iterable[str]
@@ -27,7 +27,8 @@ def parse_taps(module: nn.Module, taps: Taps) -> dict[str, Tap]:
     """``{"name": "path"}``, ``{"name": ("path", call)}`` or ``["path", …]``.
 
     Raises:
-        ValueError: none, an unknown path, or a call that is no integer >= 0.
+        ValueError: none, an unknown path, another path of a module that has one already, a path
+            into a scripted module, or a call that is no integer >= 0.
     """
     known = dict(module.named_modules(remove_duplicate=False))
     if isinstance(taps, Mapping):
@@ -53,43 +54,26 @@ def parse_taps(module: nn.Module, taps: Taps) -> dict[str, Tap]:
             f"from_module: taps: got {unknown or 'none'}, expected paths of submodules, such "
             f"as {[name for name in known if name][:8]}"
         )
+    for tap in parsed.values():
+        _check_path(tap.path, known)
     return parsed
 
 
-def frozen_copy(module: nn.Module) -> nn.Module:
-    """A copy on the CPU, in eval mode, without gradients and without the user's hooks.
-
-    Kept are the hooks of ``torch.nn.utils`` that make a weight before each call (`weight_norm`,
-    `spectral_norm`, pruning) and parametrizations.
-
-    Raises:
-        ValueError: weights that do not exist yet or that are on the meta device.
-    """
-    memo: dict[int, Any] = {}
-    for name, m in module.named_modules():
-        tensors = [*m.parameters(recurse=False), *m.buffers(recurse=False)]
-        if any(is_lazy(t) or t.is_meta for t in tensors):
-            raise ValueError(
-                f"from_module: got weights of {name or 'the module'!r} that hold no values (lazy, "
-                "or on the meta device), expected a module that is ready to run: load them, or "
-                "run it once"
-            )
-        for hooks in ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks",
-                      "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
-                      "_forward_pre_hooks_with_kwargs"):  # fmt: skip
-            memo[id(getattr(m, hooks, None))] = OrderedDict()
-        before = getattr(m, "_forward_pre_hooks", {})
-        memo[id(before)] = OrderedDict((k, h) for k, h in before.items() if _makes_a_weight(h))
-        # What a pass has left in the module, such as weight_norm's weight: deepcopy refuses it.
-        for t in vars(m).values():
-            if isinstance(t, Tensor) and not t.is_leaf:
-                memo[id(t)] = t.detach().clone()
-    memo.pop(id(None), None)
-    return copy.deepcopy(module, memo).cpu().eval().requires_grad_(False)
-
-
-def _makes_a_weight(hook: Callable[..., Any]) -> bool:
-    return type(hook).__module__.startswith("torch.nn.utils.")
+def _check_path(path: str, known: Mapping[str, nn.Module]) -> None:
+    """Raises: ValueError if calls of the module at `path` cannot be told by it."""
+    steps = path.split(".")
+    around = {"", *(".".join(steps[:i]) for i in range(1, len(steps) + 1))}
+    if any(isinstance(known[p], torch.jit.ScriptModule) for p in around):
+        raise ValueError(
+            f"from_module: taps: {path!r} is a scripted or traced module or a part of one, which "
+            "cannot be tapped; pass the module that torch.jit made it of"
+        )
+    paths = [p for p, m in known.items() if m is known[path]]
+    if path != paths[0]:
+        raise ValueError(
+            f"from_module: taps: {path!r} is the same module as {paths[0]!r}; ask for its n-th "
+            f"call: ({paths[0]!r}, {paths.index(path)})"
+        )
 
 
 class _AllReached(BaseException):
@@ -103,15 +87,30 @@ class _Pass:
         self.wanted = wanted
         self.calls: dict[str, int] = {}
         self.outputs: dict[str, Any] = {}
+        self.complete = False  # it ended by itself
 
 
 class TappedModule(nn.Module):
-    """Any module that also returns what its submodules put out; made for one device and dtype."""
+    """Any module that also returns what its submodules put out; made for one device and dtype.
+
+    A pass that stops at its last tap leaves no trace: the modes of gradients and autocast are the
+    caller's again, and lists, dicts and sets that were empty at first are empty. What else a module
+    sets and puts back only at its end, such as a ``@contextmanager`` without try and finally, stays
+    as it is at the stop.
+    """
 
     def __init__(self, module: nn.Module, taps: Mapping[str, Tap]) -> None:
         super().__init__()
         self.module, self.taps = module, dict(taps)
         self.running = threading.local()  # `_Pass` of each thread
+        # Where a pass keeps what it needs later on (`self.skips.append`).
+        self.scratch = [
+            value
+            for m in module.modules()
+            for name, value in vars(m).items()
+            if name not in OWN and isinstance(value, list | dict | set | deque) and not value
+        ]
+        self.lock, self.passes = threading.Lock(), 0
         # Registered once and not at each call, which torch.compile could not trace.
         for path in dict.fromkeys(tap.path for tap in self.taps.values()):
             module.get_submodule(path).register_forward_hook(self._keep(path))
@@ -137,22 +136,54 @@ class TappedModule(nn.Module):
         """Outputs ``(N, C_b, H_b, W_b)`` of `taps` for `y` (N, C, H, W), which is left as it is.
 
         Raises:
-            ValueError: a tap that is not reached, or whose output is not one floating 4-D tensor.
+            ValueError: a tap that is not reached, whose output is not one floating 4-D tensor, or
+                has no gradient where `y` has one.
         """
         taps = tuple(dict.fromkeys(taps))
         if not taps:
             return {}
         found = _Pass(taps)
         self.running.found = found
+        autocast = _autocast_of(y.device.type)
+        self._begin()
         try:
-            self.module(y.clone())  # its first layer may write to it
+            # The module may switch gradients by hand.
+            with torch.set_grad_enabled(torch.is_grad_enabled()):
+                self.module(y.clone())  # its first layer may write to it
+            found.complete = True
         except _AllReached:
             pass
         finally:
             self.running.found = None
-        return {name: self._checked(name, found) for name in taps}
+            if autocast is not None:
+                torch.set_autocast_enabled(y.device.type, autocast)
+            self._end(found)
+        with_gradient = torch.is_grad_enabled() and y.requires_grad
+        return {name: self._checked(name, found, with_gradient) for name in taps}
 
-    def _checked(self, name: str, found: _Pass) -> Tensor:
+    def _begin(self) -> None:
+        if self.scratch and not torch.compiler.is_compiling():
+            with self.lock:
+                self.passes += 1
+
+    def _end(self, found: _Pass) -> None:
+        """Empty what a pass that stopped half-way has filled, unless another thread is at it."""
+        if not self.scratch:
+            return
+        if torch.compiler.is_compiling():
+            self._empty(found)
+            return
+        with self.lock:
+            self.passes -= 1
+            if not self.passes:
+                self._empty(found)
+
+    def _empty(self, found: _Pass) -> None:
+        if not found.complete:
+            for container in self.scratch:
+                container.clear()
+
+    def _checked(self, name: str, found: _Pass, with_gradient: bool) -> Tensor:
         path, call = self.taps[name]
         what = f"from_module: tap {name!r} ({path})"
         if name not in found.outputs:
@@ -164,4 +195,19 @@ class TappedModule(nn.Module):
         if not isinstance(e, Tensor) or e.dim() != 4 or not e.is_floating_point():
             got = f"{e.dtype} {tuple(e.shape)}" if isinstance(e, Tensor) else type(e).__name__
             raise ValueError(f"{what}: got {got}, expected one (N, C, H, W) tensor, floating")
+        if with_gradient and not e.requires_grad:
+            raise ValueError(
+                f"{what}: got an output without a gradient, expected one that depends on the "
+                "input: it would be a constant of the loss. The module turns gradients off "
+                "(torch.no_grad, torch.inference_mode, .detach, checkpoint with "
+                "use_reentrant=True: remove it, or use_reentrant=False), or this output does not "
+                "depend on the input: tap another submodule"
+            )
         return e
+
+
+def _autocast_of(kind: str) -> bool | None:
+    """Whether autocast is on for a type of device; None where no module can change it by hand."""
+    if torch.compiler.is_compiling() or not torch.amp.is_autocast_available(kind):
+        return None
+    return torch.is_autocast_enabled(kind)

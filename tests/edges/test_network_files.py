@@ -97,6 +97,17 @@ def test_where_nothing_can_be_written(tmp_path):
     assert error.value.filename == str(tmp_path)
 
 
+@pytest.mark.parametrize("end", ["/", "//", "/.", "/..", "/./"])
+def test_a_path_that_names_a_folder_writes_no_file(tmp_path, end):
+    for name in ("new", "there"):
+        if name == "there":
+            (tmp_path / name).write_text("kept")
+        with pytest.raises(OSError, match="names a folder"):
+            network().save(f"{tmp_path / name}{end}")
+    assert os.listdir(tmp_path) == ["there"]
+    assert (tmp_path / "there").read_text() == "kept"
+
+
 def test_where_nothing_can_be_read(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         LossNet.load(tmp_path / "missing")

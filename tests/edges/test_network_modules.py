@@ -281,7 +281,8 @@ def test_the_copy_has_none_of_the_users_hooks():
         module.layer[1].register_full_backward_pre_hook(lambda *a: seen.append(4)),
         module.register_forward_hook(lambda *a: seen.append(5), always_call=True),
     ]
-    net = LossNet.from_module(module, ["layer.1"])
+    with pytest.warns(UserWarning, match=r"no hooks of \['the module', 'stem', 'layer', 'layer.0'"):
+        net = LossNet.from_module(module, ["layer.1"])
     got = net.features(x.requires_grad_(), ["layer.1"])["layer.1"]
     got.sum().backward()
     assert not seen

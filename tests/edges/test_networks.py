@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from gpl_fast import GenericPerceptualLoss, LossNet, PerceptualLoss, SegmentationLoss
 from gpl_fast.structure import parse_blocks
@@ -216,6 +217,52 @@ def test_networks_are_the_same_wherever_they_are_called(context, tmp_path):
         assert all(torch.equal(e[k], want[k]) for k in want)
 
 
+def test_networks_made_under_a_fake_mode_are_real(tmp_path):
+    path, own = tmp_path / "net.safetensors", tmp_path / "own.safetensors"
+    LossNet.from_sequential(small_chain(1)).save(path)
+    want = list(networks(path))
+    with FakeTensorMode():
+        made = list(networks(path))
+        copied = copy.deepcopy(made)
+        drawn_again = pickle.loads(pickle.dumps(made[0]))
+        fingerprints = [net.fingerprint() for net in made]
+        loss = GenericPerceptualLoss(C, "1,1", widths=WIDTHS)
+        made[0].save(own)
+        kinds = {type(w) for net in made for w in net.weights.values()}
+    assert fingerprints == [net.fingerprint() for net in want]
+    assert kinds == {torch.Tensor}
+    x, y = torch.randn(2, 2, C, H, W)
+    pairs = [*zip(made, want, strict=True), *zip(copied, want, strict=True)]
+    for got, expected in [*pairs, (drawn_again, want[0]), (LossNet.load(own), want[0])]:
+        a, b = (GenericPerceptualLoss(C, net, backend="reference") for net in (got, expected))
+        for one, other in zip(value_and_grad(a, x, y), value_and_grad(b, x, y), strict=True):
+            assert torch.equal(one, other)
+    assert torch.equal(loss(x, y), GenericPerceptualLoss(C, "1,1", widths=WIDTHS)(x, y))
+
+
+def test_a_pass_under_a_fake_mode_leaves_no_fake_weights():
+    net = LossNet.from_module(SOURCE, ["2"])
+    x = torch.rand(1, 3, 8, 8)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        net.features(torch.rand(1, 3, 8, 8), ["2"])
+    got = net.features(x, ["2"])["2"]
+    assert type(got) is torch.Tensor
+    assert torch.equal(got, SOURCE(x))
+
+
+def test_fake_weights_are_refused():
+    pickled = [pickle.dumps(LossNet.from_sequential(SOURCE)),
+               pickle.dumps(LossNet.from_module(SOURCE, ["2"]))]  # fmt: skip
+    with FakeTensorMode():
+        fake = small_chain(0)
+        for make in (LossNet.from_sequential, partial(LossNet.from_module, taps=["0"])):
+            with pytest.raises(ValueError, match=r"from_\w+: got .*load them"):
+                make(fake)
+        for data in pickled:
+            with pytest.raises(ValueError, match=r"hold no values.*outside of FakeTensorMode"):
+                pickle.loads(data)
+
+
 # ---------------------------------------------------------------------------------------- pickles
 
 
@@ -258,6 +305,38 @@ def test_pickles_of_foreign_networks_hold_the_weights(adapter):
     got = other.features(other.network_input(x, None), net.layer_names)
     assert all(torch.equal(got[k], want[k]) for k in want)
     assert (other.fingerprint(), other.mean, other.std) == (net.fingerprint(), net.mean, net.std)
+
+
+def attributes(net, module=None, taps=()):
+    """The state of a network in pickles of the version before `__getstate__` named its parts."""
+    return {
+        "layers": net.layers, "_weights": net.weights, "_names": net.weight_names,
+        "mean": net.mean, "std": net.std, "_module": module, "_taps": dict(taps),
+        "in_channels": net.in_channels, "_cast": {}, "_cast_module": {}, "_packs": {},
+        "_fingerprint": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["drawn", "sequential", "module"])
+@pytest.mark.parametrize("adapter", [False, True])
+def test_pickles_of_attributes_are_read(kind, adapter):
+    module, taps = small_chain(2, 3).eval(), {"a": "1", "b": "2"}
+    net = {
+        "drawn": lambda: LossNet.vgg(3, (1,), WIDTHS, seed=4),
+        "sequential": lambda: LossNet.from_sequential(module, mean=0.5, std=[1.0, 2.0, 3.0]),
+        "module": lambda: LossNet.from_module(module, taps, mean=0.5, std=2),
+    }[kind]()
+    net = net.with_input_adapter(C) if adapter else net
+    state = attributes(net, module, taps) if kind == "module" else attributes(net)
+    other = object.__new__(LossNet)
+    other.__setstate__(pickle.loads(pickle.dumps(state)))
+    again = pickle.loads(pickle.dumps(other))
+    x = torch.rand(1, net.in_channels, 8, 8)
+    for got in (other, again):
+        assert got.fingerprint() == net.fingerprint()
+        assert (got.layer_names, got.in_channels) == (net.layer_names, net.in_channels)
+        a, b = (n.features(n.network_input(x, None), n.layer_names) for n in (got, net))
+        assert all(torch.equal(a[k], b[k]) for k in b)
 
 
 def test_deepcopy_shares_weights_and_no_caches():
@@ -342,17 +421,28 @@ def test_other_kinds_of_arguments_are_refused(options):
     [
         (0.5, 0.25), (np.float32(0.5), torch.tensor(0.25)), (np.array(0.5), np.array([0.25])),
         (torch.full((3,), 0.5), np.full(3, 0.25)), ((0.5,), (0.25,)),
-        (torch.full((3, 1, 1), 0.5), [0.25] * 3),
+        (torch.full((3, 1, 1), 0.5), [0.25] * 3), (torch.full((3,), 0.5), 0.25),
+        (np.float64(0.5), [0.25] * 3), ([0.5], np.full(3, 0.25)),
     ],
 )  # fmt: skip
 def test_mean_and_std_may_be_one_number_or_arrays(mean, std):
     module = small_chain(0, 3)
     x = torch.rand(1, 3, 8, 8)
     net = LossNet.from_sequential(module, mean=mean, std=std)
-    if np.size(mean) == np.size(std):
-        got = net.features(net.network_input(x, None), ["conv1_1"])["conv1_1"]
-        want = module[0]((x - 0.5) / 0.25)
-        torch.testing.assert_close(got, want.detach())
+    got = net.features(net.network_input(x, None), ["conv1_1"])["conv1_1"]
+    want = module[0]((x - 0.5) / 0.25)
+    torch.testing.assert_close(got, want.detach())
+
+
+def test_one_of_mean_and_std_may_be_a_number(backend):
+    """On both backends, against the chain written out; and through a file."""
+    module, x, y = small_chain(0, 3), *torch.rand(2, 2, 3, 8, 8)
+    mean, std = torch.tensor([0.1, 0.2, 0.3]), 0.5
+    net = LossNet.from_sequential(module, mean=mean, std=std)
+    loss = GenericPerceptualLoss(3, net, activation="none", backend=backend)
+    with torch.no_grad():
+        a, b = (module((z - mean.view(3, 1, 1)) / std) for z in (x, y))
+    torch.testing.assert_close(loss(x, y), (a - b).square().mean(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(
