@@ -65,19 +65,16 @@ def test_a_number_that_is_set_later_counts(backend):
         torch.testing.assert_close(loss(X, Y), want)
 
 
-# Where the prediction requires a gradient, the compiled graph itself has no forward mode.
-@pytest.mark.parametrize(
-    ("requires_grad", "words"), [(False, "backend='reference'"), (True, "the jvp function")]
-)
-def test_a_tangent_behind_a_plain_call_is_refused(requires_grad, words):
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_a_tangent_behind_a_plain_call_is_refused(requires_grad):
     loss = GenericPerceptualLoss(C, backend="fast", **SMALL)
-    compiled = torch.compile(loss, backend="aot_eager")
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     x = X.clone().requires_grad_(requires_grad)
     want = loss(x, T)
     torch.testing.assert_close(compiled(x, T), want)
     with (
         forward_ad.dual_level(),
-        pytest.raises(Exception, match=words),
+        pytest.raises(Exception, match="backend='reference'"),
     ):
         compiled(forward_ad.make_dual(x, torch.ones_like(x)), T)
     torch.testing.assert_close(compiled(x, T), want)
