@@ -27,7 +27,7 @@ def made_once(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     with torch.cuda.device(device):
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                f"a CUDA graph is being captured, but the network's weights are not on {device} as "
+                f"a CUDA graph is being captured, but the loss' weights are not on {device} as "
                 f"{dtype} yet: run the loss once before the capture (on a side stream, as "
                 "torch.cuda.graph wants it), with the same kind of target, dtype and autocast"
             )

@@ -72,6 +72,12 @@ def value_and_grad(loss, pred: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]
     return value.detach(), grad
 
 
+def agree(got, want, tolerance: float = 1e-5) -> None:
+    """Value and gradient are those wanted, relative to the largest element of each."""
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * b.abs().max().item())
+
+
 def make_target(kind: str, shape: tuple[int, int, int, int], loss=None) -> Tensor | TopK:
     """A float32 target of a kind for predictions of `shape`; "features" are encoded by `loss`."""
     n, c, h, w = shape

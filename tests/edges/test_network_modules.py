@@ -7,24 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import agree, value_and_grad
 from torch import nn
 from torch.nn.utils import prune
 
 from gpl_fast import GenericPerceptualLoss, LossNet, PerceptualLoss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def value_and_grad(loss, x, *args):
-    x = x.clone().requires_grad_()
-    value = loss(x, *args)
-    value.backward()
-    return value.detach(), x.grad
-
-
-def agree(got, want, tolerance=1e-5):
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * b.abs().max().item())
 
 
 def small_chain(seed, channels=3):

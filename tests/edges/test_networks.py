@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from cases import agree, value_and_grad
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
@@ -20,18 +21,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 C, H, W = 6, 8, 12
 WIDTHS = (4, 6)
-
-
-def value_and_grad(loss, x, *args):
-    x = x.clone().requires_grad_()
-    value = loss(x, *args)
-    value.backward()
-    return value.detach(), x.grad
-
-
-def agree(got, want, tolerance=1e-5):
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * b.abs().max().item())
 
 
 # --------------------------------------------------------------------- compiled losses and networks
