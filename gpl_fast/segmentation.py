@@ -8,6 +8,7 @@ from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor, nn
+from torch._guards import active_fake_mode
 
 from gpl_fast import functional, streams
 from gpl_fast.explain import Explanation, explain_segmentation
@@ -88,7 +89,8 @@ class SegmentationLoss(nn.Module):
         self.class_weight = (
             None if class_weight is None else as_class_weight(class_weight, num_classes)
         )
-        self._class_weights: dict[torch.device, Tensor] = {}  # copies on other devices
+        # Copies on other devices: what of, its version, the copy.
+        self._class_weights: dict[torch.device, tuple[Tensor, int | None, Tensor]] = {}
 
     @property
     def label_smoothing(self) -> float:
@@ -137,12 +139,16 @@ class SegmentationLoss(nn.Module):
         weight = self.class_weight
         if torch.compiler.is_compiling() or weight is None or not isinstance(logits, Tensor):
             return weight
-        if weight.device == logits.device or logits.is_meta:
+        device = logits.device
+        if weight.device == device or logits.is_meta or active_fake_mode() is not None:
             return weight
-        if logits.device not in self._class_weights:
-            with streams.made_once(logits.device, weight.dtype):
-                self._class_weights[logits.device] = weight.to(logits.device)
-        return streams.read_here([self._class_weights[logits.device]])[0]
+        version = None if weight.is_inference() else weight._version
+        made_of, made_at, copied = self._class_weights.get(device, (None, None, weight))
+        if made_of is not weight or made_at != version:  # none yet, or of other numbers
+            with streams.made_once(device, weight.dtype):
+                copied = weight.to(device)
+            self._class_weights[device] = weight, version, copied
+        return streams.read_here([copied])[0]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_class_weights": {}}

@@ -15,10 +15,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpl_fast
-from gpl_fast import LossNet, backend, chain, lossnet, ops
+from gpl_fast import LossNet, SegmentationLoss, backend, chain, lossnet, ops, streams
 from gpl_fast.chain import stages
 from gpl_fast.chain.convolution import conv_transpose
 from gpl_fast.kernels import tiles
@@ -325,3 +326,23 @@ def test_two_threads_leave_the_switch_as_it_was():
         for thread in threads:
             thread.join()
         assert not torch.backends.cudnn.deterministic
+
+
+def test_class_weights_are_copied_once_and_follow_a_change(monkeypatch):
+    """A copy at each step would stop the device; one that is kept must not outlive its numbers."""
+    total = SegmentationLoss(4, class_weight=[1.0, 2.0, 3.0, 4.0])
+    with FakeTensorMode():
+        logits = torch.empty(1, 4, 2, 2, device="cuda")
+    made = []
+    monkeypatch.setattr(streams, "made_once", lambda device, dtype: contextlib.nullcontext())
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, device: made.append(device) or t.clone())
+    for _ in range(3):
+        assert total._class_weight_on(logits).tolist() == [1.0, 2.0, 3.0, 4.0]
+    assert made == [logits.device]
+    total.class_weight = torch.tensor([4.0, 3.0, 2.0, 1.0])
+    assert total._class_weight_on(logits).tolist() == [4.0, 3.0, 2.0, 1.0]
+    total.class_weight.fill_(7.0)
+    assert total._class_weight_on(logits).tolist() == [7.0] * 4
+    assert len(made) == 3
+    with FakeTensorMode():  # whose tensors must not stay
+        assert total._class_weight_on(logits) is total.class_weight
