@@ -9,7 +9,7 @@ from providers import NET, Provider, dtype_of, loss_net
 from torch import Tensor
 
 import gpl_fast
-from gpl_fast import measure
+from gpl_fast.tools import measure
 
 # Largest value error and least gradient cosine. A bfloat16 baseline has none: near convergence its
 # error is a result, not a mistake.

@@ -16,7 +16,7 @@ from typing import Any
 
 from providers import NET, PROVIDERS, make_inputs
 
-from gpl_fast import measure
+from gpl_fast.tools import measure
 
 
 def memory(name: str, shape: tuple[int, ...], kind: str, peaked: bool, net: str) -> dict[str, Any]:

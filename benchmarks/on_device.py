@@ -23,7 +23,7 @@ import torch
 from providers import BASELINE, PROVIDERS, Provider, crop, dtype_of, flops, make_inputs
 from torch import Tensor
 
-from gpl_fast import measure
+from gpl_fast.tools import measure
 
 
 @dataclass(frozen=True)

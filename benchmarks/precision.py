@@ -18,7 +18,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from gpl_fast import GenericPerceptualLoss, LossNet, measure, ops
+from gpl_fast import GenericPerceptualLoss, LossNet, ops
+from gpl_fast.tools import measure
 
 SIZE = 64
 # classes, side of a region, margins

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gpl_fast
-from gpl_fast.measure import target_tensors
-from gpl_fast.structure import parse_blocks
+from gpl_fast.net.structure import parse_blocks
+from gpl_fast.tools.measure import target_tensors
 
 TARGETS = ("labels", "dense", "topk")
 NET = "1,1,1,1,1"

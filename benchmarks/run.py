@@ -53,7 +53,7 @@ from providers import (
 )
 from torch import Tensor
 
-from gpl_fast import bench, measure
+from gpl_fast.tools import bench, measure
 
 Shape = tuple[int, int, int, int]
 Step = Callable[[], list[float]]

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from gpl_fast import functional, reference
     from gpl_fast.backend import BackendUnavailable
     from gpl_fast.loss import GenericPerceptualLoss
-    from gpl_fast.lossnet import LossNet
+    from gpl_fast.net import LossNet
     from gpl_fast.perceptual import PerceptualLoss
     from gpl_fast.segmentation import SegmentationLoss
     from gpl_fast.targets import TargetFeatures, TopK
@@ -29,7 +29,7 @@ __all__ = [
 _HOMES = {
     "BackendUnavailable": "backend",
     "GenericPerceptualLoss": "loss",
-    "LossNet": "lossnet",
+    "LossNet": "net",
     "PerceptualLoss": "perceptual",
     "SegmentationLoss": "segmentation",
     "TargetFeatures": "targets",

@@ -33,7 +33,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from gpl_fast import chain, plan, reference
-from gpl_fast.lossnet import LossNet, constant_in_graphs
+from gpl_fast.graphs import constant_in_graphs
+from gpl_fast.net.lossnet import LossNet
 from gpl_fast.targets import Target
 
 _LIBRARY: Any = torch.library.Library("gpl_fast", "FRAGMENT")  # type: ignore[no-untyped-call]

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from gpl_fast import environment, ops
-from gpl_fast.lossnet import LossNet, constant_in_graphs
+from gpl_fast.graphs import constant_in_graphs
+from gpl_fast.net.lossnet import LossNet
 
 BACKENDS = ("auto", "fast", "reference")
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpl_fast import arguments
+from gpl_fast.tools import arguments
 
 MOST_ELEMENTS = 2**40  # of logits, terabytes
 
@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _info(args: argparse.Namespace) -> int:
-    from gpl_fast import info
+    from gpl_fast.tools import info
 
     found = info.collect()
     if args.check:
@@ -120,7 +120,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _time(args: argparse.Namespace) -> int:
-    from gpl_fast import bench
+    from gpl_fast.tools import bench
 
     shapes = bench.QUICK if args.quick else bench.FULL
     if args.mine is not None:
@@ -135,7 +135,7 @@ def _time(args: argparse.Namespace) -> int:
 
 
 def _roofline(args: argparse.Namespace) -> int:
-    from gpl_fast import bench, roofline
+    from gpl_fast.tools import bench, roofline
 
     work = roofline.WORKLOADS
     if args.mine is not None:

@@ -15,7 +15,7 @@ from gpl_fast import autograd, chain, functional, plan
 from gpl_fast import backend as backends
 from gpl_fast.backend import Choice
 from gpl_fast.input_checks import check_prediction
-from gpl_fast.lossnet import LossNet
+from gpl_fast.net.lossnet import LossNet
 from gpl_fast.options import Options
 from gpl_fast.targets import (
     Target,

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from gpl_fast import autograd, reference
 from gpl_fast import backend as backends
+from gpl_fast.graphs import constant_in_graphs
 from gpl_fast.input_checks import check_prediction, check_tensor
-from gpl_fast.lossnet import LossNet, constant_in_graphs
+from gpl_fast.net.lossnet import LossNet
 from gpl_fast.options import (
     Options,
     as_class_weight,

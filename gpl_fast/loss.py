@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from gpl_fast import functional
 from gpl_fast.explain import Explanation, explain
-from gpl_fast.initialisation import Init
 from gpl_fast.input_checks import as_int
-from gpl_fast.lossnet import LossNet
+from gpl_fast.net.initialisation import Init
+from gpl_fast.net.lossnet import LossNet
+from gpl_fast.net.structure import WIDTHS, parse_blocks
 from gpl_fast.options import Options, as_numbers, as_texts, level_taps
-from gpl_fast.structure import WIDTHS, parse_blocks
 from gpl_fast.targets import TargetFeatures, TopK, first_look
 
 

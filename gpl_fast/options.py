@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gpl_fast.backend import BACKENDS
 from gpl_fast.input_checks import FLOAT_DTYPES, as_float, as_int
-from gpl_fast.lossnet import LossNet
+from gpl_fast.net.lossnet import LossNet
 
 ACTIVATIONS = ("softmax", "sigmoid", "none")
 TARGET_ACTIVATIONS = ("auto", "same", *ACTIVATIONS)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gpl_fast import functional
 from gpl_fast.explain import Explanation, explain
-from gpl_fast.lossnet import LossNet
+from gpl_fast.net.lossnet import LossNet
 from gpl_fast.options import (
     Options,
     as_layers,

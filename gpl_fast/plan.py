@@ -15,7 +15,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from gpl_fast.lossnet import LossNet, constant_in_graphs
+from gpl_fast.graphs import constant_in_graphs
+from gpl_fast.net.lossnet import LossNet
 
 MIB = 2**20
 # What workspace_mb="auto" begins with: megabytes on a CPU, at least these and one part of so many

@@ -13,7 +13,7 @@ from torch._guards import active_fake_mode
 from gpl_fast import functional, streams
 from gpl_fast.explain import Explanation, explain_segmentation
 from gpl_fast.loss import GenericPerceptualLoss
-from gpl_fast.lossnet import LossNet
+from gpl_fast.net.lossnet import LossNet
 from gpl_fast.options import (
     as_class_weight,
     as_label_smoothing,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpl_fast import reference
-from gpl_fast.lossnet import LossNet
+from gpl_fast.net.lossnet import LossNet
 from gpl_fast.plan import Plan, load_spec
 
 NODE = "_PerceptualTermsBackward"

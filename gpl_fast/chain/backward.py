@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from gpl_fast import ops
-from gpl_fast.chain.convolution import Convolutions, conv_transpose, tf32_allowed
+from gpl_fast.chain.convolution import Convolutions, conv_transpose
 from gpl_fast.chain.stages import backward_stages_on
 from gpl_fast.plan import Plan, Step, padded_channels
+from gpl_fast.precision import tf32_allowed
 
 
 class Backward:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from gpl_fast import ops
 from gpl_fast.chain.stages import has_blocks
 from gpl_fast.plan import Plan, Role, Way, direct_elements, winograd_elements
+from gpl_fast.precision import tf32_allowed
 
 
 class Convolutions:
@@ -123,15 +123,6 @@ def conv_transpose(
         allow_tf32=tf32_allowed(),
     )  # fmt: skip
     return dy.to(dz.dtype).permute(0, 2, 3, 1).contiguous()
-
-
-def tf32_allowed() -> bool:
-    """Whether PyTorch's own convolutions of float32 run as TF32.
-
-    ``allow_tf32`` sets this too, but raises where it is read after ``fp32_precision`` was set.
-    """
-    conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    return bool(conv.fp32_precision == "tf32")
 
 
 def zero_outside(z: Tensor, lo: int, height: int) -> None:

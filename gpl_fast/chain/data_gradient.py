@@ -18,7 +18,7 @@ import torch
 
 from gpl_fast import environment
 from gpl_fast.chain.stages import compiled_on
-from gpl_fast.lossnet import constant_in_graphs
+from gpl_fast.graphs import constant_in_graphs
 
 # A row speaks for layers of up to so many times its input channels, or so many times fewer.
 REACH = 1.5

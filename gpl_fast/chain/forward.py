@@ -11,9 +11,10 @@ from torch import Tensor
 
 from gpl_fast import ops, reference
 from gpl_fast.chain.branch import GRID, carry_target
-from gpl_fast.chain.convolution import Convolutions, conv, tf32_allowed, zero_outside
+from gpl_fast.chain.convolution import Convolutions, conv, zero_outside
 from gpl_fast.chain.stages import has_blocks, stages_on
 from gpl_fast.plan import Plan, Step, padded_channels
+from gpl_fast.precision import tf32_allowed
 
 
 class Forward:

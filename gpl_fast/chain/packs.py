@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gpl_fast.chain import data_gradient
 from gpl_fast.chain.stages import has_blocks
-from gpl_fast.lossnet import LossNet
+from gpl_fast.net.lossnet import LossNet
 from gpl_fast.plan import padded_channels
 
 

@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 
 from gpl_fast import ops
-from gpl_fast.lossnet import constant_in_graphs
+from gpl_fast.graphs import constant_in_graphs
 
 TRITON_DEVICES = {"cuda"}  # tests add "cpu", for Triton's interpreter
 

@@ -10,7 +10,7 @@ import argparse
 import importlib
 import sys
 
-from gpl_fast import arguments
+from gpl_fast.tools import arguments
 
 _EXTRAS = {"sklearn": "scikit-learn", "PIL": "pillow", "matplotlib": "matplotlib", "rich": "rich"}
 

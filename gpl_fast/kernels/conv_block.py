@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpl_fast.chain.convolution import tf32_allowed
 from gpl_fast.kernels.branches import max_window, pack_bits, pack_nibbles, relu_branches
 from gpl_fast.kernels.label_conv import listed
 from gpl_fast.kernels.launch import cdiv, image_strides, launch
 from gpl_fast.kernels.tiles import tile_for
+from gpl_fast.precision import tf32_allowed
 
 NO_POOL = 2  # beside launch.MAX and AVG
 PLAIN, DIFF, LABELS, TOPK = 0, 1, 2, 3

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import gpl_fast
-from gpl_fast import bench, cli, measure, ops, roofline
+from gpl_fast import cli, ops
+from gpl_fast.tools import bench, measure, roofline
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_fast = pytest.mark.skipif(ops.load() is not None, reason=str(ops.load()))

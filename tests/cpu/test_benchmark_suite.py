@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import gpl_fast
-from gpl_fast import measure, ops
+from gpl_fast import ops
+from gpl_fast.tools import measure
 
 if (reason := ops.load()) is not None:
     pytest.skip(reason, allow_module_level=True)

@@ -183,7 +183,7 @@ def test_info_check_as_a_module():
 
 
 def test_info_check_fails_on_a_mismatch(capsys, monkeypatch):
-    from gpl_fast import info
+    from gpl_fast.tools import info
 
     good = {"device": "cpu", "backend": "fast", "dtype": "float32", "target": "labels"}
     rows = [{**good, "value_error": 0.5, "grad_cosine": 0.1, "ok": False}]

@@ -16,10 +16,11 @@ from typing import NotRequired, get_origin, get_type_hints
 import pytest
 
 import gpl_fast
-from gpl_fast import backend, bench, cli, demo, environment, info, measure, ops, roofline
+from gpl_fast import backend, cli, demo, environment, ops
 from gpl_fast.chain import data_gradient
 from gpl_fast.demo import experiment
 from gpl_fast.kernels import tiles
+from gpl_fast.tools import bench, info, measure, roofline
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = [sys.executable, "-m", "gpl_fast"]
@@ -291,7 +292,8 @@ def used_by(*args):
 INTERRUPTED = """
 import sys
 import slow
-from gpl_fast import bench, cli
+from gpl_fast import cli
+from gpl_fast.tools import bench
 bench.used_by = slow.used_by
 sys.exit(cli.main(["bench", "--mine", "1", "3", "32", "32"]))
 """

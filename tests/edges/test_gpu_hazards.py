@@ -19,10 +19,11 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpl_fast
-from gpl_fast import LossNet, SegmentationLoss, backend, chain, lossnet, ops, streams
+from gpl_fast import LossNet, SegmentationLoss, backend, chain, ops, streams
 from gpl_fast.chain import stages
 from gpl_fast.chain.convolution import conv_transpose
 from gpl_fast.kernels import tiles
+from gpl_fast.net import lossnet
 
 CUDA = torch.device("cuda", 0)
 BF16 = torch.bfloat16

@@ -15,7 +15,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from gpl_fast import GenericPerceptualLoss, LossNet, PerceptualLoss, SegmentationLoss
-from gpl_fast.structure import parse_blocks
+from gpl_fast.net.structure import parse_blocks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from os import PathLike
 from types import SimpleNamespace
-from typing import Any, SupportsIndex, TypeVar
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -17,17 +17,17 @@ from torch._guards import active_fake_mode
 
 from gpl_fast import reference, streams
 from gpl_fast.files import read_safetensors, write_safetensors
-from gpl_fast.frozen_module import (
+from gpl_fast.graphs import constant_in_graphs
+from gpl_fast.net.frozen_module import (
     frozen_copy,
     in_dtype,
     module_tensors,
     module_text,
     tensor_bytes,
 )
-from gpl_fast.initialisation import Init, check_init, draw_weight, own_generator
-from gpl_fast.real_tensors import holds_values, real_tensors
-from gpl_fast.sequential import sequential_chain
-from gpl_fast.structure import (
+from gpl_fast.net.initialisation import Init, check_init, draw_weight, own_generator
+from gpl_fast.net.sequential import sequential_chain
+from gpl_fast.net.structure import (
     WIDTHS,
     Layer,
     Normalisation,
@@ -39,20 +39,8 @@ from gpl_fast.structure import (
     stored_layers,
     weight_shape,
 )
-from gpl_fast.taps import Tap, TappedModule, Taps, parse_taps
-
-T = TypeVar("T")
-
-
-def constant_in_graphs(function: Callable[..., T]) -> Callable[..., T]:
-    """torch.compile calls `function` while it traces and keeps the result.
-
-    What `torch.compiler.assume_constant_result` does, which would import all of torch._dynamo. The
-    arguments must be constants in torch 2.11; the object of a method may be any, and nothing of it
-    is guarded: what the result depends on must be an argument too (`LossNet.identity`).
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
+from gpl_fast.net.taps import Tap, TappedModule, Taps, parse_taps
+from gpl_fast.real_tensors import holds_values, real_tensors
 
 
 class LossNet:

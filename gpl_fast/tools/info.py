@@ -11,8 +11,9 @@ import torch
 
 import gpl_fast
 from gpl_fast import backend as backends
-from gpl_fast import environment, measure, ops
-from gpl_fast.lossnet import LossNet
+from gpl_fast import environment, ops
+from gpl_fast.net.lossnet import LossNet
+from gpl_fast.tools import measure
 
 TARGETS = ("dense", "labels", "topk")  # of a check
 

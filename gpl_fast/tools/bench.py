@@ -1,7 +1,6 @@
 """`gpl-fast bench`: the loss in plain PyTorch against the fast path on this machine, in one run.
 
-`gpl_fast.measure` is the protocol; ``benchmarks/`` compares more providers and shapes by the same
-one.
+`gpl_fast.tools.measure` is the protocol; ``benchmarks/`` compares more providers and shapes by it.
 """
 
 from __future__ import annotations
@@ -19,8 +18,9 @@ import torch
 from torch import Tensor
 
 import gpl_fast
-from gpl_fast import backend, measure
-from gpl_fast.lossnet import LossNet
+from gpl_fast import backend
+from gpl_fast.net.lossnet import LossNet
+from gpl_fast.tools import measure
 
 Shape = tuple[int, int, int, int]
 

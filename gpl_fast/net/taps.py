@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gpl_fast.frozen_module import OWN
 from gpl_fast.input_checks import as_int
+from gpl_fast.net.frozen_module import OWN
 
 Taps = Mapping[str, str | tuple[str, int]] | Iterable[str]
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from gpl_fast.net.structure import Layer, Part, named_chain
 from gpl_fast.real_tensors import holds_values, real_tensors
-from gpl_fast.structure import Layer, Part, named_chain
 
 PLAIN = (nn.Sequential, nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d)
 # Where a subclass or an instance may compute something else than its base.

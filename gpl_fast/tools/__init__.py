@@ -1,0 +1,1 @@
+"""What the command line runs beside the demo: the environment's report, measurements, floors."""
