@@ -43,11 +43,10 @@ def test_softmax_pack_fwd(benchmark, c, dtype):
     padded = plan.padded_channels(c)
     y, delta = nan(N, H, W, padded, dtype=dtype), nan(N, H, W, padded, dtype=dtype)
     lse = nan(N, H, W)
-    dense = (None, target, PREDICTION, *(None,) * 4)  # no labels, no top-k
-    strip = (0, H, 0, H)
+    strip = {"row0": 0, "rows": H, "core0": 0, "core_rows": H}
     benchmark(
-        ops.softmax_pack_fwd, x, *dense, SOFTMAX, SOFTMAX, 1.0, None, None, 0.0, *strip,
-        y, delta, None, lse, None, None,
+        ops.softmax_pack_fwd, x, activation=SOFTMAX, target_activation=SOFTMAX, temperature=1.0,
+        **strip, target=target, from_target=PREDICTION, y=y, delta=delta, lse=lse,
     )  # fmt: skip
     torch.testing.assert_close(lse, x.logsumexp(dim=1))
     wanted = x.softmax(dim=1) - target.softmax(dim=1)
@@ -98,7 +97,8 @@ def test_relu_pool_diff_fwd(benchmark, c, dtype):
     z, dz = torch.randn(2, N, H, W, c).to(dtype)
     y, delta = (nan(N, H // 2, W // 2, c, dtype=dtype) for _ in range(2))
     code = torch.empty(N, H // 2, W // 2, c // 2, dtype=torch.uint8)
-    benchmark(ops.relu_pool_diff_fwd, z, dz, PREDICTION, MAX_POOL, y, delta, code)
+    maps = {"dz": dz, "from_target": PREDICTION, "y": y, "delta": delta, "code": code}
+    benchmark(ops.relu_pool_diff_fwd, z, pool=MAX_POOL, **maps)
     pooled = torch.nn.functional.max_pool2d(z.permute(0, 3, 1, 2).relu(), 2)
     torch.testing.assert_close(y.permute(0, 3, 1, 2), pooled)
 
@@ -109,9 +109,10 @@ def test_relu_pool_bwd(benchmark, c, dtype):
     z, dz = torch.randn(N, H, W, c).to(dtype), nan(N, H, W, c, dtype=dtype)
     y = nan(N, H // 2, W // 2, c, dtype=dtype)
     code = torch.empty(N, H // 2, W // 2, c // 2, dtype=torch.uint8)
-    ops.relu_pool_fwd(z, MAX_POOL, y, code)
+    ops.relu_pool_fwd(z, pool=MAX_POOL, y=y, code=code)
     dy = torch.randn(N, H // 2, W // 2, c).to(dtype)
-    benchmark(ops.relu_pool_bwd, dy, code, MAX_POOL, H, W, 0, dz)
+    size = {"height": H, "width": W, "row0": 0}
+    benchmark(ops.relu_pool_bwd, dy, code=code, pool=MAX_POOL, **size, dz=dz)
     torch.testing.assert_close(dz.float().sum(), (dy * (y > 0)).float().sum(), rtol=1e-3, atol=1e-2)
 
 
@@ -124,8 +125,11 @@ def test_label_conv_fwd(benchmark, c, dtype):
     table = weight.permute(2, 3, 1, 0).flatten(0, 1).contiguous()
     z = nan(N, H, W, weight.shape[0], dtype=dtype)
     taken, dz = torch.ones(N, H, W, dtype=torch.uint8), torch.zeros_like(z)
-    listed = (labels, None, table.to(dtype), table.sum(dim=0))
-    benchmark(ops.label_conv_fwd, *listed, PREDICTION, taken, 0, 0, z, dz)
+    tables = {"table": table.to(dtype), "interior": table.sum(dim=0)}
+    benchmark(
+        ops.label_conv_fwd, labels, **tables, from_target=PREDICTION, taken=taken, taken_row0=0,
+        row0=0, z=z, dz=dz,
+    )  # fmt: skip
     onehot = torch.nn.functional.one_hot(labels, c).permute(0, 3, 1, 2).float()
     wanted = torch.conv2d(onehot, weight, padding=1)
     torch.testing.assert_close(z.permute(0, 3, 1, 2).float(), wanted, rtol=2e-2, atol=2e-2)
@@ -138,8 +142,8 @@ def test_softmax_bwd(benchmark, c, dtype):
     dy = torch.randn(N, H, W, plan.padded_channels(c)).to(dtype)
     dx = nan(N, c, H, W)
     benchmark(
-        ops.softmax_bwd, x, x.logsumexp(dim=1), dy, torch.ones(N), None, SOFTMAX, 1.0, None, None,
-        None, None, 0.0, 0, H, dx,
+        ops.softmax_bwd, x, activation=SOFTMAX, temperature=1.0, row0=0, rows=H, dx=dx,
+        lse=x.logsumexp(dim=1), dy=dy, scale=torch.ones(N),
     )  # fmt: skip
     torch.testing.assert_close(dx.sum(dim=1), torch.zeros(N, H, W), rtol=0, atol=1e-4)
 

@@ -140,29 +140,36 @@ def two_ways(
     winners = torch.randint(5, (1, size // 2, size // 2, c_out), device=device).byte()
     code = winners[..., ::2] | winners[..., 1::2] << 4
     dz = dy.new_empty(1, size, size, c_out)
-    block = (dy, code, packed, ops.POOLS["max"], 1, 0, dtype == torch.float32)
+    block = {
+        "code": code, "w": packed, "pool": ops.POOLS["max"], "stride": 1, "dy_row0": 0,
+        "allow_tf32": dtype == torch.float32,
+    }  # fmt: skip
     if first:
         x = torch.randn(1, c_in, size, size, device=device)
-        logits = (x, x.logsumexp(1), torch.ones(1, device=device))
-        activation = ops.ACTIVATIONS["softmax" if c_in > 1 else "sigmoid"]
-        rest = (None, activation, 1.0, None, None, None, None, 0.0, 0, size)
+        logits = {
+            "x": x, "lse": x.logsumexp(1), "scale": torch.ones(1, device=device),
+            "activation": ops.ACTIVATIONS["softmax" if c_in > 1 else "sigmoid"],
+            "temperature": 1.0, "row0": 0, "rows": size,
+        }  # fmt: skip
 
     def by_kernel() -> Tensor:
         if first:
             dx = torch.empty_like(x)
-            operators.conv_block_logits_bwd(*block, *logits, *rest, dx)
+            operators.conv_block_logits_bwd(dy, **block, **logits, dx=dx)
         else:
             dx = dy.new_empty(1, size, size, c_in)
-            operators.conv_block_bwd(*block, size, 0, dx)
+            operators.conv_block_bwd(dy, **block, height=size, row0=0, dx=dx)
         return dx
 
     def by_aten() -> Tensor:
-        operators.relu_pool_bwd(dy, code, ops.POOLS["max"], size, size, 0, dz)
+        operators.relu_pool_bwd(
+            dy, code=code, pool=ops.POOLS["max"], height=size, width=size, row0=0, dz=dz
+        )
         dx = conv_transpose(dz, w, 1, (1, 1), (0, 0))
         if not first:
             return dx
         gradient = torch.empty_like(x)
-        operators.softmax_bwd(*logits[:2], dx, logits[2], *rest, gradient)
+        operators.softmax_bwd(**logits, dy=dx, dx=gradient)
         return gradient
 
     return by_kernel, by_aten

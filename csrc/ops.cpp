@@ -58,15 +58,16 @@ void on_current_stream(const Tensor& t, const Args& a, void (*stage)(const Args&
 #define GPL_FAST_RUN(stage, t, a) cpu::stage(a)
 #endif
 
-void softmax_pack_fwd(const Tensor& x, const MaybeTensor& valid, const MaybeTensor& target,
-                      const MaybeTensor& from_target, const MaybeTensor& labels,
-                      const MaybeTensor& topk_values, const MaybeTensor& topk_indices,
-                      const MaybeTensor& topk_rest, int64_t activation, int64_t target_activation,
-                      double temperature, const MaybeTensor& ce_labels,
-                      const MaybeTensor& class_weight, double label_smoothing, int64_t row0,
-                      int64_t rows, int64_t core0, int64_t core_rows, const MaybeTensor& y,
-                      const MaybeTensor& delta, const MaybeTensor& taken, const MaybeTensor& lse,
-                      const MaybeTensor& ce_lse, const MaybeTensor& ce_rows) {
+void softmax_pack_fwd(const Tensor& x, int64_t activation, int64_t target_activation,
+                      double temperature, int64_t row0, int64_t rows, int64_t core0,
+                      int64_t core_rows, double label_smoothing, const MaybeTensor& valid,
+                      const MaybeTensor& target, const MaybeTensor& from_target,
+                      const MaybeTensor& labels, const MaybeTensor& topk_values,
+                      const MaybeTensor& topk_indices, const MaybeTensor& topk_rest,
+                      const MaybeTensor& ce_labels, const MaybeTensor& class_weight,
+                      const MaybeTensor& y, const MaybeTensor& delta, const MaybeTensor& taken,
+                      const MaybeTensor& lse, const MaybeTensor& ce_lse,
+                      const MaybeTensor& ce_rows) {
   STD_TORCH_CHECK(x.dim() == 4, "gpl_fast: x must be [N, C, H, W], got ", text(x.sizes()));
   SoftmaxPackFwd a = {};
   a.N = x.size(0), a.C = x.size(1), a.H = x.size(2), a.W = x.size(3);
@@ -194,17 +195,17 @@ void label_conv(const MaybeTensor& labels, const MaybeTensor& values, const Mayb
   cpu::label_conv_fwd(a);
 }
 
-void label_conv_fwd(const Tensor& labels, const MaybeTensor& valid, const Tensor& table,
-                    const Tensor& interior, const Tensor& from_target, const Tensor& taken,
-                    int64_t taken_row0, int64_t row0, const Tensor& z, const Tensor& dz) {
+void label_conv_fwd(const Tensor& labels, const Tensor& table, const Tensor& interior,
+                    const Tensor& from_target, const Tensor& taken, int64_t taken_row0,
+                    int64_t row0, const Tensor& z, const Tensor& dz, const MaybeTensor& valid) {
   label_conv(labels, {}, {}, {}, valid, table, interior, {}, from_target, taken, taken_row0, row0,
              z, dz);
 }
 
-void topk_conv_fwd(const Tensor& values, const Tensor& indices, const MaybeTensor& rest,
-                   const MaybeTensor& valid, const Tensor& table, const MaybeTensor& rest_table,
+void topk_conv_fwd(const Tensor& values, const Tensor& indices, const Tensor& table,
                    const Tensor& from_target, const Tensor& taken, int64_t taken_row0, int64_t row0,
-                   const Tensor& z, const Tensor& dz) {
+                   const Tensor& z, const Tensor& dz, const MaybeTensor& rest,
+                   const MaybeTensor& rest_table, const MaybeTensor& valid) {
   label_conv({}, values, indices, rest, valid, table, {}, rest_table, from_target, taken,
              taken_row0, row0, z, dz);
 }
@@ -232,7 +233,7 @@ void relu_fwd(const Tensor& z, const Tensor& y, const MaybeTensor& mask) {
 }
 
 void relu_diff_fwd(const Tensor& z, const Tensor& dz, const Tensor& from_target,
-                   const MaybeTensor& y, const Tensor& delta, const MaybeTensor& mask) {
+                   const Tensor& delta, const MaybeTensor& y, const MaybeTensor& mask) {
   relu_fwd_any(z, dz, from_target, y, delta, mask);
 }
 
@@ -269,7 +270,7 @@ void relu_pool_fwd(const Tensor& z, int64_t pool, const Tensor& y, const MaybeTe
 }
 
 void relu_pool_diff_fwd(const Tensor& z, const Tensor& dz, const Tensor& from_target, int64_t pool,
-                        const MaybeTensor& y, const Tensor& delta, const MaybeTensor& code) {
+                        const Tensor& delta, const MaybeTensor& y, const MaybeTensor& code) {
   relu_pool_fwd_any(z, dz, from_target, pool, y, delta, code);
 }
 
@@ -287,24 +288,25 @@ Tensor diff_reduce_fwd(const Tensor& delta) {
   return sum;
 }
 
-void relu_pool_bwd(const Tensor& dy, const Tensor& code, int64_t pool, int64_t H, int64_t W,
-                   int64_t row0, const Tensor& dz) {
+void relu_pool_bwd(const Tensor& dy, const Tensor& code, int64_t pool, int64_t height,
+                   int64_t width, int64_t row0, const Tensor& dz) {
   STD_TORCH_CHECK(dy.dim() == 4, "gpl_fast: dy must be [N, H / 2, W / 2, C], got ",
                   text(dy.sizes()));
   STD_TORCH_CHECK(dz.dim() == 4, "gpl_fast: dz must be [N, rows, W, C], got ", text(dz.sizes()));
   check_device(dz, "dz", {{"dy", dy}, {"code", code}});
   ReluPoolBwd a = {};
-  a.N = dy.size(0), a.H = H, a.W = W, a.C = dy.size(3);
+  a.N = dy.size(0), a.H = height, a.W = width, a.C = dy.size(3);
   a.strip = {row0, dz.size(1)};
   a.pool = pool_of(pool);
   a.dtype = float_dtype(dy, "dy");
   const ScalarType dtype = dy.scalar_type();
-  a.dy_image_stride = image_stride(dy, "dy", dtype, {a.N, H / 2, W / 2, a.C});
-  a.dz_image_stride = image_stride(dz, "dz", dtype, {a.N, dz.size(1), W, a.C});
-  a.code_image_stride =
-      a.pool == Pool::kMax
-          ? image_stride(code, "code", ScalarType::Byte, {a.N, H / 2, W / 2, ceil_div(a.C, 2)})
-          : image_stride(code, "code (a mask)", ScalarType::Byte, {a.N, H, W, ceil_div(a.C, 8)});
+  a.dy_image_stride = image_stride(dy, "dy", dtype, {a.N, height / 2, width / 2, a.C});
+  a.dz_image_stride = image_stride(dz, "dz", dtype, {a.N, dz.size(1), width, a.C});
+  a.code_image_stride = a.pool == Pool::kMax
+                            ? image_stride(code, "code", ScalarType::Byte,
+                                           {a.N, height / 2, width / 2, ceil_div(a.C, 2)})
+                            : image_stride(code, "code (a mask)", ScalarType::Byte,
+                                           {a.N, height, width, ceil_div(a.C, 8)});
   a.dy = dy.data_ptr(), a.code = (const uint8_t*)code.data_ptr(), a.dz = dz.data_ptr();
   if (dz.numel() == 0) return;
   GPL_FAST_RUN(relu_pool_bwd, dz, a);
@@ -387,11 +389,11 @@ SoftmaxBwd softmax_bwd_args(const Tensor& x, const MaybeTensor& lse, const Maybe
   return a;
 }
 
-void softmax_bwd(const Tensor& x, const MaybeTensor& lse, const MaybeTensor& dy,
-                 const MaybeTensor& scale, const MaybeTensor& valid, int64_t activation,
-                 double temperature, const MaybeTensor& ce_labels, const MaybeTensor& ce_lse,
-                 const MaybeTensor& ce_scale, const MaybeTensor& class_weight,
-                 double label_smoothing, int64_t row0, int64_t rows, const Tensor& dx) {
+void softmax_bwd(const Tensor& x, int64_t activation, double temperature, int64_t row0,
+                 int64_t rows, const Tensor& dx, double label_smoothing, const MaybeTensor& lse,
+                 const MaybeTensor& dy, const MaybeTensor& scale, const MaybeTensor& valid,
+                 const MaybeTensor& ce_labels, const MaybeTensor& ce_lse,
+                 const MaybeTensor& ce_scale, const MaybeTensor& class_weight) {
   const SoftmaxBwd a =
       softmax_bwd_args(x, lse, dy, false, scale, valid, activation, temperature, ce_labels, ce_lse,
                        ce_scale, class_weight, label_smoothing, row0, rows, dx);
@@ -436,26 +438,26 @@ ConvBlockBwd conv_block_args(const Tensor& dy, const MaybeTensor& code, const Te
   return a;
 }
 
-void conv_block_bwd(const Tensor& dy, const MaybeTensor& code, const Tensor& w, int64_t pool,
-                    int64_t stride, int64_t dy_row0, bool allow_tf32, int64_t H, int64_t row0,
-                    const Tensor& dx) {
+void conv_block_bwd(const Tensor& dy, const Tensor& w, int64_t pool, int64_t stride,
+                    int64_t dy_row0, bool allow_tf32, int64_t height, int64_t row0,
+                    const Tensor& dx, const MaybeTensor& code) {
   STD_TORCH_CHECK(dx.dim() == 4, "gpl_fast: dx must be [N, rows, W, C_in], got ", text(dx.sizes()));
   check_device(dx, "dx", {{"dy", dy}, {"code", code}, {"w", w}});
-  ConvBlockBwd a = conv_block_args(dy, code, w, pool, stride, dy_row0, allow_tf32, H, dx.size(2),
-                                   dx.size(3), {row0, dx.size(1)});
+  ConvBlockBwd a = conv_block_args(dy, code, w, pool, stride, dy_row0, allow_tf32, height,
+                                   dx.size(2), dx.size(3), {row0, dx.size(1)});
   a.dx_image_stride = image_stride(dx, "dx", dy.scalar_type(), {a.N, dx.size(1), a.W, a.C_in});
   a.dx = dx.data_ptr();
   if (dx.numel() == 0) return;
   on_current_stream(dx, a, cuda::conv_block_bwd);
 }
 
-void conv_block_logits_bwd(const Tensor& dy, const MaybeTensor& code, const Tensor& w, int64_t pool,
-                           int64_t stride, int64_t dy_row0, bool allow_tf32, const Tensor& x,
-                           const MaybeTensor& lse, const Tensor& scale, const MaybeTensor& valid,
-                           int64_t activation, double temperature, const MaybeTensor& ce_labels,
-                           const MaybeTensor& ce_lse, const MaybeTensor& ce_scale,
-                           const MaybeTensor& class_weight, double label_smoothing, int64_t row0,
-                           int64_t rows, const Tensor& dx) {
+void conv_block_logits_bwd(const Tensor& dy, const Tensor& w, int64_t pool, int64_t stride,
+                           int64_t dy_row0, bool allow_tf32, const Tensor& x, const Tensor& scale,
+                           int64_t activation, double temperature, int64_t row0, int64_t rows,
+                           const Tensor& dx, double label_smoothing, const MaybeTensor& code,
+                           const MaybeTensor& lse, const MaybeTensor& valid,
+                           const MaybeTensor& ce_labels, const MaybeTensor& ce_lse,
+                           const MaybeTensor& ce_scale, const MaybeTensor& class_weight) {
   const SoftmaxBwd logits =
       softmax_bwd_args(x, lse, {}, true, scale, valid, activation, temperature, ce_labels, ce_lse,
                        ce_scale, class_weight, label_smoothing, row0, rows, dx);
@@ -498,46 +500,48 @@ std::string cuda_build() {
 
 STABLE_TORCH_LIBRARY(gpl_fast, m) {
   m.def(
-      "softmax_pack_fwd(Tensor x, Tensor? valid, Tensor? target, Tensor? from_target, "
-      "Tensor? labels, Tensor? topk_values, Tensor? topk_indices, Tensor? topk_rest, "
-      "int activation, int target_activation, float temperature, Tensor? ce_labels, Tensor? "
-      "class_weight, "
-      "float label_smoothing, int row0, int rows, int core0, int core_rows, Tensor(a!)? y, "
-      "Tensor(b!)? delta, Tensor(c!)? taken, Tensor(d!)? lse, Tensor(e!)? ce_lse, "
-      "Tensor(f!)? ce_rows) -> ()");
+      "softmax_pack_fwd(Tensor x, int activation, int target_activation, float temperature, "
+      "int row0, int rows, int core0, int core_rows, float label_smoothing=0.0, "
+      "Tensor? valid=None, Tensor? target=None, Tensor? from_target=None, Tensor? labels=None, "
+      "Tensor? topk_values=None, Tensor? topk_indices=None, Tensor? topk_rest=None, "
+      "Tensor? ce_labels=None, Tensor? class_weight=None, Tensor(a!)? y=None, "
+      "Tensor(b!)? delta=None, Tensor(c!)? taken=None, Tensor(d!)? lse=None, "
+      "Tensor(e!)? ce_lse=None, Tensor(f!)? ce_rows=None) -> ()");
   m.def(
-      "label_conv_fwd(Tensor labels, Tensor? valid, Tensor table, Tensor interior, "
-      "Tensor from_target, Tensor taken, int taken_row0, int row0, Tensor(a!) z, Tensor(b!) dz)"
-      " -> ()");
+      "label_conv_fwd(Tensor labels, Tensor table, Tensor interior, Tensor from_target, "
+      "Tensor taken, int taken_row0, int row0, Tensor(a!) z, Tensor(b!) dz, "
+      "Tensor? valid=None) -> ()");
   m.def(
-      "topk_conv_fwd(Tensor topk_values, Tensor topk_indices, Tensor? topk_rest, Tensor? valid, "
-      "Tensor table, Tensor? rest_table, Tensor from_target, Tensor taken, int taken_row0, "
-      "int row0, Tensor(a!) z, Tensor(b!) dz) -> ()");
-  m.def("relu_fwd(Tensor z, Tensor(a!) y, Tensor(b!)? mask) -> ()");
+      "topk_conv_fwd(Tensor topk_values, Tensor topk_indices, Tensor table, Tensor from_target, "
+      "Tensor taken, int taken_row0, int row0, Tensor(a!) z, Tensor(b!) dz, "
+      "Tensor? topk_rest=None, Tensor? rest_table=None, Tensor? valid=None) -> ()");
+  m.def("relu_fwd(Tensor z, Tensor(a!) y, Tensor(b!)? mask=None) -> ()");
   m.def(
-      "relu_diff_fwd(Tensor z, Tensor dz, Tensor from_target, Tensor(a!)? y, Tensor(b!) delta, "
-      "Tensor(c!)? mask) -> ()");
-  m.def("relu_pool_fwd(Tensor z, int pool, Tensor(a!) y, Tensor(b!)? code) -> ()");
+      "relu_diff_fwd(Tensor z, Tensor dz, Tensor from_target, Tensor(a!) delta, "
+      "Tensor(b!)? y=None, Tensor(c!)? mask=None) -> ()");
+  m.def("relu_pool_fwd(Tensor z, int pool, Tensor(a!) y, Tensor(b!)? code=None) -> ()");
   m.def(
-      "relu_pool_diff_fwd(Tensor z, Tensor dz, Tensor from_target, int pool, Tensor(a!)? y, "
-      "Tensor(b!) delta, Tensor(c!)? code) -> ()");
+      "relu_pool_diff_fwd(Tensor z, Tensor dz, Tensor from_target, int pool, Tensor(a!) delta, "
+      "Tensor(b!)? y=None, Tensor(c!)? code=None) -> ()");
   m.def("diff_reduce_fwd(Tensor delta) -> Tensor");
   m.def(
-      "relu_pool_bwd(Tensor dy, Tensor code, int pool, int H, int W, int row0, Tensor(a!) dz)"
-      " -> ()");
+      "relu_pool_bwd(Tensor dy, Tensor code, int pool, int height, int width, int row0, "
+      "Tensor(a!) dz) -> ()");
   m.def("relu_bwd(Tensor dy, Tensor mask, Tensor(a!) dz) -> ()");
   m.def(
-      "softmax_bwd(Tensor x, Tensor? lse, Tensor? dy, Tensor? scale, Tensor? valid, "
-      "int activation, float temperature, Tensor? ce_labels, Tensor? ce_lse, Tensor? ce_scale, "
-      "Tensor? class_weight, float label_smoothing, int row0, int rows, Tensor(a!) dx) -> ()");
+      "softmax_bwd(Tensor x, int activation, float temperature, int row0, int rows, "
+      "Tensor(a!) dx, float label_smoothing=0.0, Tensor? lse=None, Tensor? dy=None, "
+      "Tensor? scale=None, Tensor? valid=None, Tensor? ce_labels=None, Tensor? ce_lse=None, "
+      "Tensor? ce_scale=None, Tensor? class_weight=None) -> ()");
   m.def(
-      "conv_block_bwd(Tensor dy, Tensor? code, Tensor w, int pool, int stride, int dy_row0, "
-      "bool allow_tf32, int H, int row0, Tensor(a!) dx) -> ()");
+      "conv_block_bwd(Tensor dy, Tensor w, int pool, int stride, int dy_row0, bool allow_tf32, "
+      "int height, int row0, Tensor(a!) dx, Tensor? code=None) -> ()");
   m.def(
-      "conv_block_logits_bwd(Tensor dy, Tensor? code, Tensor w, int pool, int stride, "
-      "int dy_row0, bool allow_tf32, Tensor x, Tensor? lse, Tensor scale, Tensor? valid, "
-      "int activation, float temperature, Tensor? ce_labels, Tensor? ce_lse, Tensor? ce_scale, "
-      "Tensor? class_weight, float label_smoothing, int row0, int rows, Tensor(a!) dx) -> ()");
+      "conv_block_logits_bwd(Tensor dy, Tensor w, int pool, int stride, int dy_row0, "
+      "bool allow_tf32, Tensor x, Tensor scale, int activation, float temperature, int row0, "
+      "int rows, Tensor(a!) dx, float label_smoothing=0.0, Tensor? code=None, Tensor? lse=None, "
+      "Tensor? valid=None, Tensor? ce_labels=None, Tensor? ce_lse=None, Tensor? ce_scale=None, "
+      "Tensor? class_weight=None) -> ()");
   m.def("populate(Tensor(a!) t) -> ()");
   m.def("cpu_capability() -> str");
   m.def("cpu_bfloat16() -> str");

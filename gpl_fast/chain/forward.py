@@ -150,29 +150,29 @@ class Forward:
         pair = self._strip_of((2 if dense else 1, *shape))
         self.stages.softmax_pack_fwd(
             x,
-            self._rows("valid", a, b),
-            self._dense_rows(a, b) if dense else None,
-            self.from_target if dense else None,
-            self._rows("labels", a, b),
-            self._rows("topk_values", a, b),
-            self._rows("topk_indices", a, b),
-            self._rows("topk_rest", a, b),
-            ops.ACTIVATIONS[spec.activation],
-            ops.ACTIVATIONS[spec.target_activation],
-            spec.temperature,
-            self._rows("ce_labels", a, b),
-            self.target.get("class_weight"),
-            spec.label_smoothing,
-            lo - a,
-            hi - lo,
-            r0 - a,
-            r1 - r0,
-            pair[0],
-            pair[1] if dense else None,
-            taken,
-            self._saved_rows("lse", a, b),
-            self._saved_rows("ce_lse", a, b),
-            None if ce_rows is None else ce_rows[:, a:b],
+            valid=self._rows("valid", a, b),
+            target=self._dense_rows(a, b) if dense else None,
+            from_target=self.from_target if dense else None,
+            labels=self._rows("labels", a, b),
+            topk_values=self._rows("topk_values", a, b),
+            topk_indices=self._rows("topk_indices", a, b),
+            topk_rest=self._rows("topk_rest", a, b),
+            activation=ops.ACTIVATIONS[spec.activation],
+            target_activation=ops.ACTIVATIONS[spec.target_activation],
+            temperature=spec.temperature,
+            ce_labels=self._rows("ce_labels", a, b),
+            class_weight=self.target.get("class_weight"),
+            label_smoothing=spec.label_smoothing,
+            row0=lo - a,
+            rows=hi - lo,
+            core0=r0 - a,
+            core_rows=r1 - r0,
+            y=pair[0],
+            delta=pair[1] if dense else None,
+            taken=taken,
+            lse=self._saved_rows("lse", a, b),
+            ce_lse=self._saved_rows("ce_lse", a, b),
+            ce_rows=None if ce_rows is None else ce_rows[:, a:b],
         )
         self.taken = taken, lo
         return self._front(pair, lo, hi) if plan.front else pair
@@ -254,14 +254,34 @@ class Forward:
         if self.plan.spec.kind == "labels":
             labels, interior = self._of("labels"), self.packs["interior"]
             self.stages.label_conv_fwd(
-                labels, valid, table, interior, self.from_target, taken, lo, row0, z, dz
+                labels,
+                valid=valid,
+                table=table,
+                interior=interior,
+                from_target=self.from_target,
+                taken=taken,
+                taken_row0=lo,
+                row0=row0,
+                z=z,
+                dz=dz,
             )
         else:
             values, indices = self._of("topk_values"), self._of("topk_indices")
             rest = self._of("topk_rest")
             sums = None if rest is None else self.packs["rest_table"]
             self.stages.topk_conv_fwd(
-                values, indices, rest, valid, table, sums, self.from_target, taken, lo, row0, z, dz
+                values,
+                topk_indices=indices,
+                topk_rest=rest,
+                valid=valid,
+                table=table,
+                rest_table=sums,
+                from_target=self.from_target,
+                taken=taken,
+                taken_row0=lo,
+                row0=row0,
+                z=z,
+                dz=dz,
             )
 
     # (2) convolution, ReLU, pool: eq. (6)
@@ -374,11 +394,11 @@ class Forward:
             y, d = made[0], made[-1]
         partial = self.stages.conv_block_fwd(
             maps[0][0],
-            None if self.plain or listed else maps[-1][-1],
-            self.packs[f"block.{step.conv}"],
-            self.packs.get(f"b.{step.conv}"),
-            None if self.plain else self.from_target,
-            self._listed() if listed else None,
+            d=None if self.plain or listed else maps[-1][-1],
+            weight=self.packs[f"block.{step.conv}"],
+            bias=self.packs.get(f"b.{step.conv}"),
+            from_target=None if self.plain else self.from_target,
+            target=self._listed() if listed else None,
             kernel_size=step.kernel_size,
             stride=step.stride,
             relu=True,
@@ -413,9 +433,11 @@ class Forward:
 
     def _relu(self, z: Tensor, dz: Tensor | None, mask: Tensor | None) -> None:
         if dz is None:
-            self.stages.relu_fwd(z, z, mask)
+            self.stages.relu_fwd(z, y=z, mask=mask)
         else:
-            self.stages.relu_diff_fwd(z, dz, self.from_target, z, dz, mask)
+            self.stages.relu_diff_fwd(
+                z, dz=dz, from_target=self.from_target, y=z, delta=dz, mask=mask
+            )
 
     def _pool(
         self,
@@ -445,10 +467,12 @@ class Forward:
                 y = z.new_empty(shape, dtype=self.plan.dtype)
             d = z.new_empty(shape, dtype=self.plan.dtype) if diff is None else diff[:, a:b]
         if dz is None:
-            self.stages.relu_pool_fwd(z, kind, y, code)
+            self.stages.relu_pool_fwd(z, pool=kind, y=y, code=code)
             self._tap(step.pool, y, None, 0, b - a, a, b)
             return
-        self.stages.relu_pool_diff_fwd(z, dz, self.from_target, kind, y, d, code)
+        self.stages.relu_pool_diff_fwd(
+            z, dz=dz, from_target=self.from_target, pool=kind, y=y, delta=d, code=code
+        )
         if styled or (diff is not None and out is not None):
             self._tap(step.pool, y, d, 0, b - a, a, b)
 

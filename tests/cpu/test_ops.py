@@ -102,11 +102,21 @@ def pack(x, *, target=None, labels=None, topk=(None, None, None), valid=None, ac
     lse, ce_lse = poisoned(N, H, W), poisoned(N, H, W)
     ce_rows = poisoned(N, H, 2, dtype=torch.float64)
     ops.softmax_pack_fwd(
-        x, valid, target, odd_images(N), labels, *topk, activation,
-        activation if target_activation is None else target_activation, temperature, *ce, row0,
-        rows, core0, core_rows, y, delta, taken, lse, ce_lse if own_lse else None, ce_rows,
+        x, valid=valid, target=target, from_target=odd_images(N), labels=labels,
+        topk_values=topk[0], topk_indices=topk[1], topk_rest=topk[2], activation=activation,
+        target_activation=activation if target_activation is None else target_activation,
+        temperature=temperature, ce_labels=ce[0], class_weight=ce[1], label_smoothing=ce[2],
+        row0=row0, rows=rows, core0=core0, core_rows=core_rows, y=y, delta=delta, taken=taken,
+        lse=lse, ce_lse=ce_lse if own_lse else None, ce_rows=ce_rows,
     )  # fmt: skip
     return y, taken if listed else delta, lse, ce_lse, ce_rows
+
+
+# What a softmax_pack_fwd is given that puts out the cross-entropy alone.
+UNUSED = dict.fromkeys((
+    "valid", "target", "from_target", "labels", "topk_values", "topk_indices", "topk_rest", "y",
+    "delta", "taken", "lse", "ce_lse",
+))  # fmt: skip
 
 
 # -- softmax_pack_fwd --------------------------------------------------------------------------
@@ -359,8 +369,9 @@ def test_cross_entropy(activation, temperature, weighted, smoothing):
     dx, ce_scale = poisoned(*x.shape), torch.tensor([0.5, 2.0])
     own = activation != SOFTMAX or temperature != 1.0
     ops.softmax_bwd(
-        x, lse, None, None, None, activation, temperature, labels, ce_lse if own else None,
-        ce_scale, weight, smoothing, 0, 13, dx,
+        x, lse=lse, dy=None, scale=None, valid=None, activation=activation, temperature=temperature,
+        ce_labels=labels, ce_lse=ce_lse if own else None, ce_scale=ce_scale, class_weight=weight,
+        label_smoothing=smoothing, row0=0, rows=13, dx=dx,
     )  # fmt: skip
     assert not dx[:, :, 4, 4].any()
     torch.testing.assert_close(dx.double(), x64.grad.nan_to_num(), rtol=1e-5, atol=1e-6)
@@ -393,8 +404,9 @@ def test_without_a_backward_the_cross_entropy_leaves_no_lse(activation, temperat
     want = pack(x, activation=activation, temperature=temperature, ce=ce)[-1]
     rows = poisoned(2, 5, 2, dtype=torch.float64)
     ops.softmax_pack_fwd(
-        x, None, None, None, None, None, None, None, activation, activation, temperature, *ce,
-        0, 5, 0, 5, None, None, None, None, None, rows,
+        x, activation=activation, target_activation=activation, temperature=temperature,
+        ce_labels=labels, class_weight=None, label_smoothing=0.1, row0=0, rows=5, core0=0,
+        core_rows=5, ce_rows=rows, **UNUSED,
     )  # fmt: skip
     assert torch.equal(rows, want)
 
@@ -416,8 +428,10 @@ def softmax_bwd(x, lse, dy, scale, *, valid=None, activation=SOFTMAX, temperatur
     row0, rows = strip or (0, x.shape[2])
     dx = torch.full_like(x, float("nan")) if dx is None else dx
     ops.softmax_bwd(
-        x, lse, dy, scale, valid, activation, temperature, *ce, smoothing, row0, rows, dx
-    )
+        x, lse=lse, dy=dy, scale=scale, valid=valid, activation=activation,
+        temperature=temperature, ce_labels=ce[0], ce_lse=ce[1], ce_scale=ce[2],
+        class_weight=ce[3], label_smoothing=smoothing, row0=row0, rows=rows, dx=dx,
+    )  # fmt: skip
     return dx
 
 
@@ -548,7 +562,18 @@ def every_result():
     table = draw(9, 19, 24)
     u, taken, *_ = pack(x, labels=labels)
     z, dz = poisoned(2, 40, 64, 24), draw(2, 40, 64, 24)
-    ops.label_conv_fwd(labels, None, table, table.sum(0), odd_images(2), taken, 0, 0, z, dz)
+    ops.label_conv_fwd(
+        labels,
+        valid=None,
+        table=table,
+        interior=table.sum(0),
+        from_target=odd_images(2),
+        taken=taken,
+        taken_row0=0,
+        row0=0,
+        z=z,
+        dz=dz,
+    )
     w = draw(70, 24, 3, 3)
     out += [u, z, dz, *(winograd(z, w, tile=tile) for tile in TILES)]
     out += [winograd(z.bfloat16(), w.bfloat16(), u_dtype=torch.bfloat16)]
@@ -584,7 +609,9 @@ def pool_diff(z, dz, pool):
     y, delta = (poisoned(N, H // 2, W // 2, C, dtype=z.dtype) for _ in range(2))
     shape = (N, H // 2, W // 2, (C + 1) // 2) if pool == MAX else (N, H, W, (C + 7) // 8)
     code = poisoned(*shape, dtype=torch.uint8)
-    ops.relu_pool_diff_fwd(z, dz, odd_images(N), pool, y, delta, code)
+    ops.relu_pool_diff_fwd(
+        z, dz=dz, from_target=odd_images(N), pool=pool, y=y, delta=delta, code=code
+    )
     return y, delta, code
 
 
@@ -616,19 +643,19 @@ def test_relu_pool(C, size, dtype, pool):
     s = s64.clone().requires_grad_()
     pooled(s, pool).backward(dy.double())
     back = poisoned(2, *size, C, dtype=dtype)
-    ops.relu_pool_bwd(dy, code, pool, *size, 0, back)
+    ops.relu_pool_bwd(dy, code=code, pool=pool, height=size[0], width=size[1], row0=0, dz=back)
     assert torch.equal(back, s.grad.to(dtype))
 
     row0, rows = -1, size[0] + 3
     strip = poisoned(2, rows, size[1], C, dtype=dtype)
-    ops.relu_pool_bwd(dy, code, pool, *size, row0, strip)
+    ops.relu_pool_bwd(dy, code=code, pool=pool, height=size[0], width=size[1], row0=row0, dz=strip)
     assert torch.equal(strip[:, 1 : 1 + size[0]], back)
     assert not strip[:, 0].any()
     assert not strip[:, 1 + size[0] :].any()
 
     # the plain form agrees with the difference form on z + 0
     y2, code2 = torch.full_like(y, float("nan")), torch.full_like(code, 255)
-    ops.relu_pool_fwd(z, pool, y2, code2)
+    ops.relu_pool_fwd(z, pool=pool, y=y2, code=code2)
     y3, delta3, code3 = pool_diff(z, torch.zeros_like(z), pool)
     assert torch.equal(y2, y)
     assert torch.equal(y3, y)
@@ -687,7 +714,7 @@ def test_relu(C, dtype):
     z, dz = torch.randn(2, 5, 7, C).to(dtype), (0.1 * torch.randn(2, 5, 7, C)).to(dtype)
     y, delta = (poisoned(2, 5, 7, C, dtype=dtype) for _ in range(2))
     mask = poisoned(2, 5, 7, (C + 7) // 8, dtype=torch.uint8)
-    ops.relu_diff_fwd(z, dz, odd_images(2), y, delta, mask)
+    ops.relu_diff_fwd(z, dz=dz, from_target=odd_images(2), y=y, delta=delta, mask=mask)
     (s64, t64), (s32, t32) = branches(z, dz, torch.float64), branches(z, dz, torch.float32)
     assert torch.equal(y, z.relu())
     check(delta, (s32.relu() - t32.relu()).to(dtype), s64.relu() - t64.relu(), dtype)
@@ -695,18 +722,18 @@ def test_relu(C, dtype):
 
     dy = torch.randn_like(z)
     out = torch.full_like(dy, float("nan"))
-    ops.relu_bwd(dy, mask, out)
+    ops.relu_bwd(dy, mask=mask, dz=out)
     assert torch.equal(out, dy.where(s64 > 0, torch.zeros_like(dy)))
 
     z_in, dz_in, dy_in = z.clone(), dz.clone(), dy.clone()
-    ops.relu_diff_fwd(z_in, dz_in, odd_images(2), z_in, dz_in, None)
-    ops.relu_bwd(dy_in, mask, dy_in)
+    ops.relu_diff_fwd(z_in, dz=dz_in, from_target=odd_images(2), y=z_in, delta=dz_in, mask=None)
+    ops.relu_bwd(dy_in, mask=mask, dz=dy_in)
     assert torch.equal(z_in, y)
     assert torch.equal(dz_in, delta)
     assert torch.equal(dy_in, out)
 
     plain_mask = torch.full_like(mask, 255)
-    ops.relu_fwd(z, y.fill_(float("nan")), plain_mask)
+    ops.relu_fwd(z, y=y.fill_(float("nan")), mask=plain_mask)
     assert torch.equal(y, z.relu())
     assert torch.equal(unpack_mask(plain_mask, C), z > 0)
 
@@ -725,14 +752,14 @@ def conv(dense, weight, dtype):
 
 
 def check_look_up(look_up, dense, weight, dtype):
-    """`look_up(from_target, taken, taken_row0, row0, z, dz)` of the target `dense` (N, C, H, W)."""
+    """The other arguments of `look_up` by keyword, of the target `dense` (N, C, H, W)."""
     N, _, H, W = dense.shape
     taken = torch.rand(N, H, W) > 0.4
     taken[:, 2:11, 3:12] = True  # interiors of both kinds
     taken[:, 2:11, 12:20] = False
     q = torch.randn(N, H, W, weight.shape[0]).to(dtype)
     z, dz = torch.full_like(q, float("nan")), q.clone()
-    look_up(odd_images(N), taken.byte(), 0, 0, z, dz)
+    look_up(from_target=odd_images(N), taken=taken.byte(), taken_row0=0, row0=0, z=z, dz=dz)
 
     def truth(work):
         mine, all_of_it = (conv(m, weight, work) for m in (dense * taken[:, None], dense))
@@ -755,12 +782,16 @@ def test_label_conv(C, K, c_out, dtype):
     known = (labels >= 0) & (labels < C) & valid
     dense = torch.zeros(2, 13, 27, C).scatter(3, labels.clamp(0, C - 1)[..., None], 1.0)
     dense = nchw(dense * known[..., None])
-    look_up = functools.partial(ops.label_conv_fwd, labels, valid, table, interior)
+    look_up = functools.partial(
+        ops.label_conv_fwd, labels, valid=valid, table=table, interior=interior
+    )
     q, taken, z, dz = check_look_up(look_up, dense, weight, dtype)
 
     around = F.pad(q, (0, 0, 0, 0, 2, 2), value=float("nan"))
     strip = torch.full_like(around, float("nan"))
-    look_up(odd_images(2), taken.byte(), 0, -2, strip, around)
+    look_up(
+        from_target=odd_images(2), taken=taken.byte(), taken_row0=0, row0=-2, z=strip, dz=around
+    )
     for part, whole in ((strip, z), (around, dz)):
         assert torch.equal(part[:, 2:15], whole)
         assert not part[:, :2].any()
@@ -777,12 +808,15 @@ def test_topk_conv(C, k, dtype, rest):
     dense = dense * valid[:, None]
     values = values.where(valid[:, None], torch.tensor(float("nan")))  # harmless there
     rest_table = table.double().sum(1).float() if rest else None
-    listed = (values, indices, per_class, valid, table, rest_table)
-    look_up = functools.partial(ops.topk_conv_fwd, *listed)
+    look_up = functools.partial(
+        ops.topk_conv_fwd, values, topk_indices=indices, topk_rest=per_class, valid=valid,
+        table=table, rest_table=rest_table,
+    )  # fmt: skip
     q, taken, z, dz = check_look_up(look_up, dense, weight, dtype)
     around = F.pad(q[:, 10:], (0, 0, 0, 0, 0, 2), value=float("nan"))
     strip = torch.full_like(around, float("nan"))
-    look_up(odd_images(2), taken[:, 9:].byte().contiguous(), 9, 10, strip, around)
+    last = taken[:, 9:].byte().contiguous()
+    look_up(from_target=odd_images(2), taken=last, taken_row0=9, row0=10, z=strip, dz=around)
     for part, whole in ((strip, z), (around, dz)):
         assert torch.equal(part[:, :3], whole[:, 10:])
         assert not part[:, 3:].any()
@@ -1030,13 +1064,15 @@ def test_relu_pool_of_float32(C, size, pool, dtype):
     y, delta, code = pool_diff(z, dz, pool)
     y16, delta16 = (torch.full_like(t, float("nan"), dtype=dtype) for t in (y, delta))
     code16 = torch.full_like(code, 255)
-    ops.relu_pool_diff_fwd(z, dz, odd_images(2), pool, y16, delta16, code16)
+    ops.relu_pool_diff_fwd(
+        z, dz=dz, from_target=odd_images(2), pool=pool, y=y16, delta=delta16, code=code16
+    )
     assert torch.equal(y16, y.to(dtype))
     assert torch.equal(delta16, delta.to(dtype))
     assert torch.equal(code16, code)
     alone, alone16 = torch.full_like(y, float("nan")), torch.full_like(y16, float("nan"))
-    ops.relu_pool_fwd(z, pool, alone, None)
-    ops.relu_pool_fwd(z, pool, alone16, None)
+    ops.relu_pool_fwd(z, pool=pool, y=alone, code=None)
+    ops.relu_pool_fwd(z, pool=pool, y=alone16, code=None)
     assert torch.equal(alone16, alone.to(dtype))
 
 
@@ -1083,11 +1119,13 @@ def test_no_images():
     softmax_bwd(x, torch.empty(0, 5, 7), torch.empty(0, 5, 7, 19), torch.empty(0))
     pool_diff(torch.empty(0, 5, 7, 8), torch.empty(0, 5, 7, 8), MAX)
     z = torch.empty(0, 5, 7, 8)
-    ops.relu_fwd(z, z.clone(), None)
+    ops.relu_fwd(z, y=z.clone(), mask=None)
     table = torch.randn(9, 3, 8)
     nothing = torch.empty(0, 5, 7)
-    listed = (nothing.long(), None, table, table.sum(0), odd_images(0), nothing.byte())
-    ops.label_conv_fwd(*listed, 0, 0, z, z.clone())
+    ops.label_conv_fwd(
+        nothing.long(), valid=None, table=table, interior=table.sum(0), from_target=odd_images(0),
+        taken=nothing.byte(), taken_row0=0, row0=0, z=z, dz=z.clone(),
+    )  # fmt: skip
     assert ops.diff_reduce_fwd(z).shape == (0,)
 
 
@@ -1097,8 +1135,10 @@ def test_row_slices_of_one_image_are_written_in_place():
     parts = [torch.full_like(y, float("nan")), torch.full_like(delta, float("nan")), code * 0 + 255]
     for rows in (slice(0, 1), slice(1, 4)):
         source = slice(2 * rows.start, 2 * rows.stop)
-        maps = (z[:, source], dz[:, source], odd_images(3))
-        ops.relu_pool_diff_fwd(*maps, MAX, *(p[:, rows] for p in parts))
+        into = {n: p[:, rows] for n, p in zip(("y", "delta", "code"), parts, strict=True)}
+        ops.relu_pool_diff_fwd(
+            z[:, source], dz=dz[:, source], from_target=odd_images(3), pool=MAX, **into
+        )
     assert all(torch.equal(a, b) for a, b in zip(parts, (y, delta, code), strict=True))
 
 
@@ -1106,8 +1146,10 @@ def look_up_rows(z, taken_rows):
     """Rows 2.. of z look at rows 1.. of `taken`, which has fewer."""
     labels, table = torch.zeros(1, 4 + z.shape[1], 4).long(), torch.randn(9, 3, 8)
     taken = torch.zeros(1, taken_rows, 4).byte()
-    listed = (labels, None, table, table.sum(0), odd_images(1), taken)
-    ops.label_conv_fwd(*listed, 1, 2, z, z.clone())
+    ops.label_conv_fwd(
+        labels, valid=None, table=table, interior=table.sum(0), from_target=odd_images(1),
+        taken=taken, taken_row0=1, row0=2, z=z, dz=z.clone(),
+    )  # fmt: skip
 
 
 ONES = torch.ones(8, 8, 3, 3)
@@ -1116,12 +1158,12 @@ ONES = torch.ones(8, 8, 3, 3)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda z: ops.relu_fwd(z, z[:, :2].clone(), None), r"y must have the shape \[1, 4"),
-        (lambda z: ops.relu_fwd(z.double(), z.double(), None), "float32, bfloat16 or float16"),
-        (lambda z: ops.relu_fwd(z.transpose(1, 2), z, None), "z must be contiguous"),
-        (lambda z: ops.relu_fwd(z, z, z), "mask must have the shape"),
-        (lambda z: ops.relu_pool_fwd(z, 2, z, None), "pool must be 0"),
-        (lambda z: ops.relu_pool_fwd(z.half(), 0, z[:, :2, :2], None), "z must have the dtype of"),
+        (lambda z: ops.relu_fwd(z, y=z[:, :2].clone()), r"y must have the shape \[1, 4"),
+        (lambda z: ops.relu_fwd(z.double(), y=z.double()), "float32, bfloat16 or float16"),
+        (lambda z: ops.relu_fwd(z.transpose(1, 2), y=z), "z must be contiguous"),
+        (lambda z: ops.relu_fwd(z, y=z, mask=z), "mask must have the shape"),
+        (lambda z: ops.relu_pool_fwd(z, pool=2, y=z), "pool must be 0"),
+        (lambda z: ops.relu_pool_fwd(z.half(), pool=0, y=z[:, :2, :2]), "z must have the dtype of"),
         (lambda z: pack(z, temperature=0.0), "temperature must be positive"),
         (lambda z: pack(z, labels=torch.zeros(1, 4, 8)), "labels must be Long"),
         (lambda z: pack(z, target=z[:, :1]), "target must have the shape"),
@@ -1145,7 +1187,8 @@ ONES = torch.ones(8, 8, 3, 3)
         (lambda z: direct(z.half(), ONES.bfloat16()), "x must be float32 or bfloat16"),
         (lambda z: direct(z.bfloat16(), ONES.bfloat16(), pad_h=2), "pad_h must be in 0 to 1"),
         (lambda z: ops.direct_conv(z.bfloat16(), z.bfloat16(), 2, 0, z), "K must be odd, got 2"),
-        (lambda z: ops.relu_diff_fwd(z, z, odd_images(2), None, z, None), "from_target must have"),
+        (lambda z: ops.relu_diff_fwd(z, dz=z, from_target=odd_images(2), delta=z),
+         "from_target must have"),
     ],
 )  # fmt: skip
 def test_errors_say_what_is_expected(call, message):
@@ -1165,11 +1208,11 @@ def opcheck_cases():
     look_up = (branch, taken, 0, 0, z.clone(), dz.clone())
     return {
         "softmax_pack_fwd": (
-            x, None, t, branch, None, None, None, None, 1, 1, 2.0, labels, None, 0.1, 0, 4, 0, 4,
+            x, 1, 1, 2.0, 0, 4, 0, 4, 0.1, None, t, branch, None, None, None, None, labels, None,
             dy.clone(), dy.clone(), None, lse, lse.clone(), rows,
         ),
-        "label_conv_fwd": (labels, None, table, table.sum(0), *look_up),
-        "topk_conv_fwd": (values, indices, lse.abs(), None, table, table.sum(1), *look_up),
+        "label_conv_fwd": (labels, table, table.sum(0), *look_up),
+        "topk_conv_fwd": (values, indices, table, *look_up, lse.abs(), table.sum(1)),
         "relu_fwd": (z, z.clone(), mask),
         "relu_diff_fwd": (z, dz, branch, z.clone(), z.clone(), mask),
         "relu_pool_fwd": (z, 0, half.clone(), code),
@@ -1178,7 +1221,7 @@ def opcheck_cases():
         "relu_pool_bwd": (half, code, 0, 4, 6, 0, z.clone()),
         "relu_bwd": (dz, mask, z.clone()),
         "softmax_bwd": (
-            x, x.logsumexp(1), dy, one, None, 1, 1.0, labels, None, one, None, 0.0, 0, 4, x.clone(),
+            x, 1, 1.0, 0, 4, x.clone(), 0.0, x.logsumexp(1), dy, one, None, labels, None, one,
         ),
         "winograd_weight": (torch.randn(8, 3, 3, 8), 2, False, torch.zeros(4096)),
         "direct_weight": (torch.randn(8, 3, 3, 8).bfloat16(), False, torch.zeros(9216).bfloat16()),

@@ -26,8 +26,8 @@ def test_what_the_library_says_about_itself(emulated):
 def test_relu_bwd(emulated):
     dy, mask = torch.randn(2, 5, 7, 19), torch.randint(256, (2, 5, 7, 3)).byte()
     want, got = nan_like(dy), nan_like(dy)
-    ops.relu_bwd(dy, mask, want)
-    emulated.relu_bwd(dy, mask, got)
+    ops.relu_bwd(dy, mask=mask, dz=want)
+    emulated.relu_bwd(dy, mask=mask, dz=got)
     assert torch.equal(got, want)
 
 
@@ -36,8 +36,8 @@ def test_relu_pool_bwd(emulated, pool):
     block = Block(n=3, c_out=24, h=7, w=10, pool=pool)
     dy = nhwc(block.dy)
     want, got = (torch.full((3, 11, 10, 24), float("nan")).bfloat16() for _ in range(2))
-    ops.relu_pool_bwd(dy, block.code, pool, 7, 10, -3, want)
-    emulated.relu_pool_bwd(dy, block.code, pool, 7, 10, -3, got)
+    ops.relu_pool_bwd(dy, code=block.code, pool=pool, height=7, width=10, row0=-3, dz=want)
+    emulated.relu_pool_bwd(dy, code=block.code, pool=pool, height=7, width=10, row0=-3, dz=got)
     assert torch.equal(got, want)
 
 
@@ -47,10 +47,14 @@ def test_softmax_bwd(emulated, temperature):
     labels, valid = torch.randint(-1, 19, (2, 5, 40)), torch.rand(2, 5, 40) > 0.2
     lse, ce_lse = (log_sum_exp(x, t).float() for t in (temperature, 1.0))
     own = None if temperature == 1.0 else ce_lse
-    tail = (valid, SOFTMAX, temperature, labels, own, scale + 1, torch.rand(19), 0.1, 2, 3)
+    given = {
+        "activation": SOFTMAX, "temperature": temperature, "label_smoothing": 0.1, "row0": 2,
+        "rows": 3, "lse": lse, "dy": dy, "scale": scale, "valid": valid, "ce_labels": labels,
+        "ce_lse": own, "ce_scale": scale + 1, "class_weight": torch.rand(19),
+    }  # fmt: skip
     want, got = nan_like(x), nan_like(x)
-    ops.softmax_bwd(x, lse, dy, scale, *tail, want)
-    emulated.softmax_bwd(x, lse, dy, scale, *tail, got)
+    ops.softmax_bwd(x, dx=want, **given)
+    emulated.softmax_bwd(x, dx=got, **given)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, equal_nan=True)
     assert got[:, :, 2:].isfinite().all()
 
@@ -63,7 +67,16 @@ def test_conv_block_bwd(emulated, pool, stride, k):
     rows = (0, 9) if stride == 2 else (2, 5)
     w, dx = pack_weights(block.weight), nan_like(torch.empty(2, rows[1], 11, 19).bfloat16())
     emulated.conv_block_bwd(
-        nhwc(block.dy), block.code, w, pool, stride, 0, False, block.h, rows[0], dx
+        nhwc(block.dy),
+        code=block.code,
+        w=w,
+        pool=pool,
+        stride=stride,
+        dy_row0=0,
+        allow_tf32=False,
+        height=block.h,
+        row0=rows[0],
+        dx=dx,
     )
     truth = nhwc(block.dx(torch.float64))[:, rows[0] : rows[0] + rows[1]]
     error = (dx.double() - truth).abs().max() / truth.abs().max()
@@ -76,23 +89,34 @@ def test_conv_block_logits_bwd(emulated):
     x, scale = 3 * torch.randn(2, 19, 8, 20), torch.rand(2) + 0.5
     labels, valid = torch.randint(-1, 19, (2, 8, 20)), torch.rand(2, 8, 20) > 0.2
     lse = x.logsumexp(1)
-    tail = (valid, SOFTMAX, 1.0, labels, None, scale + 1, torch.rand(19), 0.1, 0, 8)
-    dy, w = nhwc(block.dy), pack_weights(block.weight)
+    given = {
+        "activation": SOFTMAX, "temperature": 1.0, "label_smoothing": 0.1, "row0": 0, "rows": 8,
+        "lse": lse, "scale": scale, "valid": valid, "ce_labels": labels, "ce_scale": scale + 1,
+        "class_weight": torch.rand(19),
+    }  # fmt: skip
+    dy = nhwc(block.dy)
+    way = {
+        "w": pack_weights(block.weight), "pool": MAX, "stride": 1, "dy_row0": 0,
+        "allow_tf32": False, "code": block.code,
+    }  # fmt: skip
     between, want, got = torch.empty(2, 8, 20, 19), nan_like(x), nan_like(x)
-    emulated.conv_block_bwd(dy, block.code, w, MAX, 1, 0, False, 8, 0, between)
-    ops.softmax_bwd(x, lse, between, scale, *tail, want)
-    emulated.conv_block_logits_bwd(dy, block.code, w, MAX, 1, 0, False, x, lse, scale, *tail, got)
+    emulated.conv_block_bwd(dy, **way, height=8, row0=0, dx=between)
+    ops.softmax_bwd(x, dy=between, dx=want, **given)
+    emulated.conv_block_logits_bwd(dy, **way, x=x, dx=got, **given)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_no_images(emulated):
     x = torch.empty(0, 19, 8, 20)
     dy, code = torch.empty(0, 4, 10, 64), torch.empty(0, 4, 10, 32, dtype=torch.uint8)
-    w = torch.zeros(9, 64, 24)
-    emulated.conv_block_bwd(dy, code, w, MAX, 1, 0, False, 8, 0, torch.empty(0, 8, 20, 19))
+    way = {
+        "w": torch.zeros(9, 64, 24), "pool": MAX, "stride": 1, "dy_row0": 0, "allow_tf32": False,
+        "code": code,
+    }  # fmt: skip
+    emulated.conv_block_bwd(dy, **way, height=8, row0=0, dx=torch.empty(0, 8, 20, 19))
     emulated.conv_block_logits_bwd(
-        dy, code, w, MAX, 1, 0, False, x, x[:, 0], x[:, 0, 0, 0], None, SOFTMAX, 1.0, None, None,
-        None, None, 0.0, 0, 8, x.clone(),
+        dy, **way, x=x, lse=x[:, 0], scale=x[:, 0, 0, 0], activation=SOFTMAX, temperature=1.0,
+        row0=0, rows=8, dx=x.clone(),
     )  # fmt: skip
 
 
@@ -113,7 +137,7 @@ def test_errors_say_what_is_expected(emulated, changed, message):
     given = {
         "dy": torch.zeros(1, 4, 10, 64), "code": torch.zeros(1, 4, 10, 32).byte(),
         "w": torch.zeros(9, 64, 24), "pool": MAX, "stride": 1, "dy_row0": 0,
-        "allow_tf32": False, "H": 8, "row0": 0, "dx": torch.zeros(1, 8, 20, 19),
+        "allow_tf32": False, "height": 8, "row0": 0, "dx": torch.zeros(1, 8, 20, 19),
     } | changed  # fmt: skip
     with pytest.raises(RuntimeError, match=message):
         emulated.conv_block_bwd(**given)

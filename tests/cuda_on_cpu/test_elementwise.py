@@ -61,7 +61,7 @@ def test_relu_bwd(kernels, order, C, dtype):
     dy, mask = torch.randn(shape).to(dtype), torch.randint(256, (*shape[:3], (C + 7) // 8)).byte()
     dy.view(-1)[:3] = torch.tensor([-float("inf"), float("inf"), -0.0])
     want, got = torch.empty_like(dy), poisoned(*shape, dtype=dtype)
-    ops.relu_bwd(dy, mask, want)
+    ops.relu_bwd(dy, mask=mask, dz=want)
 
     def run(dy, dz):
         kernels.relu_bwd(2 * 5 * 7, C, NUMBER[dtype], *map(address, (dy, mask, dz)))
@@ -77,7 +77,7 @@ def test_relu_bwd_where_vectors_may_not_start(kernels, dtype):
     buffer, mask = torch.randn(1 + 35 * 16).to(dtype), torch.randint(256, (1, 5, 7, 2)).byte()
     dy = buffer[1:].view(1, 5, 7, 16)
     want, got = torch.empty_like(dy), poisoned(1, 5, 7, 16, dtype=dtype)
-    ops.relu_bwd(dy, mask, want)
+    ops.relu_bwd(dy, mask=mask, dz=want)
     kernels.relu_bwd(35, 16, NUMBER[dtype], *map(address, (dy, mask, got)))
     assert torch.equal(got, want)
 
@@ -113,7 +113,7 @@ def test_relu_pool_bwd(kernels, order, C, size, dtype, pool):
     H, W = size
     for row0, rows in [(0, H), (-1, H + 3), (-3, 4), (1, H - 1), (H - 1, 5)]:
         want, got = (poisoned(2, rows, W, C, dtype=dtype) for _ in range(2))
-        ops.relu_pool_bwd(dy, code, pool, H, W, row0, want)
+        ops.relu_pool_bwd(dy, code=code, pool=pool, height=H, width=W, row0=row0, dz=want)
         relu_pool_bwd(kernels, pool, dy, code, size, row0, got)
         assert torch.equal(got, want)
 
@@ -128,7 +128,7 @@ def test_relu_pool_bwd_of_slices(kernels, pool):
         wide.append(buffer[:, : t[0].numel()].view_as(t))
         wide[-1].copy_(t)
     want = poisoned(2, 6, 10, 16, dtype=torch.float32)
-    ops.relu_pool_bwd(dy, code, pool, 6, 10, 0, want)
+    ops.relu_pool_bwd(dy, code=code, pool=pool, height=6, width=10, row0=0, dz=want)
     outer = torch.full((2, 6 * 10 * 16 + 5), 9.0)
     got = outer[:, : 6 * 10 * 16].view(2, 6, 10, 16)
     relu_pool_bwd(kernels, pool, *wide, (6, 10), 0, got)
@@ -161,8 +161,10 @@ def both(kernels, x, dy, *, activation=SOFTMAX, temperature=1.0, valid=None, lab
     ours, cpu = (layout(clean, dx_kind) if dx_kind else clean.clone() for _ in range(2))
     given = scale if dy is not None else None
     ops.softmax_bwd(
-        x, lse, dy, given, valid, activation, temperature, labels, ce_lse if own else None,
-        ce_scale if labels is not None else None, weight, smoothing, row0, rows, cpu,
+        x, lse=lse, dy=dy, scale=given, valid=valid, activation=activation, temperature=temperature,
+        ce_labels=labels, ce_lse=ce_lse if own else None,
+        ce_scale=ce_scale if labels is not None else None, class_weight=weight,
+        label_smoothing=smoothing, row0=row0, rows=rows, dx=cpu,
     )  # fmt: skip
     kernels.softmax_bwd(
         x.shape, address(x), x.stride(), NUMBER[x.dtype], address(lse), address(dy),

@@ -84,7 +84,7 @@ def test_messages_are_put_together_as_before():
     assert ops.load() is None
     maps = torch.zeros(1, 2, 3, 8)
     with pytest.raises(RuntimeError, match=r"mask .* \[1, 2, 3, 1\], got \[1, 9, 3, 1\]"):
-        ops.relu_bwd(maps, torch.zeros(1, 9, 3, 1, dtype=torch.uint8), maps.clone())
+        ops.relu_bwd(maps, mask=torch.zeros(1, 9, 3, 1, dtype=torch.uint8), dz=maps.clone())
 
 
 PROGRAM = """

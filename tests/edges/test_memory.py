@@ -22,9 +22,10 @@ x = torch.zeros(1, channels, 1, 16)
 lse = torch.zeros(1, 1, 16)
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (size + 2**24, size + 2**24))
+softmax = ops.ACTIVATIONS["softmax"]
 ops.softmax_pack_fwd(
-    x, None, None, None, None, None, None, None, ops.ACTIVATIONS["softmax"],
-    ops.ACTIVATIONS["softmax"], 1.0, None, None, 0.0, 0, 1, 0, 1, None, None, None, lse, None, None,
+    x, activation=softmax, target_activation=softmax, temperature=1.0, row0=0, rows=1, core0=0,
+    core_rows=1, lse=lse,
 )
 """
 
@@ -41,7 +42,7 @@ def test_a_kernel_without_memory_says_so():
 
 def test_no_path_of_the_machine_that_built_it():
     with pytest.raises(RuntimeError, match="z must be") as caught:
-        ops.relu_fwd(torch.zeros(2, 3), torch.zeros(2, 3), None)
+        ops.relu_fwd(torch.zeros(2, 3), y=torch.zeros(2, 3), mask=None)
     assert "csrc/ops.cpp" in str(caught.value)
     root = str(ops.LIBRARY.parents[1])
     assert root not in str(caught.value)

@@ -42,6 +42,9 @@ def codes(n, h, w, c):
 
 
 def to(device, arguments):
+    """Arguments on the device, a list of them or by name."""
+    if isinstance(arguments, dict):
+        return dict(zip(arguments, to(device, arguments.values()), strict=True))
     return [a.to(device) if isinstance(a, torch.Tensor) else a for a in arguments]
 
 

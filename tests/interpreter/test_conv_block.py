@@ -490,11 +490,13 @@ def test_the_look_up_has_the_operators_bits(monkeypatch):
     got = run(case, given, monkeypatch)
     z, dz = (torch.zeros(2, *case.size, case.c_out) for _ in range(2))
     ops.label_conv_fwd(
-        target.labels, target.valid, target.table, target.interior, given.from_target,
-        target.taken, 0, 0, z, dz,
+        target.labels, valid=target.valid, table=target.table, interior=target.interior,
+        from_target=given.from_target, taken=target.taken, taken_row0=0, row0=0, z=z, dz=dz,
     )  # fmt: skip
     y, delta, code = (torch.zeros_like(t) for t in (got.y, got.delta, got.code))
-    ops.relu_pool_diff_fwd(z, dz, given.from_target, 0, y, delta, code)
+    ops.relu_pool_diff_fwd(
+        z, dz=dz, from_target=given.from_target, pool=0, y=y, delta=delta, code=code
+    )
     for a, b in ((got.y, y), (got.delta, delta), (got.code, code)):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 

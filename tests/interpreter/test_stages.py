@@ -139,9 +139,11 @@ def test_relu_has_the_operators_bits(shape, dtype):
     def run(stages):
         y, delta, plain, back = empties(*[shape] * 4, dtype=dtype)
         mask, plain_mask = empties(packed, packed)
-        stages.relu_diff_fwd(z, dz, operators.odd_images(shape[0]), y, delta, mask)
-        stages.relu_fwd(z, plain, plain_mask)
-        stages.relu_bwd(dy, mask, back)
+        stages.relu_diff_fwd(
+            z, dz=dz, from_target=operators.odd_images(shape[0]), y=y, delta=delta, mask=mask
+        )
+        stages.relu_fwd(z, y=plain, mask=plain_mask)
+        stages.relu_bwd(dy, mask=mask, dz=back)
         return y, delta, plain, mask, plain_mask, back
 
     both(run)
@@ -161,9 +163,11 @@ def test_pools_have_the_operators_bits(shape, dtype, pool):
         y, delta, plain = empties(out, out, out, dtype=dtype)
         (back,) = empties((n, h + 3, w, c), dtype=dtype)
         code, plain_code = empties(packed, packed)
-        stages.relu_pool_diff_fwd(z, dz, operators.odd_images(n), pool, y, delta, code)
-        stages.relu_pool_fwd(z, pool, plain, plain_code)
-        stages.relu_pool_bwd(dy, code, pool, h, w, -2, back)
+        stages.relu_pool_diff_fwd(
+            z, dz=dz, from_target=operators.odd_images(n), pool=pool, y=y, delta=delta, code=code
+        )
+        stages.relu_pool_fwd(z, pool=pool, y=plain, code=plain_code)
+        stages.relu_pool_bwd(dy, code=code, pool=pool, height=h, width=w, row0=-2, dz=back)
         return y, delta, plain, code, plain_code, back
 
     both(run)
@@ -177,8 +181,11 @@ def test_taken_has_the_operators_bits_where_the_halves_are_clear():
         (taken,) = empties((2, 13, 27))
         lse, ce_rows = operators.poisoned(2, 13, 27), None
         stages.softmax_pack_fwd(
-            x, None, None, None, labels, None, None, None, SOFTMAX, SOFTMAX, 1.0, None, None, 0.0,
-            0, 13, 0, 13, y, None, taken, lse, None, ce_rows,
+            x, valid=None, target=None, from_target=None, labels=labels, topk_values=None,
+            topk_indices=None, topk_rest=None, activation=SOFTMAX, target_activation=SOFTMAX,
+            temperature=1.0, ce_labels=None, class_weight=None, label_smoothing=0.0, row0=0,
+            rows=13, core0=0, core_rows=13, y=y, delta=None, taken=taken, lse=lse, ce_lse=None,
+            ce_rows=ce_rows,
         )  # fmt: skip
         probability = x.softmax(1).gather(1, labels.clamp(0, 18).unsqueeze(1)).squeeze(1)
         return (taken.where((probability - 0.5).abs() > 1e-5, 0),)
