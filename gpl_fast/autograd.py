@@ -122,7 +122,7 @@ def perceptual_terms(
     names = tuple(tensors)
     weights = torch.float32 if arithmetic == "float32" else dtype
     packed = pred.device, weights, target.kind in ("labels", "topk")
-    packs = net.cached_packs(*packed)
+    packs = chain.pack_weights(net, *packed)
     text = ",".join(names) + ";" + ",".join(chain.pack_names(net, *packed))
     if torch.is_grad_enabled() and pred.requires_grad:
         terms: Tensor = _PerceptualTerms.apply(  # type: ignore[no-untyped-call]
@@ -169,7 +169,7 @@ def encode(
         hard=hard,
     )
     packed = target.device, torch.float32 if arithmetic == "float32" else dtype, False
-    packs = net.cached_packs(*packed)
+    packs = chain.pack_weights(net, *packed)
     tensors = [] if valid is None else [valid.contiguous()]
     text = ",".join(["valid"] * len(tensors)) + ";"
     text += ",".join(chain.pack_names(net, *packed))

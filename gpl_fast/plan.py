@@ -17,6 +17,8 @@ import torch
 
 from gpl_fast.graphs import constant_in_graphs
 from gpl_fast.net.lossnet import LossNet
+from gpl_fast.net.steps import Chain, Step
+from gpl_fast.net.weights import padded_channels
 
 MIB = 2**20
 # What workspace_mb="auto" begins with: megabytes on a CPU, at least these and one part of so many
@@ -49,20 +51,6 @@ class Way(NamedTuple):
     # (csrc/cpu/winograd.cpp), 1 by the definition in bfloat16 (direct_conv.cpp), 0 by ATen.
     tile: int
     dtype: torch.dtype  # of the weight as it is read, and of what is multiplied by it
-
-
-@dataclass(frozen=True)
-class Step:
-    """A convolution, then maybe ReLU, then maybe a pool, and the layers' names for taps."""
-
-    conv: str
-    in_channels: int
-    out_channels: int
-    kernel_size: int
-    stride: int = 1
-    relu: str = ""
-    pool: str = ""
-    pool_kind: str = ""  # "max" or "avg"
 
 
 @dataclass(frozen=True)
@@ -99,45 +87,6 @@ def load_spec(text: str) -> Spec:
     for name in ("mean", "std"):
         d[name] = None if d[name] is None else tuple(d[name])
     return Spec(**d)
-
-
-def chain_steps(net: LossNet) -> tuple[Step, ...] | str:
-    """The network as steps, or the sentence that says why it has no such form."""
-    steps: list[dict[str, object]] = []
-    for layer in net.layers:
-        last = steps[-1] if steps else None
-        if layer.kind in ("conv", "down"):
-            steps.append(
-                {
-                    "conv": layer.name,
-                    "in_channels": layer.in_channels,
-                    "out_channels": layer.out_channels,
-                    "kernel_size": layer.kernel_size,
-                    "stride": 2 if layer.kind == "down" else 1,
-                }
-            )
-            if layer.kind == "down":
-                steps[-1]["relu"] = layer.name
-        elif layer.kind == "relu" and last is not None:
-            last["relu"] = layer.name
-        elif last is not None and last.get("relu") and not last.get("pool"):
-            last["pool"], last["pool_kind"] = layer.name, layer.kind.removesuffix("pool")
-        else:
-            return f"{layer.name} does not follow a ReLU: the fast kernels fuse ReLU and pool"
-    return tuple(Step(**step) for step in steps)  # type: ignore[arg-type]
-
-
-def obstacle(net: LossNet) -> str | None:
-    """Why the fast path cannot hold this network, or None."""
-    if not net.is_chain:
-        return "LossNet.from_module networks run on the reference: only chains have fast kernels"
-    steps = chain_steps(net)
-    return steps if isinstance(steps, str) else None
-
-
-def padded_channels(channels: int) -> int:
-    """Channels of the maps in memory: oneDNN's and the GPU's kernels want round numbers."""
-    return -(-channels // 32) * 32 if channels > 8 else 8
 
 
 @dataclass(frozen=True)
@@ -486,9 +435,11 @@ def make_spec(
     workspace_mb: float,
     hard: bool = True,
 ) -> str:
-    """The Spec of a loss on a network without `obstacle`, as JSON for `load_spec`."""
+    """The Spec of a loss on a network that is a chain, as JSON for `load_spec`."""
+    assert isinstance(net.chain, Chain)
     return _spec_json(
-        net.chain_json(),
+        net.chain,
+        biases=any(name.endswith(".bias") for name in net.weight_names),
         feature_weights=feature_weights,
         style_weights=style_weights,
         kind=kind,
@@ -506,27 +457,12 @@ def make_spec(
     )
 
 
-def network_json(net: LossNet) -> str:
-    """What `Spec` holds of the network."""
-    steps = chain_steps(net)
-    assert not isinstance(steps, str)
-    names = net.weight_names
-    return json.dumps(
-        {
-            "in_channels": net.in_channels,
-            "steps": [asdict(step) for step in steps],
-            "biases": any(name.endswith(".bias") for name in names),
-            "adapter": "adapter" in names,
-            "mean": net.mean,
-            "std": net.std,
-        }
-    )
-
-
 @constant_in_graphs  # json cannot be traced
-def _spec_json(network: str, *, dtype: torch.dtype, workspace_mb: float, **rest: Any) -> str:
+def _spec_json(chain: Chain, *, dtype: torch.dtype, workspace_mb: float, **rest: Any) -> str:
+    network = asdict(chain)
+    del network["network_channels"]
     fields = {
-        **json.loads(network),
+        **network,
         **rest,
         "dtype": str(dtype).removeprefix("torch."),
         "workspace_bytes": int(workspace_mb * MIB),

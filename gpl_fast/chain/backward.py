@@ -11,7 +11,9 @@ from torch import Tensor
 from gpl_fast import ops
 from gpl_fast.chain.convolution import Convolutions, conv_transpose
 from gpl_fast.chain.stages import backward_stages_on
-from gpl_fast.plan import Plan, Step, padded_channels
+from gpl_fast.net.steps import Step
+from gpl_fast.net.weights import padded_channels
+from gpl_fast.plan import Plan
 from gpl_fast.precision import tf32_allowed
 
 

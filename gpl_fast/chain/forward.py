@@ -13,7 +13,9 @@ from gpl_fast import ops, reference
 from gpl_fast.chain.branch import GRID, carry_target
 from gpl_fast.chain.convolution import Convolutions, conv, zero_outside
 from gpl_fast.chain.stages import has_blocks, stages_on
-from gpl_fast.plan import Plan, Step, padded_channels
+from gpl_fast.net.steps import Step
+from gpl_fast.net.weights import padded_channels
+from gpl_fast.plan import Plan
 from gpl_fast.precision import tf32_allowed
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -13,20 +11,16 @@ from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
-from torch._guards import active_fake_mode
 
 from gpl_fast import reference, streams
 from gpl_fast.files import read_safetensors, write_safetensors
 from gpl_fast.graphs import constant_in_graphs
-from gpl_fast.net.frozen_module import (
-    frozen_copy,
-    in_dtype,
-    module_tensors,
-    module_text,
-    tensor_bytes,
-)
+from gpl_fast.net import weights as shared_weights
+from gpl_fast.net.fingerprint import fingerprint
+from gpl_fast.net.frozen_module import frozen_copy, in_dtype
 from gpl_fast.net.initialisation import Init, check_init, draw_weight, own_generator
 from gpl_fast.net.sequential import sequential_chain
+from gpl_fast.net.steps import chain_of
 from gpl_fast.net.structure import (
     WIDTHS,
     Layer,
@@ -40,6 +34,7 @@ from gpl_fast.net.structure import (
     weight_shape,
 )
 from gpl_fast.net.taps import Tap, TappedModule, Taps, parse_taps
+from gpl_fast.net.weights import Layout
 from gpl_fast.real_tensors import holds_values, real_tensors
 
 
@@ -72,27 +67,32 @@ class LossNet:
         with real_tensors():
             if module is None:
                 check_weights(self.layers, weights)
-            self._weights = {name: w.detach().clone() for name, w in weights.items()}
-        self._names = tuple(self._weights)
+            tensors = {name: w.detach().clone() for name, w in weights.items()}
         self._module = module
         self._taps = dict(taps or {})
         channels = in_channels or self.layers[0].in_channels
         self.mean, self.std = check_normalisation(mean, std, channels)
-        adapter = self._weights.get("adapter")
+        adapter = tensors.get("adapter")
         self.in_channels: int = channels if adapter is None else adapter.shape[1]
         self._network_channels = channels
         self._drawn = drawn  # what draws the weights again: arguments of `vgg`, of the adapter
-        # In the guards of what torch.compile keeps of this network: no other network, of any
-        # process, has it. A string: integers may become symbols.
-        self.identity = uuid.uuid4().hex
-        self._fingerprint: str | None = None
-        self._forget()
-
-    def _forget(self) -> None:
-        """Start with empty caches."""
-        self._cast: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        #: The steps that the fast path goes through, or the sentence that says why it cannot.
+        self.chain = chain_of(
+            self.layers,
+            in_channels=self.in_channels,
+            adapter=adapter is not None,
+            mean=self.mean,
+            std=self.std,
+            network_channels=channels,
+        )
+        self._fingerprint: str | None = None  # of a module, once it is asked for
+        #: Networks of one identity have equal structure and weights: of a chain its fingerprint,
+        #: of a module one of its own in all processes, as nobody can compare what modules compute.
+        self.identity = (
+            fingerprint(self._structure(), tensors) if module is None else uuid.uuid4().hex
+        )
+        self._weights = shared_weights.shared(self.identity, tensors, self.chain)
         self._cast_modules = SimpleNamespace()  # `TappedModule` by `_module_on`
-        self._packs: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = {}
 
     # ------------------------------------------------------------------------------- constructors
 
@@ -222,7 +222,7 @@ class LossNet:
         Raises:
             ValueError: the network has an adapter already, or `in_channels` is not >= 1.
         """
-        if "adapter" in self._weights:
+        if "adapter" in self._weights.tensors:
             raise ValueError(
                 "with_input_adapter: this network has an input adapter already; call it on the "
                 "network without one"
@@ -233,7 +233,7 @@ class LossNet:
         drawn = self._drawn and {**self._drawn, "adapter": (channels, int(seed))}
         return LossNet(
             self.layers,
-            {"adapter": adapter, **self._weights},
+            {"adapter": adapter, **self._weights.tensors},
             mean=self.mean,
             std=self.std,
             module=self._module,
@@ -261,12 +261,12 @@ class LossNet:
     def weights(self) -> dict[str, Tensor]:
         """Copies of all weights by layer, float32 on the CPU, ``(C_out, C_in, K, K)``."""
         with real_tensors():
-            return {name: w.clone() for name, w in self._weights.items()}
+            return {name: w.clone() for name, w in self._weights.tensors.items()}
 
     @property
     def weight_names(self) -> tuple[str, ...]:
         """Keys of `weights`."""
-        return self._names
+        return tuple(self._weights.tensors)
 
     @property
     def is_chain(self) -> bool:
@@ -287,20 +287,12 @@ class LossNet:
         Of a `from_module` network: its ``repr`` and all tensors that its modules hold, but no plain
         numbers that the ``repr`` does not show.
         """
-        return self._digest(self.identity)
+        return self.identity if self.is_chain else self._fingerprint_of_module(self.identity)
 
     @constant_in_graphs
-    def _digest(self, _identity: str) -> str:
+    def _fingerprint_of_module(self, _identity: str) -> str:
         if self._fingerprint is None:
-            digest = hashlib.sha256(json.dumps(self._structure()).encode())
-            with real_tensors():
-                tensors = dict(self._weights)
-                if self._module is not None:
-                    digest.update(module_text(self._module).encode())
-                    tensors |= module_tensors(self._module)
-                for name in sorted(tensors):
-                    digest.update(f"{name} ".encode() + tensor_bytes(tensors[name]))
-            self._fingerprint = digest.hexdigest()
+            self._fingerprint = fingerprint(self._structure(), self._weights.tensors, self._module)
         return self._fingerprint
 
     def __repr__(self) -> str:
@@ -318,69 +310,30 @@ class LossNet:
 
     def weights_on(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """All weights on `device` in `dtype`, made once. Not copies: never write to them."""
-        weights = self._cast_weights(self.identity, device, dtype)
-        return dict(zip(self._names, weights, strict=True))
+        names = self.weight_names
+        return dict(zip(names, self._cast_weights(self.identity, device, dtype), strict=True))
 
     @constant_in_graphs
     def _cast_weights(
         self, _identity: str, device: torch.device, dtype: torch.dtype
     ) -> list[Tensor]:
-        key = (device, dtype)
-        if key not in self._cast:
-            made_once = streams.made_once(device, dtype)
-            with torch.inference_mode(False), torch.no_grad(), made_once:
-                cast = [_rounded(self._weights[k], dtype).to(device) for k in self._names]
-            if active_fake_mode() is not None:  # fake tensors must not outlive it
-                return cast
-            self._cast[key] = cast
-        return streams.read_here(self._cast[key])
+        return list(self._weights.cast(device, dtype).values())
+
+    def packs(self, layout: Layout) -> dict[str, Tensor]:
+        """What `weights.pack_weights` makes of a chain's weights, made once: never write to it.
+
+        Raises:
+            RuntimeError: the network is no `chain`.
+        """
+        return self._weights.packs(layout)
 
     def chain_obstacle(self) -> str | None:
-        """Why the fast path cannot hold this network, or None; see `gpl_fast.plan`."""
-        return self._chain_obstacle(self.identity)
-
-    @constant_in_graphs
-    def _chain_obstacle(self, _identity: str) -> str | None:
-        from gpl_fast.plan import obstacle
-
-        return obstacle(self)
-
-    def chain_json(self) -> str:
-        """This network's part of the fast path's `Spec`; see `gpl_fast.plan`."""
-        return self._chain_json(self.identity)
-
-    @constant_in_graphs
-    def _chain_json(self, _identity: str) -> str:
-        from gpl_fast.plan import network_json
-
-        return network_json(self)
-
-    def cached_packs(
-        self, device: torch.device, dtype: torch.dtype, looked_up: bool
-    ) -> list[Tensor]:
-        """`chain.pack_weights` of this network, made once."""
-        return self._cached_packs(self.identity, device, dtype, looked_up)
-
-    @constant_in_graphs
-    def _cached_packs(
-        self, _identity: str, device: torch.device, dtype: torch.dtype, looked_up: bool
-    ) -> list[Tensor]:
-        from gpl_fast.chain import pack_weights
-
-        key = (device, dtype, looked_up)
-        if key not in self._packs:
-            made_once = streams.made_once(device, dtype)
-            with torch.inference_mode(False), torch.no_grad(), made_once:
-                packs = pack_weights(self, device, dtype, looked_up)
-            if active_fake_mode() is not None:
-                return packs
-            self._packs[key] = packs
-        return streams.read_here(self._packs[key])
+        """Why the fast path cannot hold this network, or None."""
+        return self.chain if isinstance(self.chain, str) else None
 
     def cached_tensors(self) -> list[Tensor]:
-        """All copies that `weights_on` and module networks hold, on any device."""
-        copies = (*self._cast.values(), *self._packs.values())
-        tensors = [t for held in copies for t in held]
+        """All copies that this network and its equals hold, on any device."""
+        tensors = self._weights.cached_tensors()
         for module in vars(self._cast_modules).values():
             tensors += [*module.parameters(), *module.buffers()]
         return tensors
@@ -392,7 +345,7 @@ class LossNet:
             mean = torch.tensor(self.mean, dtype=y.dtype, device=y.device)
             std = torch.tensor(self.std, dtype=y.dtype, device=y.device)
         adapter = None
-        if "adapter" in self._weights:
+        if "adapter" in self._weights.tensors:
             adapter = self.weights_on(y.device, y.dtype)["adapter"]
         return reference.network_input(y, valid, adapter, mean, std)
 
@@ -427,7 +380,7 @@ class LossNet:
                 "save: a from_module network has no structure of its own to write; save the "
                 "module's state_dict and build the LossNet from the module again"
             )
-        write_safetensors(path, self._weights, "gpl_fast.lossnet", self._structure())
+        write_safetensors(path, self._weights.tensors, "gpl_fast.lossnet", self._structure())
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> LossNet:
@@ -460,10 +413,11 @@ class LossNet:
     # ------------------------------------------------------------------------------------- copies
 
     def __copy__(self) -> LossNet:
-        """The same weights, which nothing writes to, without what was made of them."""
+        """The same weights, and what was made of them, which nothing writes to; a module's own
+        copies stay behind."""
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
-        other._forget()
+        other._cast_modules = SimpleNamespace()
         return other
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> LossNet:
@@ -475,7 +429,7 @@ class LossNet:
             return {**self._drawn, "fingerprint": self.fingerprint()}
         return {
             "layers": self.layers,
-            "weights": self._weights,
+            "weights": self._weights.tensors,
             "mean": self.mean,
             "std": self.std,
             "module": self._module,
@@ -513,18 +467,3 @@ def _named_state(state: dict[str, Any]) -> dict[str, Any]:
         "taps": {name: Tap(path) for name, path in state["_taps"].items()},
         "in_channels": state["in_channels"] if adapter is None else adapter.shape[0],
     }
-
-
-def _rounded(w: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight in `dtype`; in half precision the rounding error of a kernel's tap goes on to its
-    next tap, so that their sum, which is all that flat regions see of them, is off by one error at
-    most instead of by all of theirs (docs/derivation.md, section 4)."""
-    if w.dim() != 4 or torch.finfo(dtype).bits >= torch.finfo(w.dtype).bits:
-        return w.to(dtype)
-    taps, out = w.flatten(2), torch.empty_like(w.flatten(2), dtype=dtype)
-    error = torch.zeros_like(taps[..., 0])
-    for i in range(taps.shape[2]):
-        wanted = taps[..., i] + error
-        out[..., i] = wanted
-        error = wanted - out[..., i].float()
-    return out.view_as(w)

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpl_fast import chain, plan
 from gpl_fast.net.lossnet import LossNet
+from gpl_fast.net.weights import padded_channels
 from gpl_fast.tools.bench import check_shape
 
 
@@ -226,7 +227,7 @@ def _packs(net: LossNet) -> dict[str, Tensor]:
             packs["table"] = empty(k**2, c_in, c_out)
             packs["interior"] = empty(c_in, c_out, dtype=torch.float32)
             packs["rest_table"] = empty(k**2, c_out, dtype=torch.float32)
-            c_in = plan.padded_channels(c_in)
+            c_in = padded_channels(c_in)
         weight = empty(c_out, c_in, k, k).contiguous(memory_format=torch.channels_last)
         packs[f"w.{layer.name}"] = weight
         packs[f"block.{layer.name}"] = empty(k**2 * c_in, c_out)

@@ -261,7 +261,7 @@ def halves(loss, pred, target, dtype=FLOAT):
     """Plan, targets and weights by name, as the walks take them."""
     planned, _ = left_by(loss(pred.clone().requires_grad_(), target))
     dtype = FLOAT if chain.arithmetic(pred.device, dtype) == "float32" else dtype
-    packs = loss.net.cached_packs(pred.device, dtype, False)
+    packs = chain.pack_weights(loss.net, pred.device, dtype, False)
     names = chain.pack_names(loss.net, pred.device, dtype, False)
     return planned, {"dense": target}, dict(zip(names, packs, strict=True))
 

@@ -19,11 +19,12 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpl_fast
-from gpl_fast import LossNet, SegmentationLoss, backend, chain, ops, streams
+from gpl_fast import LossNet, SegmentationLoss, backend, ops, streams
 from gpl_fast.chain import stages
 from gpl_fast.chain.convolution import conv_transpose
 from gpl_fast.kernels import tiles
-from gpl_fast.net import lossnet
+from gpl_fast.net import weights
+from gpl_fast.net.weights import Layout
 
 CUDA = torch.device("cuda", 0)
 BF16 = torch.bfloat16
@@ -125,14 +126,15 @@ class Gpu:
 @pytest.fixture
 def gpu(monkeypatch):
     gpu = Gpu(monkeypatch)
-    monkeypatch.setattr(chain, "pack_weights", lambda *args: [gpu.made(), gpu.made()])
-    monkeypatch.setattr(lossnet, "_rounded", lambda w, dtype: SimpleNamespace(to=gpu.made))
+    packed = lambda *args: {"w": gpu.made(), "b": gpu.made()}  # noqa: E731
+    monkeypatch.setattr(weights, "pack_weights", packed)
+    monkeypatch.setattr(weights, "rounded", lambda w, dtype: SimpleNamespace(to=gpu.made))
     return gpu
 
 
 CACHES = {
-    "packs": lambda net: net.cached_packs(CUDA, BF16, False),
-    "packs of lists": lambda net: net.cached_packs(CUDA, BF16, True),
+    "packs": lambda net: list(net.packs(Layout(CUDA, BF16, False, True, ())).values()),
+    "packs of lists": lambda net: list(net.packs(Layout(CUDA, BF16, True, True, ())).values()),
     "weights": lambda net: list(net.weights_on(CUDA, BF16).values()),
 }
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -15,6 +19,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from gpl_fast import GenericPerceptualLoss, LossNet, PerceptualLoss, SegmentationLoss
+from gpl_fast.net import weights
 from gpl_fast.net.structure import parse_blocks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -132,12 +137,81 @@ def test_stored_features_of_a_loss_that_never_ran_compile(backend):
     agree(value_and_grad(compiled(drawn(3, backend)), x, features), want)
 
 
-def test_no_two_networks_have_one_identity():
-    pickled = pickle.dumps(LossNet.vgg(C, (1,), WIDTHS))
+def test_networks_of_one_identity_are_equal():
     nets = [LossNet.vgg(C, (1,), WIDTHS, seed=s) for s in range(20)]
-    nets += [pickle.loads(pickled), LossNet.vgg(C, (1,), WIDTHS)]
-    assert len({net.identity for net in nets}) == len(nets)
-    assert all(isinstance(net.identity, str) for net in nets)
+    chain = small_chain(0)
+    others = [
+        LossNet.vgg(C, (1,), WIDTHS, pool="avg"),
+        LossNet.vgg(C, (1,), WIDTHS).with_input_adapter(C),
+        LossNet.from_sequential(chain),
+        LossNet.from_sequential(chain, mean=0.5, std=2),
+        *(LossNet.from_module(chain, ["0"]) for _ in range(2)),  # nobody compares their code
+    ]
+    identities = [net.identity for net in (*nets, *others)]
+    assert len(set(identities)) == len(identities)
+    assert all(isinstance(identity, str) for identity in identities)
+    for net in (*nets, *others[:-2]):
+        assert pickle.loads(pickle.dumps(net)).identity == net.identity == net.fingerprint()
+
+
+# ------------------------------------------------------------------------------- shared weights
+
+
+LAYOUT = weights.Layout(torch.device("cpu"), torch.bfloat16, True, False, ())
+
+
+def test_equal_networks_share_what_is_made_of_their_weights():
+    net = LossNet.vgg(C, (1,), WIDTHS, seed=31)
+    equals = [LossNet.vgg(C, (1,), WIDTHS, seed=31), copy.deepcopy(net),
+              pickle.loads(pickle.dumps(net))]  # fmt: skip
+    packs = net.packs(LAYOUT)
+    assert list(packs) == ["w.conv1_1", "table", "interior", "rest_table"]
+    for other in equals:
+        assert other.packs(LAYOUT) is packs
+    assert weights.of(net.identity).packs(LAYOUT) is packs
+
+
+def test_packs_live_as_long_as_a_network_of_theirs():
+    net = LossNet.vgg(C, (1,), WIDTHS, seed=32)
+    other, key = copy.copy(net), net.identity
+    pack = weakref.ref(net.packs(LAYOUT)["w.conv1_1"])
+    del net
+    assert pack() is other.packs(LAYOUT)["w.conv1_1"]
+    del other
+    assert pack() is None
+    with pytest.raises(RuntimeError, match=rf"{key[:12]}.*not in this process.*LossNet\.load"):
+        weights.of(key)
+
+
+def test_threads_make_one_of_all():
+    start = threading.Barrier(4)
+
+    def make(_):
+        start.wait()
+        net = LossNet.vgg(C, (1,), WIDTHS, seed=33)
+        return (
+            net,
+            weights.of(net.identity),
+            net.packs(LAYOUT),
+            net.weights_on(LAYOUT.device, LAYOUT.dtype),
+        )
+
+    with ThreadPoolExecutor(4) as pool:
+        nets, held, packs, casts = zip(*pool.map(make, range(4)), strict=True)
+    assert len({id(x) for x in held}) == len({id(x) for x in packs}) == 1
+    assert len({id(cast["conv1_1"]) for cast in casts}) == 1
+    del nets
+
+
+@pytest.mark.parametrize("made", [
+    lambda: LossNet.from_module(small_chain(0), ["0"]),
+    lambda: LossNet.from_sequential(nn.Sequential(nn.Conv2d(3, 4, 1), nn.MaxPool2d(2))),
+])  # fmt: skip
+def test_networks_without_a_chain_have_no_packs(made):
+    net = made()
+    assert net.chain == net.chain_obstacle()
+    with pytest.raises(RuntimeError, match=re.escape(net.chain)):
+        net.packs(LAYOUT)
 
 
 # ------------------------------------------------------------------------- contexts of construction
@@ -261,7 +335,6 @@ def test_pickles_of_drawn_networks_are_small():
     assert len(data) < 4096
     other = pickle.loads(data)
     assert other.fingerprint() == loss.fingerprint()
-    assert not other.net.cached_tensors()
     behind = LossNet.vgg(3, (1, 1), (64, 128), seed=2).with_input_adapter(5, seed=7)
     data = pickle.dumps(behind)
     assert len(data) < 2048
@@ -328,14 +401,12 @@ def test_pickles_of_attributes_are_read(kind, adapter):
         assert all(torch.equal(a[k], b[k]) for k in b)
 
 
-def test_deepcopy_shares_weights_and_no_caches():
+def test_deepcopy_shares_weights():
     net = LossNet.vgg(3, (1, 1), WIDTHS)
-    device = torch.device("cpu")
-    net.weights_on(device, torch.bfloat16)
     other = copy.deepcopy(net)
-    assert not other.cached_tensors()
-    a, b = (n.weights_on(device, torch.float32)["conv1_1"] for n in (net, other))
-    assert a.data_ptr() == b.data_ptr()
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = (n.weights_on(torch.device("cpu"), dtype)["conv1_1"] for n in (net, other))
+        assert a is b
     loss = GenericPerceptualLoss(3, net)
     assert copy.deepcopy(loss).net is not net
 

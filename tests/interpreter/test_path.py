@@ -83,10 +83,10 @@ def operators(net: LossNet):
     """The CPU's own path for a moment; its packs are others."""
     devices = set(stages.TRITON_DEVICES)
     stages.TRITON_DEVICES.clear()
-    net._packs.clear()
+    net._weights._packs.clear()
     yield
     stages.TRITON_DEVICES.update(devices)
-    net._packs.clear()
+    net._weights._packs.clear()
 
 
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
