@@ -39,11 +39,11 @@ from gpl_fast.targets import Target
 
 _LIBRARY: Any = torch.library.Library("gpl_fast", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
-    "perceptual_fwd(Tensor x, Tensor[] target, Tensor[] packs, str spec, str names, bool keep)"
+    "old_perceptual_fwd(Tensor x, Tensor[] target, Tensor[] packs, str spec, str names, bool keep)"
     " -> (Tensor, Tensor[])"
 )
 _LIBRARY.define(
-    "perceptual_bwd(Tensor x, Tensor[] target, Tensor[] packs, Tensor[] saved, Tensor g, str spec,"
+    "old_perceptual_bwd(Tensor x, Tensor[] target, Tensor[] packs, Tensor[] saved, Tensor g, str spec,"
     " str names) -> Tensor"
 )
 
@@ -299,10 +299,10 @@ def _perceptual_bwd_fake(
 
 
 for _key in ("CPU", "CUDA"):
-    _LIBRARY.impl("perceptual_fwd", _perceptual_fwd, _key)
-    _LIBRARY.impl("perceptual_bwd", _perceptual_bwd, _key)
-torch.library.register_fake("gpl_fast::perceptual_fwd", _perceptual_fwd_fake, lib=_LIBRARY)
-torch.library.register_fake("gpl_fast::perceptual_bwd", _perceptual_bwd_fake, lib=_LIBRARY)
+    _LIBRARY.impl("old_perceptual_fwd", _perceptual_fwd, _key)
+    _LIBRARY.impl("old_perceptual_bwd", _perceptual_bwd, _key)
+torch.library.register_fake("gpl_fast::old_perceptual_fwd", _perceptual_fwd_fake, lib=_LIBRARY)
+torch.library.register_fake("gpl_fast::old_perceptual_bwd", _perceptual_bwd_fake, lib=_LIBRARY)
 
 
 # -------------------------------------------------------------------------------------- inputs

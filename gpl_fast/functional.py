@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gpl_fast import autograd, reference
 from gpl_fast import backend as backends
+from gpl_fast.fast import operator
 from gpl_fast.graphs import constant_in_graphs
 from gpl_fast.input_checks import check_prediction, check_tensor
 from gpl_fast.net.lossnet import LossNet
@@ -449,20 +450,31 @@ def _fast_terms(
     styles = {}
     if style is not None:
         styles = _target_features(style, net, tuple(style_weights), o, dtype)
-    terms = autograd.perceptual_terms(
-        pred,
-        target,
-        net,
-        feature_weights=feature_weights,
-        style_weights=style_weights,
-        style_features=styles,
+    tensors = autograd._target_tensors(target, styles, style_weights, dtype)
+    if cross_entropy is not None:
+        if tensors.get("labels") is not cross_entropy.labels:
+            tensors["ce_labels"] = cross_entropy.labels
+        if cross_entropy.class_weight is not None:
+            tensors["class_weight"] = cross_entropy.class_weight.float()
+    resized = target.dense is not None and tuple(target.dense.shape[2:]) != tuple(pred.shape[2:])
+    workspace = o.constant_workspace
+    call = operator.describe(
+        net.identity,
+        pred.device,
+        features=tuple(feature_weights.items()),
+        styles=tuple(style_weights.items()),
+        kind=target.kind,
         activation=o.activation,
         target_activation=o.target,
         temperature=o.constant_temperature,
         dtype=dtype,
-        workspace_mb=o.constant_workspace,
-        cross_entropy=cross_entropy,
+        workspace_mb=None if isinstance(workspace, str) else workspace,
+        tensors=tuple(tensors),
+        resized=resized,
+        cross_entropy=cross_entropy is not None,
+        label_smoothing=cross_entropy.label_smoothing if cross_entropy else 0.0,
     )
+    terms = operator.perceptual_terms(pred, tensors, call, cross_entropy is not None)
     seen = _seen(target, style)
     return terms if isinstance(seen, int) else terms + seen
 
@@ -480,16 +492,24 @@ def _target_features(
     if dense is not None and acc == torch.float32:
         choice = backends.choose(o.backend, dense.device, dtype, net)
         if choice.name == "fast" and tuple(dense.shape[2:]) == target.size:
-            return autograd.encode(
-                dense,
-                target.valid,
-                net,
-                layers,
+            tensors = {} if target.valid is None else {"valid": target.valid.contiguous()}
+            workspace = o.constant_workspace
+            call = operator.describe(
+                net.identity,
+                dense.device,
+                features=tuple((name, 1.0) for name in dict.fromkeys(layers)),
+                styles=(),
+                kind="dense",
                 activation=o.target,
+                target_activation=o.target,
                 temperature=o.target_temperature,
                 dtype=dtype,
-                workspace_mb=o.constant_workspace,
+                workspace_mb=None if isinstance(workspace, str) else workspace,
+                tensors=tuple(tensors),
+                encode=True,
             )
+            made = operator.encode(dense.detach(), tensors, call)
+            return dict(zip(dict.fromkeys(layers), made, strict=True))
     with torch.no_grad():
         y = target.map(o.target, o.target_temperature, acc)
         with _no_autocast(y):

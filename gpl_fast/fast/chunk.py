@@ -1,0 +1,106 @@
+"""The images that go through together, and the rows of what belongs to them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gpl_fast.fast.plan import Plan
+
+
+class Maps(NamedTuple):
+    """Maps (n, rows, W, C) of a strip: the carried branch and δ, prediction less target.
+
+    Without `delta` there is one branch, the plain form. Without `carried`, `delta` is u alone, to
+    which `look_up` adds the target. `stack` is both, where they are one tensor (2, n, rows, W, C).
+    """
+
+    carried: Tensor | None
+    delta: Tensor | None
+    stack: Tensor | None = None
+
+    @classmethod
+    def of(cls, stack: Tensor) -> Maps:
+        """One or both branches, stacked."""
+        return cls(stack[0], stack[1] if len(stack) == 2 else None, stack)
+
+
+class Chunk:
+    """Images of one call.
+
+    Args:
+        plan: of the call.
+        x: (N, C, H, W) prediction, any strides.
+        target: by name, as there are: dense (N, C, h, w), labels (N, H, W) int64, topk_values,
+            topk_indices (N, k, H, W), topk_rest (N, H, W), valid (N, H, W) bool, ce_labels
+            (N, H, W) int64, class_weight (C,), and for tap t ``feature.t`` (N, H_b, W_b, C_b)
+            stored target features, ``gram.t`` (1 or N, C_b, C_b) of another style target.
+        packs: the weights; `gpl_fast.net.weights.pack_weights`.
+        saved: `Plan.saved`, of all images.
+        stages: `gpl_fast.stages.Stages`.
+    """
+
+    images = slice(0, 0)  # of the call, that go through now
+
+    def __init__(
+        self,
+        plan: Plan,
+        x: Tensor,
+        *,
+        target: Mapping[str, Tensor],
+        packs: Mapping[str, Tensor],
+        saved: dict[str, Tensor],
+        stages: Any,
+    ) -> None:
+        self.plan, self.x, self.target, self.packs = plan, x, target, packs
+        self.saved, self.stages = saved, stages
+        # Of the segment: bytes by name, what is there, and transformed weights.
+        self.room: Mapping[str, int] = {}
+        self.held: dict[str, Tensor] = {}
+        self.weights: dict[Any, Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        """Uninitialised memory, by default of the maps' dtype; what the name stood for is gone.
+
+        The same for every strip, since an allocator that maps so much anew takes as long for it as
+        the softmax.
+        """
+        dtype = dtype or self.plan.dtype
+        count, held = math.prod(shape), self.held.get(name)
+        if held is None or held.dtype != dtype or held.numel() < count:
+            planned = self.room.get(name, 0)
+            assert count * dtype.itemsize <= planned, (name, shape, dtype, planned)
+            held = self.held[name] = self.x.new_empty(shape, dtype=dtype)
+        return held if held.shape == shape else held.view(-1)[:count].view(shape)
+
+    def of(self, name: str) -> Tensor | None:
+        """A tensor of the target, of these images."""
+        t = self.target.get(name)
+        return None if t is None else t[self.images]
+
+    def rows(self, name: str, a: int, b: int) -> Tensor | None:
+        """Rows [a, b) of a tensor of the target, (n, H, W) or (n, k, H, W)."""
+        t = self.target.get(name)
+        return None if t is None else t[self.images][..., a:b, :]
+
+    def rows_of(self, names: Sequence[str], a: int, b: int) -> dict[str, Tensor]:
+        """Those of `names` that there are, as `rows`."""
+        here, target = self.images, self.target
+        return {name: target[name][here][..., a:b, :] for name in names if name in target}
+
+    def saved_rows(self, name: str, a: int = 0, b: int | None = None) -> Tensor | None:
+        """Rows [a, b) of a saved tensor."""
+        t = self.saved.get(name)
+        return None if t is None else t[self.images, a:b]
+
+
+def zero_outside(z: Tensor, lo: int, height: int) -> None:
+    """Rows of `z`, whose first is row `lo` of an image of `height` rows, that lie outside of it."""
+    if lo < 0:
+        z[:, :-lo] = 0
+    if lo + z.shape[1] > height:
+        z[:, height - lo :] = 0

@@ -1,0 +1,104 @@
+"""A target that is a list of classes: rows of a table in place of its first convolution (eq. 7)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gpl_fast.fast.chunk import Chunk
+from gpl_fast.stages import Listed
+
+
+class LookUp:
+    """Adds the target to the convolution of u, which `LogitsForward` describes."""
+
+    from_target: Tensor  # (n,) bool, the images whose target is carried
+    taken: Tensor | None = None  # (n, rows, W) uint8
+
+    def __init__(self, chunk: Chunk) -> None:
+        self.chunk = chunk
+        self.row0 = 0
+        self.table = chunk.packs.get("table")
+        wide = chunk.plan.how[0].prediction.tile and not chunk.plan.call.front
+        if self.table is not None and wide:  # of the dtype of what it adds to
+            self.table = self.table.float()
+
+    def begin(self, taken: Tensor | None, row0: int) -> None:
+        """A strip: whose pixels have the target taken from u; its first row."""
+        self.taken, self.row0 = taken, row0
+
+    def add(self, z: Tensor, dz: Tensor, row0: int) -> None:
+        """z' and δz from the convolution of u, which `dz` holds on entry; their first row."""
+        chunk = self.chunk
+        assert self.table is not None
+        shared = {
+            "table": self.table,
+            "from_target": self.from_target,
+            "taken": self.taken,
+            "taken_row0": self.row0,
+            "row0": row0,
+            "z": z,
+            "dz": dz,
+            "valid": chunk.of("valid"),
+        }
+        if chunk.plan.call.kind == "labels":
+            interior = chunk.packs["interior"]
+            chunk.stages.label_conv_fwd(chunk.of("labels"), interior=interior, **shared)
+            return
+        rest = chunk.of("topk_rest")
+        chunk.stages.topk_conv_fwd(
+            chunk.of("topk_values"),
+            topk_indices=chunk.of("topk_indices"),
+            topk_rest=rest,
+            rest_table=None if rest is None else chunk.packs["rest_table"],
+            **shared,
+        )
+
+    def listed(self) -> Listed:
+        """The same for a kernel that does the whole step."""
+        chunk, values = self.chunk, self.chunk.of("topk_values")
+        rest = chunk.of("topk_rest")
+        assert self.taken is not None
+        return Listed(
+            table=chunk.packs["table"],
+            taken=self.taken,
+            taken_row0=self.row0,
+            valid=chunk.of("valid"),
+            labels=chunk.of("labels"),
+            interior=chunk.packs["interior"] if values is None else None,
+            values=values,
+            indices=chunk.of("topk_indices"),
+            rest=rest,
+            rest_table=None if rest is None else chunk.packs["rest_table"],
+        )
+
+
+def listed_map(chunk: Chunk, a: int, b: int) -> Tensor:
+    """Rows [a, b) of the map that a list of classes stands for, (n, C, rows, W) float32."""
+    channels = chunk.plan.call.chain.in_channels
+    labels, values = chunk.rows("labels", a, b), chunk.rows("topk_values", a, b)
+    if labels is not None:
+        return one_hot(labels, channels)
+    indices, rest = chunk.rows("topk_indices", a, b), chunk.rows("topk_rest", a, b)
+    assert values is not None
+    assert indices is not None
+    return of_list(values, indices, rest, channels)
+
+
+def one_hot(labels: Tensor, channels: int) -> Tensor:
+    """(n, H, W) -> (n, C, H, W) float32, 0 where there is no such class."""
+    known = (labels >= 0) & (labels < channels)
+    y = torch.zeros((len(labels), channels, *labels.shape[1:]), device=labels.device)
+    return y.scatter_(1, labels.clamp(0, channels - 1).unsqueeze(1), known.unsqueeze(1).float())
+
+
+def of_list(values: Tensor, indices: Tensor, rest: Tensor | None, channels: int) -> Tensor:
+    """(n, k, H, W) values of classes -> (n, C, H, W) float32; `rest` (n, H, W) elsewhere."""
+    known = (indices >= 0) & (indices < channels)
+    indices = indices.clamp(0, channels - 1)
+    shape = (len(values), channels, *values.shape[2:])
+    y = torch.zeros(shape, device=values.device).scatter_add_(1, indices, values * known)
+    if rest is not None:
+        listed = torch.zeros_like(y).scatter_add_(1, indices, known.to(y.dtype))
+        y = torch.where(listed > 0, y, rest.unsqueeze(1))
+    return y

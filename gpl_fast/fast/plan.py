@@ -1,0 +1,258 @@
+"""What the fast path will do for a call and an input shape: steps, saved tensors, who, chunks.
+
+Pure arithmetic on shapes: no tensor is touched, so fakes, `explain` and the walks share it. A
+*step* is one convolution and what follows it; a *segment* is a run of steps at one resolution up to
+and including its down-sampling; a *strip* is rows of a segment that go through together.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from gpl_fast.fast import chunks, memory, policy
+from gpl_fast.fast.call import Call
+from gpl_fast.fast.policy import How, Policy, Role, Way
+from gpl_fast.net.steps import Step
+from gpl_fast.net.weights import padded_channels
+
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+@dataclass(frozen=True)
+class Size:
+    """Grids of one step: of its input, its convolution's output, and what it puts out."""
+
+    h: int
+    w: int
+    conv_h: int
+    conv_w: int
+    out_h: int
+    out_w: int
+
+
+@functools.lru_cache(maxsize=256)
+def steps_of(call: Call) -> tuple[Step, ...]:
+    """The network's steps up to the last tap."""
+    taps = set(call.taps)
+    steps = call.chain.steps
+    last = max(i for i, s in enumerate(steps) if {s.conv, s.relu, s.pool} & taps)
+    end = steps[last]
+    if end.pool not in taps:
+        end = replace(end, pool="", pool_kind="")
+        if end.relu not in taps:
+            end = replace(end, relu="")
+    return (*steps[:last], end)
+
+
+class Geometry:
+    """A call at a prediction's N, H, W, which may be symbols: shapes of maps and saved tensors."""
+
+    def __init__(self, call: Call, n: int, h: int, w: int) -> None:
+        self.call, self.n, self.h, self.w = call, n, h, w
+        self.dtype = call.dtype
+        self.steps = steps_of(call)
+        self.sizes = self._grid_sizes()
+
+    def _grid_sizes(self) -> tuple[Size, ...]:
+        sizes, h, w = [], self.h, self.w
+        for step in self.steps:
+            conv_h, conv_w = (h, w) if step.stride == 1 else ((h + 1) // 2, (w + 1) // 2)
+            out_h, out_w = (conv_h // 2, conv_w // 2) if step.pool else (conv_h, conv_w)
+            sizes.append(Size(h, w, conv_h, conv_w, out_h, out_w))
+            h, w = out_h, out_w
+        return tuple(sizes)
+
+    def tap_shape(self, tap: str) -> tuple[int, int, int, int]:
+        """(N, H_b, W_b, C_b) of a tapped layer."""
+        for step, size in zip(self.steps, self.sizes, strict=True):
+            if tap in (step.conv, step.relu):
+                return self.n, size.conv_h, size.conv_w, step.out_channels
+            if tap == step.pool:
+                return self.n, size.out_h, size.out_w, step.out_channels
+        raise KeyError(tap)
+
+    def needs_mask(self, step: Step) -> bool:
+        """Whether the ReLU's full-resolution sign is needed: 1 bit an element."""
+        return bool(step.relu) and (step.pool_kind != "max" or step.relu in self.call.taps)
+
+    def saved(self) -> Shapes:
+        """Name -> shape and dtype of what the forward leaves for the backward, in order.
+
+        The contract of docs/math.md, section 4: `lse`, a code for each pool, a mask for each ReLU
+        whose full-resolution output is used, `diff` for each tap, and for style taps the
+        prediction's features and ``G' - G``.
+        """
+        call, n, u8 = self.call, self.n, torch.uint8
+        out: Shapes = {}
+        if call.encode:  # no backward: the features themselves
+            return {f"diff.{tap}": (self.tap_shape(tap), self.dtype) for tap in call.taps}
+        if call.activation == "softmax":
+            out["lse"] = ((n, self.h, self.w), torch.float32)
+        if call.own_ce_lse:
+            out["ce_lse"] = ((n, self.h, self.w), torch.float32)
+        for step, size in zip(self.steps, self.sizes, strict=True):
+            c = step.out_channels
+            if step.pool_kind == "max":
+                out[f"code.{step.pool}"] = ((n, size.out_h, size.out_w, -(-c // 2)), u8)
+            if self.needs_mask(step):
+                out[f"mask.{step.relu}"] = ((n, size.conv_h, size.conv_w, -(-c // 8)), u8)
+        for tap, _ in call.features:
+            out[f"diff.{tap}"] = (self.tap_shape(tap), self.dtype)
+        for tap, _ in call.styles:
+            shape = self.tap_shape(tap)
+            out[f"phi.{tap}"] = (shape, self.dtype)
+            out[f"gram.{tap}"] = ((n, shape[3], shape[3]), torch.float32)
+        return out
+
+
+class Plan(Geometry):
+    """A call at a shape, planned.
+
+    Attributes:
+        policy: who decides.
+        how: who computes each step.
+        segments: ranges of steps.
+        budget: bytes of transient memory.
+        coefficients: ``w_b / (C_b H_b W_b)`` of each feature tap, twice that of each style tap.
+        images: of a chunk: so many go through together.
+        rows: of a strip, for each segment; its whole height = no strips (`in_strips`).
+        halos: rows that each segment's strips need beyond their own on each side.
+        last: the steps that end segments; ends: the layers that these put out.
+        contract: `saved`; codes: of each step, the codes of its max pool or the mask of its ReLU.
+        alone: whether one kernel makes a segment's gradient from end to end.
+        rooms: the named buffers of each walk, by segment.
+    """
+
+    def __init__(
+        self, call: Call, n: int, h: int, w: int, *, tf32: bool = True, by: Policy | None = None
+    ) -> None:
+        super().__init__(call, n, h, w)
+        self.policy = policy.named(call.policy) if by is None else by
+        # True float32 is ATen's convolutions; TF32 is the kernels' too.
+        self.exact = call.dtype == torch.float32 and not tf32
+        self.allow_tf32 = tf32
+        self.segments = self._segments()
+        self.ends = tuple(_output(self.steps[segment[-1]]) for segment in self.segments)
+        self.budget, self.hard = self.policy.workspace(call.workspace_mb)
+        self.halos = tuple(self._halo(segment) for segment in self.segments)
+        self.last = frozenset(segment[-1] for segment in self.segments)
+        self.coefficients = self._coefficients()
+        self.contract = self.saved()
+        self.images, self.rows = self._fit()
+        heights = (self.sizes[segment[0]].h for segment in self.segments)
+        self.in_strips = tuple(r < h for r, h in zip(self.rows, heights, strict=True))
+        self.codes = tuple(
+            f"code.{s.pool}" if s.pool_kind == "max" else f"mask.{s.relu}" for s in self.steps
+        )
+        self.alone = tuple(memory.alone(self, i) for i in range(len(self.segments)))
+        # Taps inside of segments.
+        self.inner = frozenset(call.taps) - frozenset(self.ends)
+        self.rooms = {
+            walk: [walk(self, i, self.images, self.rows) for i in range(len(self.segments))]
+            for walk in (memory.forward, memory.backward)
+        }
+
+    def _segments(self) -> tuple[range, ...]:
+        ends = [
+            i + 1
+            for i, step in enumerate(self.steps)
+            if step.pool or step.stride == 2 or i + 1 == len(self.steps)
+            or self.steps[i + 1].stride == 2
+        ]  # fmt: skip
+        return tuple(range(a, b) for a, b in zip([0, *ends], ends, strict=False))
+
+    def _halo(self, segment: range) -> int:
+        return sum(self.steps[i].kernel_size // 2 for i in segment)
+
+    # ------------------------------------------------------------------------------ who, how much
+
+    def _fit(self) -> tuple[int, memory.Rows]:
+        """Decide `how`, and what goes through at a time: perhaps only without large tiles."""
+        for self.large_tiles in (True, False):
+            self.how = tuple(self._how(i, step) for i, step in enumerate(self.steps))
+            if (found := chunks.chunks(self)) is not None:
+                return found
+        needed = chunks.least(self)
+        if self.hard:
+            raise ValueError(
+                f"workspace_mb: got {self.budget / policy.MIB:.3g}, expected at least "
+                f"{-(-needed // policy.MIB)} for an input of {self.h} x {self.w} with "
+                f"{self.call.chain.in_channels} channels, of which not one strip of rows fits, "
+                "or 'auto'"
+            )
+        self.budget = int(chunks.ENOUGH * needed)
+        found = chunks.chunks(self)
+        assert found is not None
+        return found
+
+    def _how(self, i: int, step: Step) -> How:
+        call, who = self.call, self.policy
+        prediction, difference = self.way(i, "prediction"), self.way(i, "difference")
+        inner = ({step.conv} - {step.relu}) | ({step.relu} if step.pool else set())
+        # One kernel does what nobody looks into.
+        whole = not who.on_cpu and not self.exact and bool(step.relu)
+        block = whole and not inner & set(call.taps)
+        c_in = padded_channels(step.in_channels) if i == 0 and not call.front else step.in_channels
+        tile = who.tile(call, i, step, c_in) if block else None
+        taps = set(call.taps) - set(self.ends)
+        block_bwd = not self.exact and not inner & taps and who.by_kernel(call, i, step)
+        return How(block, tile, prediction, difference, self.way(i, "gradient"), block_bwd)
+
+    def way(self, i: int, role: Role) -> Way:
+        """Of step i's convolution, or of its data gradient."""
+        step = self.steps[i]
+        tiles = {2: self._tiles(i, 2), 4: self._tiles(i, 4)}
+        if role != "prediction" and not self._large_tiles_fit(i):
+            tiles[4] = 0
+        return self.policy.way(self.call, i, step, role, tiles)
+
+    def _tiles(self, i: int, tile: int) -> int:
+        size = self.sizes[i]
+        return self.n * -(-size.conv_h // tile) * -(-size.conv_w // tile)
+
+    def _large_tiles_fit(self, i: int) -> bool:
+        return self.large_tiles and memory.large_weights_fit(self, i)
+
+    # ------------------------------------------------------------------------------------- counts
+
+    def _coefficients(self) -> dict[str, float]:
+        out = {}
+        for prefix, weights, factor in (
+            ("feature", self.call.features, 1.0),
+            ("style", self.call.styles, 2.0),
+        ):
+            for tap, weight in weights:
+                _, h, w, c = self.tap_shape(tap)
+                out[f"{prefix}.{tap}"] = factor * weight / (c * h * w)
+        return out
+
+    def bytes_saved(self) -> int:
+        """Of all of `saved`."""
+        return sum(memory.bytes_of(shape, dtype) for shape, dtype in self.saved().values())
+
+    def bytes_saved_by_layer(self) -> Mapping[str, int]:
+        """Of codes, masks, differences by the layer that they belong to."""
+        out: dict[str, int] = {}
+        for name, (shape, dtype) in self.saved().items():
+            layer = name.partition(".")[2]
+            out[layer] = out.get(layer, 0) + memory.bytes_of(shape, dtype)
+        return out
+
+    def bytes_transient(self) -> int:
+        """Of the named buffers of the walks: at most the workspace."""
+        return memory.peak(self, self.images, self.rows)
+
+
+@functools.lru_cache(maxsize=256)
+def plan_of(call: Call, n: int, h: int, w: int, tf32: bool) -> Plan:
+    """The Plan of a call and a shape, made once."""
+    return Plan(call, n, h, w, tf32=tf32)
+
+
+def _output(step: Step) -> str:
+    """The layer whose output is the step's."""
+    return step.pool or step.relu or step.conv

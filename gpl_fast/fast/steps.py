@@ -1,0 +1,321 @@
+"""(3) and (4): one step there and back: convolution, ReLU, pool; eq. (6)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gpl_fast.fast.chunk import Chunk, Maps, zero_outside
+from gpl_fast.fast.convolution import Convolutions
+from gpl_fast.fast.logits import LogitsBackward
+from gpl_fast.fast.look_up import LookUp
+from gpl_fast.fast.taps import Seeds, TapsForward
+from gpl_fast.net.steps import Step
+from gpl_fast.stages import POOLS
+
+
+class Rows(NamedTuple):
+    """Which rows of a step a strip has: those of its convolution, and its own of these."""
+
+    lo: int
+    hi: int
+    a: int
+    b: int
+    strips: bool
+
+    def inside(self, height: int) -> tuple[slice, slice]:
+        """The rows inside the image: of the strip, and of the image."""
+        a, b = max(self.lo, 0), min(self.hi, height)
+        return slice(a - self.lo, b - self.lo), slice(a, b)
+
+
+class StepForward:
+    """A step of both branches, stage by stage or by one kernel."""
+
+    def __init__(self, chunk: Chunk, taps: TapsForward, look_up: LookUp) -> None:
+        self.chunk, self.taps, self.look_up = chunk, taps, look_up
+        self.convolutions = Convolutions(chunk)
+
+    def run(self, i: int, maps: Maps, rows: Rows, out: Tensor | None) -> Maps:
+        """Maps after step i, on the way to the next step; `out` (count, n, h, w, C) is what the
+        segment puts out, if this step ends it."""
+        plan = self.chunk.plan
+        pad_h = 0 if rows.strips else plan.steps[i].kernel_size // 2
+        if plan.how[i].block:
+            return self._block(i, maps, rows, pad_h, out)
+        z = self.convolutions.forward(i, maps, pad_h, rows.lo)
+        assert z.carried is not None
+        if maps.carried is None:
+            assert z.delta is not None
+            self.look_up.add(z.carried, z.delta, rows.lo)
+        bias = self.chunk.packs.get(f"b.{plan.steps[i].conv}")
+        if bias is not None:
+            z.carried.add_(bias)
+        maps = z
+        if rows.strips and i not in plan.last:
+            for t in (maps.carried, maps.delta):
+                if t is not None:
+                    zero_outside(t, rows.lo, plan.sizes[i].conv_h)
+        self._activate(i, maps, rows, out)
+        return maps
+
+    def _activate(self, i: int, maps: Maps, rows: Rows, out: Tensor | None) -> None:
+        """ReLU and pool of z', δz in their own memory, and the taps on the way."""
+        plan, (z, dz) = self.chunk.plan, maps[:2]
+        step, size = plan.steps[i], plan.sizes[i]
+        assert z is not None
+        own = slice(rows.a - rows.lo, rows.b - rows.lo)
+        taps = plan.call.taps
+        if step.conv in taps and step.conv != step.relu:  # of stride 2 the output is the ReLU's
+            self._tap(step.conv, z, dz, own, rows.a, rows.b)
+        if step.relu and (not step.pool or step.relu in taps):
+            inner, of_image = rows.inside(size.conv_h)
+            mask = self.chunk.saved_rows(f"mask.{step.relu}")
+            self._relu(
+                z[:, inner],
+                None if dz is None else dz[:, inner],
+                None if mask is None or step.pool_kind == "avg" else mask[:, of_image],
+            )
+            if step.relu in taps:
+                self._tap(step.relu, z, dz, own, rows.a, rows.b)
+        if step.pool:
+            self._pool(i, z, dz, rows, out)
+        elif out is not None:
+            out[0][:, rows.a : rows.b] = z[:, own]
+            if dz is not None:
+                out[1][:, rows.a : rows.b] = dz[:, own]
+
+    def _tap(
+        self, tap: str, y: Tensor | None, d: Tensor | None, own: slice, a: int, b: int
+    ) -> None:
+        y, d = (None if t is None else t[:, own] for t in (y, d))
+        self.taps.take(tap, y, d, a, b)
+
+    def _relu(self, z: Tensor, dz: Tensor | None, mask: Tensor | None) -> None:
+        if dz is None:
+            self.chunk.stages.relu_fwd(z, y=z, mask=mask)
+        else:
+            self.chunk.stages.relu_diff_fwd(
+                z, dz=dz, from_target=self.look_up.from_target, delta=dz, y=z, mask=mask
+            )
+
+    def _pool(self, i: int, z: Tensor, dz: Tensor | None, rows: Rows, out: Tensor | None) -> None:
+        chunk, plan = self.chunk, self.chunk.plan
+        step = plan.steps[i]
+        a, b = rows.a // 2, min(-(-rows.b // 2), plan.sizes[i].out_h)
+        if step.pool_kind == "max":
+            code = chunk.saved_rows(f"code.{step.pool}", a, b)
+        else:
+            code = chunk.saved_rows(f"mask.{step.relu}", rows.a, rows.b)
+        diff, styled = self.taps.diff.get(step.pool), step.pool in plan.call.styled
+        shape = (z.shape[0], z.shape[1] // 2, z.shape[2] // 2, z.shape[3])
+        y: Tensor | None = None
+        if out is not None:
+            y, d = out[0][:, a:b], out[-1][:, a:b]
+        else:
+            both = None
+            if styled or dz is None or diff is None:
+                both = chunk.take("pooled", (2, *shape))
+            if styled or dz is None:
+                assert both is not None
+                y = both[0]
+            if diff is not None:
+                d = diff[:, a:b]
+            else:
+                assert both is not None
+                d = both[1]
+        everything = slice(None)
+        if dz is None:
+            chunk.stages.relu_pool_fwd(z, pool=POOLS[step.pool_kind], y=y, code=code)
+            if step.pool in plan.call.taps:
+                self._tap(step.pool, y, None, everything, a, b)
+            return
+        chunk.stages.relu_pool_diff_fwd(
+            z, dz=dz, from_target=self.look_up.from_target, pool=POOLS[step.pool_kind], delta=d,
+            y=y, code=code,
+        )  # fmt: skip
+        if styled or (diff is not None and out is not None):
+            self._tap(step.pool, y, d, everything, a, b)
+
+    def _block(self, i: int, maps: Maps, rows: Rows, pad_h: int, out: Tensor | None) -> Maps:
+        """The step by one kernel: nothing but its output is looked at."""
+        chunk, plan = self.chunk, self.chunk.plan
+        step, size, plain = plan.steps[i], plan.sizes[i], plan.call.plain
+        first_map = maps.delta if maps.carried is None else maps.carried
+        assert first_map is not None
+        n, tap = len(first_map), step.pool or step.relu
+        a, b, width = rows.a, rows.b, size.conv_w
+        inner, of_image = rows.inside(size.conv_h)
+        code_row0, count = inner.start, rows.hi - rows.lo
+        if step.pool:
+            a, b, width = a // 2, min(-(-b // 2), size.out_h), size.out_w
+            code_row0, count = 0, b - a
+            of_image = slice(rows.lo, rows.hi)
+        if step.pool_kind == "max":
+            code = chunk.saved_rows(f"code.{step.pool}", a, b)
+        else:
+            mask = chunk.saved_rows(f"mask.{step.relu}")
+            code = None if mask is None else mask[:, of_image]
+        diff = self.taps.diff.get(tap)
+        made = self._block_output(i, (n, count, width, step.out_channels), (a, b), out)
+        partial = chunk.stages.conv_block_fwd(
+            first_map,
+            d=maps.delta if maps.carried is not None else None,
+            weight=chunk.packs[f"block.{step.conv}"],
+            bias=chunk.packs.get(f"b.{step.conv}"),
+            from_target=None if plain else self.look_up.from_target,
+            target=self.look_up.listed() if maps.carried is None else None,
+            kernel_size=step.kernel_size,
+            stride=step.stride,
+            relu=True,
+            pool=POOLS[step.pool_kind],
+            pad_h=pad_h,
+            row0=rows.lo,
+            image_rows=size.conv_h,
+            tile=plan.how[i].tile,
+            y=made.carried,
+            delta=made.delta,
+            code=code,
+            code_row0=code_row0,
+            reduce=diff is not None and not plain and bool(step.pool),
+        )
+        if partial is not None:
+            sums = partial.sum(dim=1, dtype=torch.float64)
+            self.taps.squares[tap] = self.taps.squares.get(tap, 0) + sums
+        first = 0 if step.pool or out is not None else a - rows.lo
+        if tap in plan.call.taps:
+            self._tap(tap, made.carried, made.delta, slice(first, first + b - a), a, b)
+        return made
+
+    def _block_output(
+        self, i: int, shape: tuple[int, ...], rows: tuple[int, int], out: Tensor | None
+    ) -> Maps:
+        """Where a block writes to: the segment's output, the difference that is kept, or memory of
+        the strip's."""
+        plan, (a, b) = self.chunk.plan, rows
+        step, plain = plan.steps[i], plan.call.plain
+        tap = step.pool or step.relu
+        diff = self.taps.diff.get(tap)
+        if out is not None:
+            return Maps(out[0][:, a:b], None if plain else out[1][:, a:b])
+        if i + 1 == len(plan.steps) and diff is not None and not plain:
+            # The last block leaves its difference alone.
+            y = self.chunk.take(f"z{i % 2}", shape) if tap in plan.call.styled else None
+            return Maps(y, diff[:, a:b])
+        return Maps.of(self.chunk.take(f"z{i % 2}", (1 if plain else 2, *shape)))
+
+
+class StepBackward:
+    """The gradient of a step's input from that of its output."""
+
+    def __init__(self, chunk: Chunk, seeds: Seeds, logits: LogitsBackward) -> None:
+        self.chunk, self.seeds, self.logits = chunk, seeds, logits
+        self.convolutions = Convolutions(chunk)
+
+    def run(
+        self, i: int, dy: Tensor, rows: Rows, dx_rows: tuple[int, int], into: Tensor | None
+    ) -> Tensor | None:
+        """Rows `dx_rows` of the gradient of step i's input, in `into` where our kernels make it;
+        None: it has gone on to the logits.
+
+        Args:
+            dy: of the step's output: whole if the step ends its segment, else rows of `rows`.
+        """
+        plan = self.chunk.plan
+        step = plan.steps[i]
+        ends = i in plan.last
+        if plan.how[i].block_bwd:
+            return self._block(i, dy, rows, dx_rows, ends, into)
+        through = self._last_gradient if ends else self._relu_gradient
+        dz = through(i, dy, rows)
+        if step.conv in plan.inner and step.conv != step.relu:
+            dz = self._add_tap(step.conv, dz, rows, plan.sizes[i].conv_h)
+        if plan.how[i].gradient.tile and into is None:
+            size, p = plan.sizes[i], step.kernel_size // 2
+            count = dz.shape[1] - 2 * p if rows.strips else dz.shape[1]
+            into = self.chunk.take("dy", (dz.shape[0], count, size.w, step.in_channels))
+        return self.convolutions.data_gradient(i, dz, rows.strips, dx_rows[0], into)
+
+    def _block(
+        self, i: int, dy: Tensor, rows: Rows, dx_rows: tuple[int, int], ends: bool,
+        into: Tensor | None,
+    ) -> Tensor | None:  # fmt: skip
+        """By one kernel, (3) and (4); of the first step through (5) to the logits."""
+        chunk, plan = self.chunk, self.chunk.plan
+        step, size = plan.steps[i], plan.sizes[i]
+        if not ends:
+            dy = self._add_tap(step.relu, dy, rows, size.conv_h)
+        block = {
+            "w": chunk.packs[f"bwd.{step.conv}"],
+            "pool": POOLS[step.pool_kind],
+            "stride": step.stride,
+            "dy_row0": 0 if ends else rows.lo,
+            "allow_tf32": plan.allow_tf32,
+            "code": chunk.saved[plan.codes[i]][chunk.images] if step.relu else None,
+        }
+        if i == 0 and not plan.call.front:
+            x, arguments = self.logits.arguments()
+            chunk.stages.conv_block_logits_bwd(
+                dy.contiguous(), **block, x=x, **arguments, row0=rows.a, rows=rows.b - rows.a
+            )
+            return None
+        a, b = dx_rows if rows.strips else (0, size.h)
+        if into is None:
+            into = chunk.take("dy", (dy.shape[0], b - a, size.w, step.in_channels))
+        chunk.stages.conv_block_bwd(dy.contiguous(), **block, height=size.h, row0=a, dx=into)
+        return into
+
+    def _last_gradient(self, i: int, d_out: Tensor, rows: Rows) -> Tensor:
+        """dZ of a segment's last convolution, 0 outside the image."""
+        step, size, n = self.chunk.plan.steps[i], self.chunk.plan.sizes[i], d_out.shape[0]
+        shape = (n, rows.hi - rows.lo, size.conv_w, step.out_channels)
+        if not step.pool:
+            inner, of_image = rows.inside(size.conv_h)
+            dy = d_out[:, of_image]
+            if rows.lo < 0 or rows.hi > size.conv_h:
+                dy = self.chunk.take("relu", shape).zero_()
+                dy[:, inner] = d_out[:, of_image]
+            return self._relu_gradient(i, dy, rows)
+        dz = self.chunk.take("dz", shape)
+        code = self.chunk.saved[self.chunk.plan.codes[i]][self.chunk.images]
+        self.chunk.stages.relu_pool_bwd(
+            d_out, code=code, pool=POOLS[step.pool_kind], height=size.conv_h,
+            width=size.conv_w, row0=rows.lo, dz=dz,
+        )  # fmt: skip
+        if step.relu in self.chunk.plan.inner:
+            seed = self._add_tap(step.relu, torch.zeros_like(dz), rows, size.conv_h)
+            dz += self._masked(step, seed, rows, size.conv_h, torch.zeros_like(dz))
+        return dz
+
+    def _relu_gradient(self, i: int, dy: Tensor, rows: Rows) -> Tensor:
+        step, height = self.chunk.plan.steps[i], self.chunk.plan.sizes[i].conv_h
+        if not step.relu:
+            return dy.contiguous()
+        dy = self._add_tap(step.relu, dy, rows, height)
+        return self._masked(step, dy, rows, height, self.chunk.take("dz", dy.shape))
+
+    def _masked(self, step: Step, dy: Tensor, rows: Rows, height: int, dz: Tensor) -> Tensor:
+        """ReLU's gradient inside the image, 0 outside, in `dz`."""
+        mask = self.chunk.saved[f"mask.{step.relu}"][self.chunk.images]
+        inner, of_image = rows.inside(height)
+        own = mask[:, of_image].contiguous()
+        if inner == slice(0, rows.hi - rows.lo):
+            self.chunk.stages.relu_bwd(dy.contiguous(), mask=own, dz=dz)
+            return dz
+        there = dy[:, inner].contiguous()
+        self.chunk.stages.relu_bwd(there, mask=own, dz=there)
+        dz.zero_()
+        dz[:, inner] = there
+        return dz
+
+    def _add_tap(self, tap: str, dy: Tensor, rows: Rows, height: int) -> Tensor:
+        """`dy` plus the gradient of a tap inside a segment."""
+        if tap not in self.chunk.plan.inner:
+            return dy
+        inner, of_image = rows.inside(height)
+        dy = dy.clone()
+        at = self.seeds.at(tap, self.chunk.images, of_image.start, of_image.stop, dy[:, inner])
+        dy[:, inner] = at
+        return dy

@@ -1,0 +1,157 @@
+"""(2): what is compared at the tapped layers, and the gradient that begins there."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gpl_fast.fast.chunk import Chunk
+from gpl_fast.fast.plan import Plan
+
+# Where float16's seeds are larger than this, their image's chain is scaled down: the layers below
+# have room to grow by as much again.
+LARGE = 256.0
+
+
+class TapsForward:
+    """Collects ``diff`` of each tap, and for style the prediction's features and ``G' − G``.
+
+    Args:
+        terms: (4, N) float64, whose first two rows are added to.
+        keep: whether the backward will read what is saved.
+    """
+
+    from_target: Tensor  # (n,) bool, the images whose target is carried
+
+    def __init__(self, chunk: Chunk, terms: Tensor, keep: bool) -> None:
+        self.chunk, self.terms, self.keep = chunk, terms, keep
+        self.diff: dict[str, Tensor] = {}
+        self.squares: dict[str, Tensor] = {}  # Σ δ² of each image where a block has reduced it
+
+    def begin(self) -> None:
+        """Other images."""
+        chunk, call = self.chunk, self.chunk.plan.call
+        self.squares = {}
+        self.diff = {tap: self._buffer(tap) for tap, _ in call.features}
+        for tap, _ in call.styles:
+            chunk.saved[f"gram.{tap}"][chunk.images].zero_()
+
+    def _buffer(self, tap: str) -> Tensor:
+        chunk = self.chunk
+        if self.keep:
+            return chunk.saved[f"diff.{tap}"][chunk.images]
+        shape = (len(chunk.x[chunk.images]), *chunk.plan.tap_shape(tap)[1:])
+        return chunk.x.new_empty(shape, dtype=chunk.plan.dtype)
+
+    def take(self, tap: str, y: Tensor | None, d: Tensor | None, a: int, b: int) -> None:
+        """Rows [a, b) of a layer: of the carried branch and δ, or of the only branch."""
+        chunk, call = self.chunk, self.chunk.plan.call
+        diff = self.diff.get(tap)
+        if diff is not None:
+            if d is None:
+                assert y is not None
+                target = chunk.target.get(f"feature.{tap}")
+                diff[:, a:b] = y if target is None else y - target[chunk.images, a:b]
+            elif diff[:, a:b].data_ptr() != d.data_ptr():
+                diff[:, a:b] = d
+        if tap in call.styled:
+            assert y is not None
+            self._style(tap, y, d, a, b)
+
+    def _style(self, tap: str, y: Tensor, d: Tensor | None, a: int, b: int) -> None:
+        chunk = self.chunk
+        phi = y.float().flatten(1, 2)
+        if d is not None:
+            delta = d.float().flatten(1, 2)
+            phi = phi + delta * self.from_target.view(-1, 1, 1)
+        gram = chunk.saved[f"gram.{tap}"][chunk.images]
+        if f"gram.{tap}" in chunk.target:
+            gram += phi.transpose(1, 2) @ phi
+        else:
+            # G' − G = δᵀφ' + φᵀδ: the difference form again, no cancellation.
+            gram += delta.transpose(1, 2) @ phi + (phi - delta).transpose(1, 2) @ delta
+        if self.keep:
+            kept = chunk.saved[f"phi.{tap}"]
+            kept[chunk.images, a:b] = phi.view(y.shape).to(kept.dtype)
+
+    def reduce(self) -> None:
+        """Add the chunk's terms."""
+        chunk, call = self.chunk, self.chunk.plan.call
+        for tap, weight in call.features:
+            _, h, w, c = chunk.plan.tap_shape(tap)
+            sums = self.squares.get(tap)
+            if sums is None:
+                sums = chunk.stages.diff_reduce_fwd(self.diff[tap])
+            self.terms[0, chunk.images] += sums * (weight / (c * h * w))
+        for tap, weight in call.styles:
+            _, h, w, c = chunk.plan.tap_shape(tap)
+            gram = chunk.saved[f"gram.{tap}"][chunk.images]
+            gram /= c * h * w
+            other = chunk.target.get(f"gram.{tap}")
+            if other is not None:
+                gram -= other if other.shape[0] == 1 else other[chunk.images]
+            self.terms[1, chunk.images] += weight * gram.double().square().sum(dim=(1, 2))
+
+
+class Seeds:
+    """``dE_b`` of each tap at unit scale; what it was divided by is applied at the chain's end.
+
+    Args:
+        g: (4, N) float32, the gradients of the forward's terms.
+
+    Attributes:
+        scale: (N,) float32, which the logits' gradient is multiplied by.
+    """
+
+    def __init__(self, plan: Plan, saved: dict[str, Tensor], g: Tensor) -> None:
+        self.plan, self.saved = plan, saved
+        c = plan.coefficients
+        unit = max(c.values())
+        g_n = g[:2].abs().amax(dim=0)
+        relative = torch.where(g_n == 0, 0, g[:2] / g_n)
+        self.of = {
+            name: relative[0 if name.startswith("feature") else 1] * (value / unit)
+            for name, value in c.items()
+        }
+        self.scale = (2 * unit * g_n).float()
+        if plan.dtype == torch.float16 and g_n.numel():
+            self._fit_float16()
+
+    def _fit_float16(self) -> None:
+        """Scale by powers of two what float16 would not hold; nothing else changes a bit."""
+        largest = torch.stack([self._largest(name) for name in self.of]).amax(dim=0)
+        power = torch.where(largest > LARGE, torch.exp2((largest / LARGE).log2().ceil()), 1.0)
+        power = torch.where(power.isfinite(), power, 1.0)
+        self.of = {name: g / power for name, g in self.of.items()}
+        self.scale = self.scale * power
+
+    def _largest(self, name: str) -> Tensor:
+        """(N,) float32: no seed of this tap is larger; of a style by Cauchy and Schwarz."""
+        kind, _, tap = name.partition(".")
+        if kind == "feature":
+            size = self.saved[f"diff.{tap}"].flatten(1).abs().amax(dim=1).float()
+        else:
+            phi, gram = self.saved[f"phi.{tap}"], self.saved[f"gram.{tap}"]
+            rows = torch.linalg.vector_norm(phi, dim=3, dtype=torch.float32).flatten(1)
+            size = rows.amax(dim=1) * torch.linalg.vector_norm(gram, dim=1).amax(dim=1)
+        return size * self.of[name].abs().float()
+
+    def at(self, tap: str, images: slice, a: int, b: int, dy: Tensor | None) -> Tensor:
+        """Rows [a, b) of ``dE_b``, eq. (2) and Gram's, added to `dy`, in the compute dtype."""
+        if set(self.of) == {f"feature.{tap}"} and dy is None:
+            g = self.of[f"feature.{tap}"][images]
+            diff = self.saved[f"diff.{tap}"][images, a:b]
+            # One level: the seed is δ itself (times 0 or ±1 where the loss' gradient is).
+            return diff * g.to(diff.dtype).view(-1, 1, 1, 1)
+        total: Tensor | None = None if dy is None else dy.float()
+        if f"feature.{tap}" in self.of:
+            g = self.of[f"feature.{tap}"][images].float().view(-1, 1, 1, 1)
+            seed = self.saved[f"diff.{tap}"][images, a:b].float() * g
+            total = seed if total is None else total + seed
+        if f"style.{tap}" in self.of:
+            g = self.of[f"style.{tap}"][images].float().view(-1, 1, 1, 1)
+            phi = self.saved[f"phi.{tap}"][images, a:b].float()
+            seed = (phi.flatten(1, 2) @ self.saved[f"gram.{tap}"][images]).view_as(phi) * g
+            total = seed if total is None else total + seed
+        assert total is not None
+        return total.to(self.plan.dtype)

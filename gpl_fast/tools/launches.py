@@ -1,0 +1,166 @@
+"""FLOPs and bytes of every launch of a step on a GPU, counted without one.
+
+The two walks of `gpl_fast.fast` run with their arguments on tensors without memory, and a recorder
+in the place of the stages: neither a GPU nor Triton is needed. Bytes are those of each tensor once:
+halos, weights that leave the cache and rows that other programs read again come on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gpl_fast.fast import policy
+from gpl_fast.fast.backward import Backward
+from gpl_fast.fast.call import Call
+from gpl_fast.fast.forward import Forward
+from gpl_fast.fast.plan import Plan
+from gpl_fast.net import weights
+from gpl_fast.net.lossnet import LossNet
+from gpl_fast.stages import Listed
+from gpl_fast.tools.bench import check_shape
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Logits (N, C, H, W), the kind of target ("dense" or "labels" or "topk"), the activation."""
+
+    shape: tuple[int, int, int, int]
+    kind: str
+    activation: str = "softmax"
+
+
+WORKLOADS = {
+    "cityscapes": Workload((8, 19, 769, 769), "dense"),
+    "voc": Workload((16, 21, 512, 512), "dense"),
+    "ade20k": Workload((16, 150, 512, 512), "dense"),
+    "ade20k, labels": Workload((16, 150, 512, 512), "labels"),
+    "ade-full, labels": Workload((8, 847, 512, 512), "labels"),
+    "lvis": Workload((4, 1203, 512, 512), "dense"),
+    "lvis, labels": Workload((4, 1203, 512, 512), "labels"),
+    "depth": Workload((8, 1, 385, 385), "dense", "none"),
+    "masks": Workload((64, 1, 200, 200), "dense", "sigmoid"),
+}
+TOP = 8  # classes listed in a pixel of a top-k target
+WORKSPACE_MB = 256.0
+
+
+@dataclass
+class Launch:
+    """One kernel's work."""
+
+    name: str
+    flops: float
+    bytes: float
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Stands for the stages, and sees ATen's convolutions: collects both."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.launches: list[Launch] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.convolution.default, torch.ops.aten._convolution.default):
+            x, w = args[:2]
+            transposed = args[6]
+            # Each weight meets each pixel of the side that is not spread.
+            pixels = (x if transposed else out).numel() // (x if transposed else out).shape[1]
+            name = "data gradient (ATen)" if transposed else "convolution (ATen)"
+            self.launches.append(Launch(name, 2.0 * pixels * w.numel(), _bytes((x, w, out))))
+        return out
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        """A stage without arithmetic worth counting, on tensors of the rows that it touches."""
+        if name.startswith("_") or not name.endswith(("_fwd", "_bwd")):
+            raise AttributeError(name)
+        return lambda first, **rest: self.launches.append(
+            Launch(name, 0.0, _bytes((first, *rest.values())))
+        )
+
+    def conv_block_fwd(
+        self, a: Tensor, *, weight: Tensor, d: Tensor | None, target: Listed | None, **rest: Any
+    ) -> Tensor | None:
+        """As `gpl_fast.stages`."""
+        n, height, width, _ = a.shape
+        k, stride = rest["kernel_size"], rest["stride"]
+        rows = (height + 2 * rest["pad_h"] - k) // stride + 1
+        columns = (width + 2 * (k // 2) - k) // stride + 1
+        branches = 1 if d is None else 2
+        flops = 2.0 * branches * n * rows * columns * weight.numel()
+        moved: float = _bytes((a, d, weight, *rest.values()))
+        if target is not None:
+            whole = (target.labels, target.values, target.indices, target.rest, target.valid)
+            image_rows = next(t.shape[-2] for t in whole if t is not None)
+            moved += _bytes((target.table, target.taken, target.interior, target.rest_table))
+            moved += _bytes(whole) * min(1.0, height / image_rows)
+        self.launches.append(Launch("conv_block_fwd", flops, moved))
+        return a.new_empty((n, 1), dtype=torch.float32) if rest["reduce"] else None
+
+    def relu_pool_bwd(
+        self, dy: Tensor, *, code: Tensor, height: int, dz: Tensor, **_rest: int
+    ) -> None:
+        """As `gpl_fast.stages`: rows of whole maps."""
+        moved = _bytes((dy, code)) * min(1.0, dz.shape[1] / height) + _bytes((dz,))
+        self.launches.append(Launch("relu_pool_bwd", 0.0, moved))
+
+    def softmax_bwd(self, x: Tensor, *, dy: Tensor, **rest: Any) -> None:
+        """As `gpl_fast.stages`: rows of whole planes."""
+        moved = _bytes((x, *rest.values())) * min(1.0, dy.shape[1] / x.shape[2]) + _bytes((dy,))
+        self.launches.append(Launch("softmax_bwd", 0.0, moved))
+
+
+def _bytes(arguments: Iterable[Any]) -> int:
+    return sum(t.numel() * t.element_size() for t in arguments if isinstance(t, Tensor))
+
+
+@cache
+def launches(
+    work: Workload, workspace_mb: float = WORKSPACE_MB, architecture: str = "sm_90"
+) -> tuple[list[Launch], list[Launch]]:
+    """Of the forward and of the backward, in bfloat16 with the default network.
+
+    Raises:
+        ValueError: `gpl_fast.tools.bench.check_shape`, or it does not fit into the workspace.
+    """
+    n, c, h, w = work.shape
+    net = LossNet.vgg(c)
+    check_shape(net, work.shape, work.kind)
+    assert not isinstance(net.chain, str)
+    x, target = torch.empty(work.shape, device="meta"), _target(work)
+    call = Call(
+        architecture, net.identity, net.chain, features=((net.layer_names[-1], 1.0),), styles=(),
+        kind=work.kind, activation=work.activation, target_activation=work.activation,
+        temperature=1.0, dtype=torch.bfloat16, workspace_mb=workspace_mb, tensors=tuple(target),
+    )  # fmt: skip
+    plan = Plan(call, n, h, w)
+    layout = policy.named(architecture).layout(call, x.device)
+    packs = weights.of(net.identity).packs(layout)
+    recorder = Recorder()
+    with recorder:
+        _, saved = Forward(plan, x, target, packs, True, stages=recorder).run()
+        first, recorder.launches = recorder.launches, []
+        g = torch.ones(4, n, device="meta")
+        Backward(plan, x, {}, packs, saved, g, stages=recorder).run()
+    return first, recorder.launches
+
+
+def _target(work: Workload) -> dict[str, Tensor]:
+    n, c, h, w = work.shape
+    if work.kind == "dense":
+        return {"dense": torch.empty(work.shape, device="meta")}
+    if work.kind == "labels":
+        return {"labels": torch.empty((n, h, w), dtype=torch.long, device="meta")}
+    shape = (n, min(TOP, c), h, w)
+    return {
+        "topk_values": torch.empty(shape, device="meta"),
+        "topk_indices": torch.empty(shape, dtype=torch.long, device="meta"),
+    }
