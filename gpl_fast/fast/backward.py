@@ -8,10 +8,10 @@ from torch import Tensor
 
 from gpl_fast import ops
 from gpl_fast.fast import memory, policy
-from gpl_fast.fast.chunk import Chunk
+from gpl_fast.fast.chunk import Chunk, Rows
 from gpl_fast.fast.logits import LogitsBackward, empty_gradient
 from gpl_fast.fast.plan import Plan
-from gpl_fast.fast.steps import Rows, StepBackward
+from gpl_fast.fast.steps_bwd import StepBackward
 from gpl_fast.fast.taps import Seeds
 from gpl_fast.net.weights import padded_channels
 

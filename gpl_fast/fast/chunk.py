@@ -29,6 +29,21 @@ class Maps(NamedTuple):
         return cls(stack[0], stack[1] if len(stack) == 2 else None, stack)
 
 
+class Rows(NamedTuple):
+    """Which rows of a step a strip has: those of its convolution, and its own of these."""
+
+    lo: int
+    hi: int
+    a: int
+    b: int
+    strips: bool
+
+    def inside(self, height: int) -> tuple[slice, slice]:
+        """The rows inside the image: of the strip, and of the image."""
+        a, b = max(self.lo, 0), min(self.hi, height)
+        return slice(a - self.lo, b - self.lo), slice(a, b)
+
+
 class Chunk:
     """Images of one call.
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from gpl_fast import ops
 from gpl_fast.fast.chunk import Chunk, Maps
-from gpl_fast.fast.memory import direct_elements, winograd_elements
 from gpl_fast.fast.policy import Way
 
 
@@ -92,11 +91,10 @@ class Convolutions:
         if way not in held:
             w = self.packs[f"w.{name}"].permute(0, 2, 3, 1)
             c_in, c_out = (w.shape[0], w.shape[3]) if transposed else (w.shape[3], w.shape[0])
+            u = w.new_empty(way.weight_elements(w.shape[1], c_in, c_out), dtype=way.dtype)
             if way.tile == 1:
-                u = w.new_empty(direct_elements(w.shape[1] ** 2, c_in, c_out), dtype=way.dtype)
                 ops.direct_weight(w, transposed, u)
             else:
-                u = w.new_empty(winograd_elements(way.tile, c_in, c_out), dtype=way.dtype)
                 ops.winograd_weight(w, way.tile, transposed, u)
             held[way] = u
         return held[way]

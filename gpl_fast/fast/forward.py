@@ -9,11 +9,11 @@ from torch import Tensor
 
 from gpl_fast.fast import memory, policy
 from gpl_fast.fast.branch import carried
-from gpl_fast.fast.chunk import Chunk, Maps
+from gpl_fast.fast.chunk import Chunk, Maps, Rows
 from gpl_fast.fast.logits import LogitsForward
 from gpl_fast.fast.look_up import LookUp
 from gpl_fast.fast.plan import Plan
-from gpl_fast.fast.steps import Rows, StepForward
+from gpl_fast.fast.steps_fwd import StepForward
 from gpl_fast.fast.taps import TapsForward
 
 

@@ -230,23 +230,4 @@ def _weight(plan: Plan, j: int, ways: set[Way], transposed: bool) -> int:
     c_in, c_out = padded_channels(plan.steps[j].in_channels), plan.steps[j].out_channels
     if transposed:
         c_in, c_out = c_out, c_in
-    total = 0
-    for way in ways:
-        elements = k * k * c_in * c_out
-        if way.tile > 1:
-            elements = winograd_elements(way.tile, c_in, c_out)
-        elif way.tile == 1:
-            elements = direct_elements(k * k, c_in, c_out)
-        total += way.dtype.itemsize * elements
-    return total
-
-
-def winograd_elements(tile: int, c_in: int, c_out: int) -> int:
-    """Of the weight that csrc/cpu/winograd.cpp reads, for `tile` results to a side: its points, in
-    blocks of 32 output channels and of pairs of input channels."""
-    return (tile + 2) ** 2 * (-(-c_in // 2) * 2) * (-(-c_out // 32) * 32)
-
-
-def direct_elements(taps: int, c_in: int, c_out: int) -> int:
-    """Of the weight that csrc/cpu/direct_conv.cpp reads: 32 input and output channels at a time."""
-    return taps * (-(-c_in // 32) * 32) * (-(-c_out // 32) * 32)
+    return sum(way.dtype.itemsize * way.weight_elements(k, c_in, c_out) for way in ways)

@@ -37,8 +37,9 @@ from gpl_fast.fast import policy
 from gpl_fast.fast.backward import Backward
 from gpl_fast.fast.call import Call, kept_of, read
 from gpl_fast.fast.forward import Forward
+from gpl_fast.fast.geometry import Geometry
 from gpl_fast.fast.logits import empty_gradient
-from gpl_fast.fast.plan import Geometry, Plan, plan_of
+from gpl_fast.fast.plan import Plan, plan_of
 from gpl_fast.graphs import constant_in_graphs
 from gpl_fast.net import weights
 from gpl_fast.precision import tf32_allowed

@@ -1,25 +1,22 @@
 """Who computes each step, forward and backward, on which device, in which arithmetic.
 
 The only file of the fast path that asks for a device; `Plan.how` holds what is decided here.
-Measurements decide, nothing is searched: ``data_gradient.json`` has a row a layer and GPU, and
-``GPL_FAST_DATA_GRADIENT`` names a file of rows that go before them (``benchmarks/tune.py``).
 """
 
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from gpl_fast import environment, ops, tiles
+from gpl_fast import ops, tiles
 from gpl_fast.fast.call import Call
+from gpl_fast.fast.measured import nearest
 from gpl_fast.net.steps import Step
 from gpl_fast.net.weights import Layout
 from gpl_fast.tiles import Tile
@@ -28,8 +25,6 @@ MIB = 2**20
 # workspace_mb="auto": megabytes of a CPU; of a GPU at least these, and one part of so many.
 CPU_WORKSPACE_MB = 256
 GPU_WORKSPACE_SHARE = 64
-# A measured row speaks for layers of up to so many times its input channels, or as many fewer.
-REACH = 1.5
 
 # Signs and winners come of the prediction's convolutions; the others decide nothing.
 Role = Literal["prediction", "difference", "gradient"]
@@ -43,6 +38,16 @@ class Way(NamedTuple):
     tile: int
     dtype: torch.dtype  # of the weight as it is read, and of what is multiplied by it
 
+    def weight_elements(self, kernel_size: int, c_in: int, c_out: int) -> int:
+        """Of the weight as it is read: its points in blocks of 32 output channels and of pairs of
+        input channels, or of its taps 32 input and output channels at a time."""
+        blocks = -(-c_out // 32) * 32
+        if self.tile > 1:
+            return (self.tile + 2) ** 2 * (-(-c_in // 2) * 2) * blocks
+        if self.tile == 1:
+            return kernel_size**2 * (-(-c_in // 32) * 32) * blocks
+        return kernel_size**2 * c_in * c_out
+
 
 class How(NamedTuple):
     """Who computes one step."""
@@ -53,25 +58,6 @@ class How(NamedTuple):
     difference: Way
     gradient: Way
     block_bwd: bool  # backward: one kernel goes from its output's gradient to its input's
-
-
-class Row(TypedDict):
-    """Milliseconds of both data gradients for one image of one layer, on one GPU.
-
-    ``dtype`` "float32" is TF32: true float32 is always ATen's. ``first``: the layer whose input is
-    the activation of the logits, timed through to their gradient.
-    """
-
-    arch: int
-    dtype: str
-    first: bool
-    in_channels: int
-    out_channels: int
-    kernel_size: int
-    stride: int
-    kernel_ms: float
-    aten_ms: float
-    measured: str
 
 
 @dataclass(frozen=True)
@@ -259,33 +245,3 @@ def implementation(policy: str, half: Literal["forward", "backward"]) -> Any:
     from gpl_fast import kernels  # only here: importing Triton takes a while
 
     return kernels
-
-
-# ------------------------------------------------------------------------------- measured rows
-
-
-@functools.cache
-def rows() -> list[Row]:
-    """All rows, those that go first first."""
-    found: list[Row] = environment.rows("GPL_FAST_DATA_GRADIENT")
-    found += json.loads(Path(__file__).with_name("data_gradient.json").read_text())
-    return found
-
-
-def nearest(
-    arch: int, dtype: str, layer: tuple[bool, int, int, int], in_channels: int
-) -> Row | None:
-    """The row of this GPU, dtype and `layer` (first, out_channels, kernel_size, stride) with the
-    nearest number of input channels."""
-
-    def ratio(row: Row) -> float:
-        return max(row["in_channels"], in_channels) / min(row["in_channels"], in_channels)
-
-    fitting = [
-        row
-        for row in rows()
-        if (row["arch"], row["dtype"]) == (arch, dtype)
-        and (row["first"], row["out_channels"], row["kernel_size"], row["stride"]) == layer
-        and ratio(row) <= REACH
-    ]
-    return min(fitting, key=ratio, default=None)
