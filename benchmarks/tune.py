@@ -1,7 +1,7 @@
 """Finds the fastest tile of `conv_block_fwd`, or the faster of the two ways of the data gradient,
 for each layer on the GPU that is there.
 
-Writes rows as gpl_fast/kernels/tiles.json or gpl_fast/chain/data_gradient.json has them, each with
+Writes rows as gpl_fast/tiles.json or gpl_fast/chain/data_gradient.json has them, each with
 its measurement, to a file of your own that ``GPL_FAST_TILES`` or ``GPL_FAST_DATA_GRADIENT`` names
 from then on; nothing is tuned at run time.
 
@@ -16,6 +16,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpl_fast import ops
+from gpl_fast import ops, tiles
 from gpl_fast.chain import data_gradient
 from gpl_fast.chain.convolution import conv_transpose
-from gpl_fast.kernels import conv_block, conv_block_fwd, tiles
+from gpl_fast.chain.stages import architecture
+from gpl_fast.kernels import conv_block_fwd
 from gpl_fast.plan import padded_channels
+from gpl_fast.stages import ACTIVATIONS, POOLS
 
 WIDTHS = (64, 128, 256, 512, 512)
 CANDIDATES = [
@@ -46,8 +49,8 @@ def layers(classes: int) -> Iterator[tuple[int, int, int]]:
 
 def launcher(
     c_in: int, c_out: int, size: int, dtype: torch.dtype, form: str, device: str
-) -> Callable[[], Tensor | None]:
-    """One layer's launch on random maps of one image."""
+) -> Callable[[tiles.Tile], Tensor | None]:
+    """One layer's launch with a tile, on random maps of one image."""
     a = torch.randn(1, size, size, c_in, device=device).to(dtype)
     d = torch.randn_like(a) if form == "diff" else None
     weight = torch.randn(9 * c_in, c_out, device=device).to(dtype)
@@ -56,30 +59,27 @@ def launcher(
     code = torch.empty(1, half, half, c_out // 2, dtype=torch.uint8, device=device)
     carried = None if d is None else torch.zeros(1, dtype=torch.bool, device=device)
     delta = None if d is None else torch.empty_like(y)
-    return lambda: conv_block_fwd(
-        a, d, weight, None, carried, None, kernel_size=3, stride=1, relu=True, pool=0, pad_h=1,
-        row0=0, image_rows=size, y=y, delta=delta, code=code,
+    return lambda tile: conv_block_fwd(
+        a, d=d, weight=weight, from_target=carried, kernel_size=3, stride=1, relu=True,
+        pool=POOLS["max"], pad_h=1, row0=0, image_rows=size, tile=tile, y=y, delta=delta, code=code,
     )  # fmt: skip
 
 
 def fastest(
-    run: Callable[[], Any], time: Callable[[Callable[[], Any]], float], candidates: list[tiles.Tile]
+    run: Callable[[tiles.Tile], Any],
+    time: Callable[[Callable[[], Any]], float],
+    candidates: list[tiles.Tile],
 ) -> tuple[tiles.Tile, float]:
     """The tile with the least time, in milliseconds; those that do not compile are passed over."""
     best: tuple[tiles.Tile, float] | None = None
-    shipped = conv_block.tile_for
-    try:
-        for tile in candidates:
-            conv_block.tile_for = lambda *args, tile=tile: tile
-            try:
-                ms = time(run)
-            except Exception as error:  # out of shared memory, registers, or the compiler's limits
-                print(f"  {tile}: {type(error).__name__}", file=sys.stderr)
-                continue
-            if best is None or ms < best[1]:
-                best = tile, ms
-    finally:
-        conv_block.tile_for = shipped
+    for tile in candidates:
+        try:
+            ms = time(partial(run, tile))
+        except Exception as error:  # out of shared memory, registers, or the compiler's limits
+            print(f"  {tile}: {type(error).__name__}", file=sys.stderr)
+            continue
+        if best is None or ms < best[1]:
+            best = tile, ms
     if best is None:
         raise RuntimeError("not one candidate ran")
     return best
@@ -95,7 +95,7 @@ def tune(
     """Rows for all layers, in both forms that have a GEMM of their own."""
     rows: list[tiles.Row] = []
     name = torch.cuda.get_device_name(device) if device != "cpu" else "interpreter"
-    arch = tiles.architecture(torch.device(device))
+    arch = architecture(torch.device(device))
     for (c_in, c_out, size), form in product(layers(classes), ("diff", "plain")):
         run = launcher(c_in, c_out, size, dtype, form, device)
         safe = [tile for tile in candidates if tiles.safe(tile, arch, form) == tile]
@@ -140,11 +140,11 @@ def two_ways(
     winners = torch.randint(5, (1, size // 2, size // 2, c_out), device=device).byte()
     code = winners[..., ::2] | winners[..., 1::2] << 4
     dz = dy.new_empty(1, size, size, c_out)
-    block = (dy, code, packed, ops.POOLS["max"], 1, 0, dtype == torch.float32)
+    block = (dy, code, packed, POOLS["max"], 1, 0, dtype == torch.float32)
     if first:
         x = torch.randn(1, c_in, size, size, device=device)
         logits = (x, x.logsumexp(1), torch.ones(1, device=device))
-        activation = ops.ACTIVATIONS["softmax" if c_in > 1 else "sigmoid"]
+        activation = ACTIVATIONS["softmax" if c_in > 1 else "sigmoid"]
         rest = (None, activation, 1.0, None, None, None, None, 0.0, 0, size)
 
     def by_kernel() -> Tensor:
@@ -157,7 +157,7 @@ def two_ways(
         return dx
 
     def by_aten() -> Tensor:
-        operators.relu_pool_bwd(dy, code, ops.POOLS["max"], size, size, 0, dz)
+        operators.relu_pool_bwd(dy, code, POOLS["max"], size, size, 0, dz)
         dx = conv_transpose(dz, w, 1, (1, 1), (0, 0))
         if not first:
             return dx
@@ -181,7 +181,7 @@ def measure_data_gradients(
     """A row for each layer, and for the first with each number of classes; none where the two ways
     do not agree."""
     rows: list[data_gradient.Row] = []
-    arch = tiles.architecture(torch.device(device))
+    arch = architecture(torch.device(device))
     name = torch.cuda.get_device_name(device) if device != "cpu" else "emulation"
     found = [(c, WIDTHS[0], 512, True) for c in classes]
     found += [(*layer, False) for layer in list(layers(classes[0]))[1:]]

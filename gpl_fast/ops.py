@@ -1,8 +1,7 @@
 """Loads the compiled operators. The only file that names ``torch.ops.gpl_fast``.
 
-Every operator writes into buffers that the caller owns, so that a workspace is used again without
-page faults; shapes, dtypes and layouts are checked in ``csrc/*.cpp``. Maps are NHWC. A strip is
-the rows ``[row0, row0 + rows)`` of every image; rows outside the image are written as zeros.
+`gpl_fast.stages` has their arguments. Every operator writes into buffers that the caller owns, so
+that a workspace is used again without page faults; shapes, dtypes and layouts are checked in csrc.
 """
 
 from __future__ import annotations
@@ -20,9 +19,6 @@ from gpl_fast import environment, sources
 from gpl_fast.cuda_build import driver_version, parse_cuda_build
 
 LIBRARY = Path(__file__).resolve().parent / "libgpl_fast.so"
-
-ACTIVATIONS = {"none": 0, "softmax": 1, "sigmoid": 2}
-POOLS = {"max": 0, "avg": 1, "": 2}
 
 _MUTATING = (
     "softmax_pack_fwd",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from gpl_fast.chain.convolution import Convolutions, conv_transpose
 from gpl_fast.chain.stages import backward_stages_on
 from gpl_fast.plan import Plan, Step, padded_channels
 from gpl_fast.precision import tf32_allowed
+from gpl_fast.stages import ACTIVATIONS, POOLS
 
 
 class Backward:
@@ -160,17 +162,19 @@ class Backward:
         """Rows of the step's input, (3) and (4), into `dx`; None: on through (5) to the logits."""
         name = f"code.{step.pool}" if step.pool_kind == "max" else f"mask.{step.relu}"
         code = self.saved[name][self.n0 : self.n1] if step.relu else None
-        block = (
-            dy.contiguous(), code, self.packs[f"bwd.{step.conv}"], ops.POOLS[step.pool_kind],
-            step.stride, dy_row0, self.allow_tf32,
-        )  # fmt: skip
+        block = {
+            "dy": dy.contiguous(), "code": code, "w": self.packs[f"bwd.{step.conv}"],
+            "pool": POOLS[step.pool_kind], "stride": step.stride, "dy_row0": dy_row0,
+            "allow_tf32": self.allow_tf32,
+        }  # fmt: skip
         (a, b) = rows
         if dx is None:
-            x, lse, scale, *rest = self._logits()
             dlogits = self.dx[self.n0 : self.n1]
-            self.stages.conv_block_logits_bwd(*block, x, lse, scale, *rest, a, b - a, dlogits)
+            self.stages.conv_block_logits_bwd(
+                **block, **self._logits(), row0=a, rows=b - a, dx=dlogits
+            )
         else:
-            self.stages.conv_block_bwd(*block, height, a, dx)
+            self.stages.conv_block_bwd(*block.values(), height, a, dx)
 
     def _last_gradient(self, step: Step, i: int, d_out: Tensor, lo: int, hi: int) -> Tensor:
         """dZ at rows [lo, hi) of a segment's last convolution, 0 outside the image."""
@@ -186,8 +190,13 @@ class Backward:
         dz = d_out.new_empty((n, hi - lo, size.conv_w, step.out_channels))
         name = f"code.{step.pool}" if step.pool_kind == "max" else f"mask.{step.relu}"
         code = self.saved[name][self.n0 : self.n1]
-        kind = ops.POOLS[step.pool_kind]
-        self.stages.relu_pool_bwd(d_out, code, kind, size.conv_h, size.conv_w, lo, dz)
+        kind = POOLS[step.pool_kind]
+        where = code, kind, size.conv_h, size.conv_w, lo, dz
+        if isinstance(self.stages, ModuleType) and self.stages.__name__ == "gpl_fast.kernels":
+            names = ("code", "pool", "height", "width", "row0", "dz")
+            self.stages.relu_pool_bwd(d_out, **dict(zip(names, where, strict=True)))
+        else:
+            self.stages.relu_pool_bwd(d_out, *where)
         if step.relu in plan.taps:
             seed = self._add_tap(step.relu, torch.zeros_like(dz), lo, hi, size.conv_h)
             dz += self._masked(step, seed, lo, hi, size.conv_h)
@@ -206,11 +215,11 @@ class Backward:
         a, b = max(lo, 0), min(hi, height)
         if (a, b) == (lo, hi):
             dz = torch.empty_like(dy, memory_format=torch.contiguous_format)
-            self.stages.relu_bwd(dy.contiguous(), mask[:, a:b].contiguous(), dz)
+            self.stages.relu_bwd(dy.contiguous(), mask=mask[:, a:b].contiguous(), dz=dz)
             return dz
         dz = torch.zeros_like(dy, memory_format=torch.contiguous_format)
         inner = dy[:, a - lo : b - lo].contiguous()
-        self.stages.relu_bwd(inner, mask[:, a:b].contiguous(), inner)
+        self.stages.relu_bwd(inner, mask=mask[:, a:b].contiguous(), dz=inner)
         dz[:, a - lo : b - lo] = inner
         return dz
 
@@ -248,27 +257,27 @@ class Backward:
         """Rows [r0, r1) of the logits' gradient, from that of their map."""
         if self.plan.front:
             dy = self._front(dy)
-        x, lse, scale, *rest = self._logits()
+        logits = self._logits()
         dlogits = self.dx[self.n0 : self.n1]
-        self.stages.softmax_bwd(x, lse, dy, scale, *rest, r0, r1 - r0, dlogits)
+        self.stages.softmax_bwd(logits.pop("x"), dy=dy, **logits, row0=r0, rows=r1 - r0, dx=dlogits)
 
-    def _logits(self) -> tuple[Any, ...]:
-        """x, lse, scale, and the other arguments of (5) and the cross-entropy, of this chunk."""
+    def _logits(self) -> dict[str, Any]:
+        """The arguments of (5) and the cross-entropy, of this chunk."""
         spec, chunk = self.plan.spec, slice(self.n0, self.n1)
         lse, ce_lse = self.saved.get("lse"), self.saved.get("ce_lse")
-        return (
-            self.x[chunk],
-            None if lse is None else lse[chunk],
-            self.scale[chunk].contiguous(),
-            self._of("valid"),
-            ops.ACTIVATIONS[spec.activation],
-            spec.temperature,
-            self.labels,
-            None if ce_lse is None else ce_lse[chunk],
-            None if self.labels is None else self.ce_scale[chunk],
-            self.target.get("class_weight"),
-            spec.label_smoothing,
-        )
+        return {
+            "x": self.x[chunk],
+            "lse": None if lse is None else lse[chunk],
+            "scale": self.scale[chunk].contiguous(),
+            "valid": self._of("valid"),
+            "activation": ACTIVATIONS[spec.activation],
+            "temperature": spec.temperature,
+            "ce_labels": self.labels,
+            "ce_lse": None if ce_lse is None else ce_lse[chunk],
+            "ce_scale": None if self.labels is None else self.ce_scale[chunk],
+            "class_weight": self.target.get("class_weight"),
+            "label_smoothing": spec.label_smoothing,
+        }
 
     def _front(self, dy: Tensor) -> Tensor:
         spec = self.plan.spec

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from gpl_fast import ops, reference
+from gpl_fast import reference
 from gpl_fast.chain.branch import GRID, carry_target
 from gpl_fast.chain.convolution import Convolutions, conv, zero_outside
-from gpl_fast.chain.stages import has_blocks, stages_on
+from gpl_fast.chain.stages import has_blocks, stages_on, tile_for
 from gpl_fast.plan import Plan, Step, padded_channels
 from gpl_fast.precision import tf32_allowed
+from gpl_fast.stages import ACTIVATIONS, POOLS, Listed
 
 
 class Forward:
@@ -150,29 +150,29 @@ class Forward:
         pair = self._strip_of((2 if dense else 1, *shape))
         self.stages.softmax_pack_fwd(
             x,
-            self._rows("valid", a, b),
-            self._dense_rows(a, b) if dense else None,
-            self.from_target if dense else None,
-            self._rows("labels", a, b),
-            self._rows("topk_values", a, b),
-            self._rows("topk_indices", a, b),
-            self._rows("topk_rest", a, b),
-            ops.ACTIVATIONS[spec.activation],
-            ops.ACTIVATIONS[spec.target_activation],
-            spec.temperature,
-            self._rows("ce_labels", a, b),
-            self.target.get("class_weight"),
-            spec.label_smoothing,
-            lo - a,
-            hi - lo,
-            r0 - a,
-            r1 - r0,
-            pair[0],
-            pair[1] if dense else None,
-            taken,
-            self._saved_rows("lse", a, b),
-            self._saved_rows("ce_lse", a, b),
-            None if ce_rows is None else ce_rows[:, a:b],
+            activation=ACTIVATIONS[spec.activation],
+            target_activation=ACTIVATIONS[spec.target_activation],
+            temperature=spec.temperature,
+            label_smoothing=spec.label_smoothing,
+            row0=lo - a,
+            rows=hi - lo,
+            core0=r0 - a,
+            core_rows=r1 - r0,
+            valid=self._rows("valid", a, b),
+            target=self._dense_rows(a, b) if dense else None,
+            from_target=self.from_target if dense else None,
+            labels=self._rows("labels", a, b),
+            topk_values=self._rows("topk_values", a, b),
+            topk_indices=self._rows("topk_indices", a, b),
+            topk_rest=self._rows("topk_rest", a, b),
+            ce_labels=self._rows("ce_labels", a, b),
+            class_weight=self.target.get("class_weight"),
+            y=pair[0],
+            delta=pair[1] if dense else None,
+            taken=taken,
+            lse=self._saved_rows("lse", a, b),
+            ce_lse=self._saved_rows("ce_lse", a, b),
+            ce_rows=None if ce_rows is None else ce_rows[:, a:b],
         )
         self.taken = taken, lo
         return self._front(pair, lo, hi) if plan.front else pair
@@ -249,19 +249,23 @@ class Forward:
 
     def _look_up(self, z: Tensor, dz: Tensor, row0: int) -> None:
         """z' and δz from the convolution of u, which `dz` holds on entry."""
-        valid, table, (taken, lo) = self._of("valid"), self.table, self.taken
+        table, (taken, lo) = self.table, self.taken
         assert table is not None
+        common = {
+            "valid": self._of("valid"), "table": table, "from_target": self.from_target,
+            "taken": taken, "taken_row0": lo, "row0": row0, "z": z, "dz": dz,
+        }  # fmt: skip
         if self.plan.spec.kind == "labels":
-            labels, interior = self._of("labels"), self.packs["interior"]
-            self.stages.label_conv_fwd(
-                labels, valid, table, interior, self.from_target, taken, lo, row0, z, dz
-            )
+            interior = self.packs["interior"]
+            self.stages.label_conv_fwd(self._of("labels"), interior=interior, **common)
         else:
-            values, indices = self._of("topk_values"), self._of("topk_indices")
             rest = self._of("topk_rest")
-            sums = None if rest is None else self.packs["rest_table"]
             self.stages.topk_conv_fwd(
-                values, indices, rest, valid, table, sums, self.from_target, taken, lo, row0, z, dz
+                self._of("topk_values"),
+                topk_indices=self._of("topk_indices"),
+                topk_rest=rest,
+                rest_table=None if rest is None else self.packs["rest_table"],
+                **common,
             )
 
     # (2) convolution, ReLU, pool: eq. (6)
@@ -372,17 +376,21 @@ class Forward:
         else:
             made = maps[0].new_empty((1 if self.plain else 2, n, count, width, channels))
             y, d = made[0], made[-1]
+        a_map, d_map = maps[0][0], None if self.plain or listed else maps[-1][-1]
+        weight = self.packs[f"block.{step.conv}"]
+        form = "listed" if listed else "plain" if d_map is None else "diff"
         partial = self.stages.conv_block_fwd(
-            maps[0][0],
-            None if self.plain or listed else maps[-1][-1],
-            self.packs[f"block.{step.conv}"],
-            self.packs.get(f"b.{step.conv}"),
-            None if self.plain else self.from_target,
-            self._listed() if listed else None,
+            a_map,
+            d=d_map,
+            weight=weight,
+            bias=self.packs.get(f"b.{step.conv}"),
+            from_target=None if self.plain else self.from_target,
+            target=self._listed() if listed else None,
+            tile=tile_for(a_map, a_map.shape[-1], weight.shape[1], step.stride, form),
             kernel_size=step.kernel_size,
             stride=step.stride,
             relu=True,
-            pool=ops.POOLS[step.pool_kind],
+            pool=POOLS[step.pool_kind],
             pad_h=pad_h,
             row0=lo,
             image_rows=size.conv_h,
@@ -399,23 +407,31 @@ class Forward:
         self._tap(tap, y, None if self.plain else d, i0, i0 + b - a, a, b)
         return [m.unsqueeze(0) for m in ((y,) if self.plain else (y, d)) if m is not None]
 
-    def _listed(self) -> Any:
+    def _listed(self) -> Listed:
         taken, taken_row0 = self.taken
         values = self._of("topk_values")
-        found = {"table": self.packs["table"], "taken": taken, "valid": self._of("valid")}
-        if values is None:
-            found |= {"labels": self._of("labels"), "interior": self.packs["interior"]}
-        else:
-            rest = self._of("topk_rest")
-            found |= {"values": values, "indices": self._of("topk_indices"), "rest": rest}
-            found |= {"rest_table": None if rest is None else self.packs["rest_table"]}
-        return self.stages.Listed(taken_row0=taken_row0, **found)
+        rest = self._of("topk_rest")
+        assert taken is not None
+        return Listed(
+            table=self.packs["table"],
+            taken=taken,
+            taken_row0=taken_row0,
+            valid=self._of("valid"),
+            labels=self._of("labels"),
+            interior=self.packs["interior"] if values is None else None,
+            values=values,
+            indices=self._of("topk_indices"),
+            rest=rest,
+            rest_table=None if rest is None else self.packs["rest_table"],
+        )
 
     def _relu(self, z: Tensor, dz: Tensor | None, mask: Tensor | None) -> None:
         if dz is None:
-            self.stages.relu_fwd(z, z, mask)
+            self.stages.relu_fwd(z, y=z, mask=mask)
         else:
-            self.stages.relu_diff_fwd(z, dz, self.from_target, z, dz, mask)
+            self.stages.relu_diff_fwd(
+                z, dz=dz, from_target=self.from_target, y=z, delta=dz, mask=mask
+            )
 
     def _pool(
         self,
@@ -427,7 +443,7 @@ class Forward:
         conv_rows: tuple[int, int],
         out: Tensor | None,
     ) -> None:
-        kind = ops.POOLS[step.pool_kind]
+        kind = POOLS[step.pool_kind]
         if step.pool_kind == "max":
             code = self._saved_rows(f"code.{step.pool}")
             code = None if code is None else code[:, a:b]
@@ -445,10 +461,12 @@ class Forward:
                 y = z.new_empty(shape, dtype=self.plan.dtype)
             d = z.new_empty(shape, dtype=self.plan.dtype) if diff is None else diff[:, a:b]
         if dz is None:
-            self.stages.relu_pool_fwd(z, kind, y, code)
+            self.stages.relu_pool_fwd(z, pool=kind, y=y, code=code)
             self._tap(step.pool, y, None, 0, b - a, a, b)
             return
-        self.stages.relu_pool_diff_fwd(z, dz, self.from_target, kind, y, d, code)
+        self.stages.relu_pool_diff_fwd(
+            z, dz=dz, from_target=self.from_target, pool=kind, y=y, delta=d, code=code
+        )
         if styled or (diff is not None and out is not None):
             self._tap(step.pool, y, d, 0, b - a, a, b)
 

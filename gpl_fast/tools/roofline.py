@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpl_fast import chain, plan
 from gpl_fast.net.lossnet import LossNet
+from gpl_fast.stages import Listed
 from gpl_fast.tools.bench import check_shape
 
 
@@ -86,26 +87,8 @@ class Launch:
     bytes: float
 
 
-@dataclass(frozen=True)
-class Listed:
-    """A target that is looked up: `gpl_fast.kernels.Listed`, for which Triton is needed."""
-
-    table: Tensor
-    taken: Tensor
-    taken_row0: int
-    valid: Tensor | None
-    labels: Tensor | None = None
-    interior: Tensor | None = None
-    values: Tensor | None = None
-    indices: Tensor | None = None
-    rest: Tensor | None = None
-    rest_table: Tensor | None = None
-
-
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Stands for the module of stages, and sees ATen's convolutions: collects both."""
-
-    Listed = Listed
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -126,20 +109,20 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """A stage without arithmetic worth counting, on tensors of the rows that it touches."""
         if name.startswith("_") or not name.endswith(("_fwd", "_bwd")):
             raise AttributeError(name)
-        return lambda *args: self.launches.append(Launch(name, 0.0, _bytes(args)))
+        return lambda *args, **options: self.launches.append(
+            Launch(name, 0.0, _bytes((*args, *options.values())))
+        )
 
-    def conv_block_fwd(
-        self, a: Tensor, d: Tensor | None, weight: Tensor, *args: Any, **options: Any
-    ) -> Tensor | None:
+    def conv_block_fwd(self, a: Tensor, **options: Any) -> Tensor | None:
         """As `gpl_fast.kernels.conv_block_fwd`."""
         n, height, width, _ = a.shape
         k, stride = options["kernel_size"], options["stride"]
         rows = (height + 2 * options["pad_h"] - k) // stride + 1
         columns = (width + 2 * (k // 2) - k) // stride + 1
-        branches = 1 if d is None else 2
-        flops = 2.0 * branches * n * rows * columns * weight.numel()
-        listed = next((x for x in args if isinstance(x, Listed)), None)
-        moved: float = _bytes((a, d, weight, *args, *options.values()))
+        branches = 1 if options["d"] is None else 2
+        flops = 2.0 * branches * n * rows * columns * options["weight"].numel()
+        listed: Listed | None = options["target"]
+        moved: float = _bytes((a, *options.values()))
         if listed is not None:
             whole = (listed.labels, listed.values, listed.indices, listed.rest, listed.valid)
             image_rows = next(t.shape[-2] for t in whole if t is not None)
@@ -155,9 +138,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         moved = _bytes((dy, code)) * min(1.0, dz.shape[1] / height) + _bytes((dz,))
         self.launches.append(Launch("relu_pool_bwd", 0.0, moved))
 
-    def softmax_bwd(self, x: Tensor, lse: Tensor | None, dy: Tensor, *args: Any) -> None:
+    def softmax_bwd(self, x: Tensor, *, dy: Tensor, **options: Any) -> None:
         """As the operator: rows of whole planes."""
-        moved = _bytes((x, lse, *args)) * min(1.0, dy.shape[1] / x.shape[2]) + _bytes((dy,))
+        part = min(1.0, dy.shape[1] / x.shape[2])
+        moved = _bytes((x, *options.values())) * part + _bytes((dy,))
         self.launches.append(Launch("softmax_bwd", 0.0, moved))
 
 

@@ -19,10 +19,9 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpl_fast
-from gpl_fast import LossNet, SegmentationLoss, backend, chain, ops, streams
+from gpl_fast import LossNet, SegmentationLoss, backend, chain, ops, streams, tiles
 from gpl_fast.chain import stages
 from gpl_fast.chain.convolution import conv_transpose
-from gpl_fast.kernels import tiles
 from gpl_fast.net import lossnet
 
 CUDA = torch.device("cuda", 0)
@@ -72,13 +71,30 @@ def test_rows_of_a_users_own_do_not_bring_them_back(form, user_rows):
 @pytest.mark.parametrize("fences", [False, True])
 def test_unfenced_copies_are_not_pipelined(fences, monkeypatch):
     """Stages of loads by pointers, where Triton fences them and where it does not."""
-    monkeypatch.setattr(tiles, "FENCES_COPIES", fences)
+    monkeypatch.setattr(tiles, "fences_copies", lambda: fences)
     async_proxy = 3 if fences else 1
     for arch, stages_ in ((80, 3), (89, 3), (90, async_proxy), (100, async_proxy), (120, 3)):
         assert chosen(arch, "diff", stride=2).stages == stages_
         assert chosen(arch, "plain", c_out=21).stages == stages_
     assert chosen(90, "listed").stages == async_proxy
     assert chosen(90, "diff").stages == chosen(100, "listed").stages == 3  # by TMA
+
+
+@pytest.mark.parametrize(
+    ("version", "fences"),
+    [("3.6.0", False), ("3.7.0+git12ab", False), ("3.7.1", True), ("3.10.0", True)],
+)
+@pytest.mark.parametrize("name", ["triton", "pytorch-triton"])
+def test_the_tritons_that_fence(name, version, fences, monkeypatch):
+    def installed(asked):
+        if asked != name:
+            raise tiles.metadata.PackageNotFoundError(asked)
+        return version
+
+    monkeypatch.setattr(tiles.metadata, "version", installed)
+    modules = {"triton": SimpleNamespace(__version__=version)}
+    monkeypatch.setattr(tiles.importlib, "import_module", modules.__getitem__)
+    assert tiles.fences_copies.__wrapped__() is fences
 
 
 # -------------------------------------------------------------------------------- streams, graphs

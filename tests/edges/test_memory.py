@@ -14,6 +14,7 @@ from gpl_fast import ops
 SCARCE = """
 import resource, torch
 from gpl_fast import ops
+from gpl_fast.stages import ACTIVATIONS
 
 torch.set_num_threads(1)
 ops.load()
@@ -23,8 +24,8 @@ lse = torch.zeros(1, 1, 16)
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (size + 2**24, size + 2**24))
 ops.softmax_pack_fwd(
-    x, None, None, None, None, None, None, None, ops.ACTIVATIONS["softmax"],
-    ops.ACTIVATIONS["softmax"], 1.0, None, None, 0.0, 0, 1, 0, 1, None, None, None, lse, None, None,
+    x, None, None, None, None, None, None, None, ACTIVATIONS["softmax"],
+    ACTIVATIONS["softmax"], 1.0, None, None, 0.0, 0, 1, 0, 1, None, None, None, lse, None, None,
 )
 """
 

@@ -1,4 +1,4 @@
-"""Which tile a convolution runs with: data, not search.
+"""Which tile a convolution runs with: data, not search; Triton is not imported.
 
 ``tiles.json`` holds rows by architecture, dtype, form and maybe channels; a row that carries a
 measurement says where it was made. ``GPL_FAST_TILES`` names a file of rows that go before them, as
@@ -8,23 +8,17 @@ measurement says where it was made. ``GPL_FAST_TILES`` names a file of rows that
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import re
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
-import torch
-import triton
-from torch import Tensor
-
 from gpl_fast import environment
 
-# Whether Triton puts a proxy fence between asynchronous copies into shared memory and the products
-# of sm_90 to sm_11x that read them there: 3.6.0 and 3.7.0 do not.
-FENCES_COPIES = tuple(map(int, re.findall(r"\d+", triton.__version__)[:3])) >= (3, 7, 1)
-
-FORMS = ("plain", "diff", "listed", "listed")
+FORMS = ("plain", "diff", "listed")  # one branch; both; both, of which the target is looked up
 
 
 @dataclass(frozen=True)
@@ -59,28 +53,14 @@ class Row(TypedDict):
 def rows() -> list[Row]:
     """All rows, those that go first first."""
     found: list[Row] = environment.rows("GPL_FAST_TILES")
-    found += json.loads(Path(__file__).with_name("tiles.json").read_text())
+    found += json.loads(Path(__file__).with_suffix(".json").read_text())
     return found
-
-
-def tile_for(a: Tensor, c_in: int, c_out: int, stride: int, form: int) -> Tile:
-    """The tile for a map `a` (N, H, W, C_in) on its device."""
-    name = str(a.dtype).removeprefix("torch.")
-    return choose(architecture(a.device), name, FORMS[form], c_in, c_out, stride)
-
-
-def architecture(device: torch.device) -> int:
-    """90 for sm_90; the interpreter goes by the oldest."""
-    if device.type != "cuda":
-        return 80
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 @functools.cache
 def choose(arch: int, dtype: str, form: str, c_in: int, c_out: int, stride: int) -> Tile:
-    """The first row that fits, of the newest architecture up to `arch`, cut to these channels and
-    to what the compiler gets right there, whoever wrote the row."""
+    """The first row that fits, of the newest architecture up to `arch` (90 is sm_90), cut to these
+    channels and to what the compiler gets right there, whoever wrote the row."""
     fitting = [
         row
         for row in rows()
@@ -104,5 +84,20 @@ def safe(tile: Tile, arch: int, form: str) -> Tile:
     if form == "listed" and 90 <= arch < 100:
         # Descriptors' operands would go to registers that a wgmma in flight still reads.
         tile = replace(tile, descriptors=False)
-    unfenced = 90 <= arch < 120 and not tile.descriptors and not FENCES_COPIES
+    unfenced = 90 <= arch < 120 and not tile.descriptors and not fences_copies()
     return replace(tile, stages=1) if unfenced else tile
+
+
+@functools.cache
+def fences_copies() -> bool:
+    """Whether Triton puts a proxy fence between asynchronous copies into shared memory and the
+    products of sm_90 to sm_11x that read them there: 3.6.0 and 3.7.0 do not. Where there is no
+    Triton, as the newest."""
+    try:
+        version = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        try:  # PyTorch's nightly builds have it under other names
+            version = importlib.import_module("triton").__version__
+        except ImportError:
+            return True
+    return tuple(map(int, re.findall(r"\d+", version)[:3])) >= (3, 7, 1)
