@@ -12,11 +12,12 @@ from torch import Tensor
 
 import gpl_fast
 from gpl_fast import ops, plan
+from gpl_fast.stages import ACTIVATIONS, POOLS
 
 N, H, W = 1, 64, 64
 CLASSES = (19, 150)
 DTYPES = (torch.float32, torch.bfloat16)
-SOFTMAX, MAX_POOL = ops.ACTIVATIONS["softmax"], ops.POOLS["max"]
+SOFTMAX, MAX_POOL = ACTIVATIONS["softmax"], POOLS["max"]
 
 pytestmark = [
     pytest.mark.skipif(ops.load() is not None, reason=str(ops.load())),

@@ -23,11 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpl_fast import ops
+from gpl_fast import ops, tiles
 from gpl_fast.chain import data_gradient
 from gpl_fast.chain.convolution import conv_transpose
-from gpl_fast.kernels import conv_block, conv_block_fwd, tiles
-from gpl_fast.plan import padded_channels
+from gpl_fast.kernels import conv_block, conv_block_fwd
+from gpl_fast.net.weights import padded_channels
+from gpl_fast.stages import ACTIVATIONS, POOLS
 
 WIDTHS = (64, 128, 256, 512, 512)
 CANDIDATES = [
@@ -141,14 +142,14 @@ def two_ways(
     code = winners[..., ::2] | winners[..., 1::2] << 4
     dz = dy.new_empty(1, size, size, c_out)
     block = {
-        "code": code, "w": packed, "pool": ops.POOLS["max"], "stride": 1, "dy_row0": 0,
+        "code": code, "w": packed, "pool": POOLS["max"], "stride": 1, "dy_row0": 0,
         "allow_tf32": dtype == torch.float32,
     }  # fmt: skip
     if first:
         x = torch.randn(1, c_in, size, size, device=device)
         logits = {
             "x": x, "lse": x.logsumexp(1), "scale": torch.ones(1, device=device),
-            "activation": ops.ACTIVATIONS["softmax" if c_in > 1 else "sigmoid"],
+            "activation": ACTIVATIONS["softmax" if c_in > 1 else "sigmoid"],
             "temperature": 1.0, "row0": 0, "rows": size,
         }  # fmt: skip
 
@@ -163,7 +164,7 @@ def two_ways(
 
     def by_aten() -> Tensor:
         operators.relu_pool_bwd(
-            dy, code=code, pool=ops.POOLS["max"], height=size, width=size, row0=0, dz=dz
+            dy, code=code, pool=POOLS["max"], height=size, width=size, row0=0, dz=dz
         )
         dx = conv_transpose(dz, w, 1, (1, 1), (0, 0))
         if not first:

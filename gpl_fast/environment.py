@@ -57,7 +57,7 @@ _TIME = Key("a number > 0", _is_time)
 _FLAG = Key("true or false", lambda x: isinstance(x, bool))
 _TEXT = Key("a text", lambda x: isinstance(x, str))
 _DTYPE = Key("bfloat16, float16 or float32", lambda x: x in ("bfloat16", "float16", "float32"))
-# `gpl_fast.kernels.tiles.Row` and `gpl_fast.chain.data_gradient.Row`.
+# `gpl_fast.tiles.Row` and `gpl_fast.chain.data_gradient.Row`.
 TILES = {
     "arch": _WHOLE,
     "dtype": _DTYPE,
@@ -140,7 +140,7 @@ VARIABLES = {
             "0: a GPU of compute capability 9.0 takes the kernels of 8.0",
             ("0", "1"),
         ),
-        Variable("GPL_FAST_TILES", _ROWS, "rows before those of kernels/tiles.json", TILES),
+        Variable("GPL_FAST_TILES", _ROWS, "rows before those of tiles.json", TILES),
         Variable(
             "GPL_FAST_DATA_GRADIENT",
             _ROWS,

@@ -8,8 +8,8 @@ all over. An argument that does not say otherwise is contiguous, and of a map ea
   the target's where `from_target` (N,) bool says so, else the prediction's. dz, delta and d are the
   prediction's less the target's, eq. (6) of docs/derivation.md.
 - A strip is the rows [row0, row0 + rows) of every image. A row outside the image is zeros.
-- A mask has a bit a channel, ⌈C/8⌉ bytes, the first in the lowest: the prediction's z > 0. A code
-  has four, ⌈C/2⌉ bytes: the window's winner 0 to 3, or 4 = none is positive.
+- A mask has a bit a channel, ⌈C/8⌉ bytes, the first in the lowest: unless the prediction's z <= 0.
+  A code has four, ⌈C/2⌉ bytes: the window's winner 0 to 3, or 4 = none is positive.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ POOLS = {"max": 0, "avg": 1, "": 2}
 
 @dataclass(frozen=True)
 class Listed:
-    """A target that is a list of classes, for `conv_block_fwd`: as in the two look-ups."""
+    """A target of labels, or of top-k values, indices and rest: as the two look-ups take it."""
 
     table: Tensor
     taken: Tensor
@@ -50,12 +50,9 @@ class BackwardStages(Protocol):
         dy: Tensor,  # (N, height // 2, width // 2, C)
         *,
         code: Tensor,  # of `relu_pool_fwd`
-        pool: int,
-        height: int,  # of the grid before the pool
-        width: int,
-        row0: int,
+        pool: int, height: int, width: int, row0: int,  # of the grid before the pool
         dz: Tensor,  # (N, rows, width, C)
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Through the pool and the ReLU, eq. (3)."""
 
     def relu_bwd(self, dy: Tensor, *, mask: Tensor, dz: Tensor) -> None:
@@ -71,7 +68,7 @@ class BackwardStages(Protocol):
         row0: int,
         rows: int,
         dx: Tensor,  # as x: rows of the image in the strip are written
-        lse: Tensor | None = None,  # these two of `softmax_pack_fwd`
+        lse: Tensor | None = None,  # of `softmax_pack_fwd`
         dy: Tensor | None = None,  # (N, rows, W, C_pad); None: the cross-entropy's gradient alone
         scale: Tensor | None = None,  # (N,) float32, with dy, by which its part is multiplied
         valid: Tensor | None = None,  # (N, H, W) bool: dy counts there
@@ -109,8 +106,7 @@ class Stages(BackwardStages, Protocol):
         class_weight: Tensor | None = None,  # (C,) float32
         y: Tensor | None = None,  # (N, rows, W, C_pad); of a list: y' less it where taken
         delta: Tensor | None = None,  # (N, rows, W, C_pad), with target
-        taken: Tensor
-        | None = None,  # (N, rows, W) uint8, with a list: y' is nearer to it than to 0
+        taken: Tensor | None = None,  # (N, rows, W) uint8, with a list: y' is nearer to it than 0
         lse: Tensor | None = None,  # (N, H, W) float32: max + T log Σ e^((x − max) / T)
         ce_lse: Tensor | None = None,  # (N, H, W) float32: with T = 1, where lse is not that
         ce_rows: Tensor | None = None,  # (N, H, 2) float64: Σ losses, Σ weights
@@ -234,15 +230,13 @@ class CudaStages(BackwardStages, Protocol):
         dy: Tensor,  # (N, dy_rows, w, C_out), of the step's output
         *,
         w: Tensor,  # (K², C_out up to a multiple of 64, C_in of 8), taps reversed
-        pool: int,
-        stride: int,
-        dy_row0: int,
-        allow_tf32: bool,
-        height: int,  # of the step's input
-        row0: int,
+        pool: int, stride: int,
+        dy_row0: int,  # of the step's output
+        allow_tf32: bool,  # in float32
+        height: int, row0: int,  # of the step's input
         dx: Tensor,  # (N, rows, W, C_in); with stride 2 all rows
         code: Tensor | None = None,  # or the mask; None: neither pool nor ReLU
-    ) -> None:
+    ) -> None:  # fmt: skip
         """dZ by eq. (3) while it is read, and its data gradient, eq. (4)."""
 
     def conv_block_logits_bwd(

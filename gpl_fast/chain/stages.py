@@ -6,8 +6,9 @@ from __future__ import annotations
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
-from gpl_fast import ops
+from gpl_fast import ops, tiles
 from gpl_fast.graphs import constant_in_graphs
 
 TRITON_DEVICES = {"cuda"}  # tests add "cpu", for Triton's interpreter
@@ -42,3 +43,17 @@ def backward_stages_on(device: torch.device) -> ModuleType:
 def compiled_on(device: torch.device) -> ModuleType | None:
     """The operators of csrc/cuda, None where they cannot run."""
     return ops if ops.cuda_obstacle(device) is None else None
+
+
+def tile_for(a: Tensor, c_in: int, c_out: int, stride: int, form: str) -> tiles.Tile:
+    """The tile for a map `a` (N, H, W, C_in) on its device."""
+    name = str(a.dtype).removeprefix("torch.")
+    return tiles.choose(architecture(a.device), name, form, c_in, c_out, stride)
+
+
+def architecture(device: torch.device) -> int:
+    """90 for sm_90; the interpreter goes by the oldest."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

@@ -11,6 +11,12 @@ import triton.language as tl
 
 
 @triton.jit
+def load(ptr, at, inside):
+    """float32, 0 elsewhere."""
+    return tl.load(ptr + at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def relu_of(z):
     """ReLU that lets NaN through."""
     return tl.where(z <= 0, 0.0, z)
@@ -91,3 +97,14 @@ def pack_bits(on, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """(ROWS, COLUMNS) bool -> (ROWS, COLUMNS // 8) uint8, the first column in the lowest bit."""
     bits = on.to(tl.int32).reshape(ROWS, COLUMNS // 8, 8) << tl.arange(0, 8)[None, None, :]
     return tl.sum(bits, axis=2).to(tl.uint8)
+
+
+@triton.jit
+def windows(z, PH: tl.constexpr, PW: tl.constexpr, COLUMNS: tl.constexpr):
+    """(2 PH * 2 PW, COLUMNS) -> the four positions of each window, (PH * PW, COLUMNS) each."""
+    z = z.reshape(PH, 2, PW, 2, COLUMNS).permute(0, 2, 4, 1, 3)
+    left, right = tl.split(z)
+    z0, z2 = tl.split(left)
+    z1, z3 = tl.split(right)
+    return (z0.reshape(PH * PW, COLUMNS), z1.reshape(PH * PW, COLUMNS),
+            z2.reshape(PH * PW, COLUMNS), z3.reshape(PH * PW, COLUMNS))  # fmt: skip

@@ -21,7 +21,7 @@ def _diff_reduce_fwd_kernel(delta_ptr, partial_ptr, M, BLOCK: tl.constexpr):
 
 
 def diff_reduce_fwd(delta: Tensor) -> Tensor:
-    """(N, ...) -> (N,) float64."""
+    """`gpl_fast.stages.Stages.diff_reduce_fwd`."""
     n = delta.shape[0]
     m = delta.numel() // n if n else 0
     if m == 0:

@@ -5,11 +5,14 @@ Twin of ``csrc/cpu/label_conv.cpp``. `listed` does it on registers, for `conv_bl
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpl_fast.kernels.launch import cdiv, image_strides, launch
+from gpl_fast.kernels.launch import cdiv, image_strides, launch, pointers, ranks
+from gpl_fast.stages import Listed
 
 PIXELS = 32  # of a program: few enough for all to lie inside one region of labels
 
@@ -54,10 +57,12 @@ def listed(
     from_target,
     labels_ptr, values_ptr, indices_ptr, rest_ptr, valid_ptr, taken_ptr,
     table_ptr, interior_ptr, rest_table_ptr,  # (K², C, C_OUT), (C, C_OUT), (K², C_OUT)
-    H, W, C, C_OUT, k, topk_n, topk_k, taken_row0, taken_rows,
+    sizes, k, taken_row0,  # of `list_arguments`
+    C_OUT,
     LABELS: tl.constexpr, HAS_VALID: tl.constexpr, HAS_REST: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """(z of the carried branch, dz)."""
+    H, W, C, topk_n, topk_k, taken_rows = sizes
     z = tl.where(from_target, 0.0, q)
     dz = q
     channel = c < C_OUT
@@ -116,13 +121,15 @@ def listed(
 )
 def _label_conv_fwd_kernel(
     z_ptr, dz_ptr,  # (N, rows, W, C_OUT)
-    labels_ptr, values_ptr, indices_ptr, rest_ptr, valid_ptr, taken_ptr, from_target_ptr,
-    table_ptr, interior_ptr, rest_table_ptr,
-    H, W, C, C_OUT, k, topk_n, topk_k, row0, rows, taken_row0, taken_rows, z_n, dz_n,
+    from_target_ptr,
+    labels_ptr, values_ptr, indices_ptr, rest_ptr, valid_ptr, taken_ptr,
+    table_ptr, interior_ptr, rest_table_ptr, sizes, k, taken_row0,  # as `listed`
+    C_OUT, row0, rows, z_n, dz_n,
     LABELS: tl.constexpr, HAS_VALID: tl.constexpr, HAS_REST: tl.constexpr, K: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_P pixels of a strip; zeros in a row outside the image."""
+    H, W = sizes[0], sizes[1]
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     n = tl.program_id(2).to(tl.int64)
@@ -135,80 +142,62 @@ def _label_conv_fwd_kernel(
     from_target = tl.load(from_target_ptr + n) != 0
     z, dz = listed(
         q, n, h, w, in_image, c, from_target, labels_ptr, values_ptr, indices_ptr,
-        rest_ptr, valid_ptr, taken_ptr, table_ptr, interior_ptr, rest_table_ptr, H, W, C, C_OUT, k,
-        topk_n, topk_k, taken_row0, taken_rows, LABELS, HAS_VALID, HAS_REST, K,
+        rest_ptr, valid_ptr, taken_ptr, table_ptr, interior_ptr, rest_table_ptr, sizes, k,
+        taken_row0, C_OUT, LABELS, HAS_VALID, HAS_REST, K,
     )  # fmt: skip
     z, dz = tl.where(live, z, 0.0), tl.where(live, dz, 0.0)
     tl.store(z_ptr + n * z_n + at, z.to(z_ptr.dtype.element_ty), mask=in_map)
     tl.store(dz_ptr + n * dz_n + at, dz.to(dz_ptr.dtype.element_ty), mask=in_map)
 
 
-def label_conv_fwd(
-    labels: Tensor,
-    valid: Tensor | None,
-    table: Tensor,
-    interior: Tensor,
-    from_target: Tensor,
-    taken: Tensor,
-    taken_row0: int,
-    row0: int,
-    z: Tensor,
-    dz: Tensor,
-) -> None:
-    """As the operator of this name in ``csrc/ops.cpp``, like all launchers here."""
-    _launch(
-        labels, (labels, None, None, None), (0, 0, 0), valid, (table, interior, None), from_target,
-        taken, taken_row0, row0, z, dz,
+def list_arguments(target: Listed | None, x: Tensor) -> list[Any]:
+    """`listed`'s arguments from labels_ptr to taken_row0, `x` for a tensor that is missing. Sizes:
+    H, W, C, the strides of an image and of a rank, the rows of `taken`."""
+    if target is None:
+        return [x] * 9 + [(0,) * 6, 0, 0]
+    held = pointers(
+        x, target.labels, target.values, target.indices, target.rest, target.valid, target.taken,
+        target.table, target.interior, target.rest_table,
     )  # fmt: skip
+    k, strides = ranks(target.values)
+    height, width = held[0 if target.values is None else 1].shape[-2:]
+    sizes = (height, width, target.table.shape[1], *strides, target.taken.shape[1])
+    return [*held, sizes, k, target.taken_row0]
+
+
+def label_conv_fwd(
+    labels: Tensor, *, table: Tensor, interior: Tensor, from_target: Tensor, taken: Tensor,
+    taken_row0: int, row0: int, z: Tensor, dz: Tensor, valid: Tensor | None = None,
+) -> None:  # fmt: skip
+    """`gpl_fast.stages.Stages.label_conv_fwd`."""
+    target = Listed(table, taken, taken_row0, valid, labels=labels, interior=interior)
+    _launch(target, from_target, row0, z, dz)
 
 
 def topk_conv_fwd(
-    topk_values: Tensor,
-    topk_indices: Tensor,
-    topk_rest: Tensor | None,
-    valid: Tensor | None,
-    table: Tensor,
-    rest_table: Tensor | None,
-    from_target: Tensor,
-    taken: Tensor,
-    taken_row0: int,
-    row0: int,
-    z: Tensor,
-    dz: Tensor,
-) -> None:
-    strides = (topk_values.shape[1], *topk_values.stride()[:2])
-    _launch(
-        topk_values, (None, topk_values, topk_indices, topk_rest), strides, valid,
-        (table, None, rest_table), from_target, taken, taken_row0, row0, z, dz,
+    topk_values: Tensor, *, topk_indices: Tensor, table: Tensor, from_target: Tensor,
+    taken: Tensor, taken_row0: int, row0: int, z: Tensor, dz: Tensor,
+    topk_rest: Tensor | None = None, rest_table: Tensor | None = None, valid: Tensor | None = None,
+) -> None:  # fmt: skip
+    """`gpl_fast.stages.Stages.topk_conv_fwd`."""
+    target = Listed(
+        table, taken, taken_row0, valid, values=topk_values, indices=topk_indices, rest=topk_rest,
+        rest_table=rest_table,
     )  # fmt: skip
+    _launch(target, from_target, row0, z, dz)
 
 
-def _launch(
-    target: Tensor,
-    lists: tuple[Tensor | None, ...],
-    topk: tuple[int, ...],
-    valid: Tensor | None,
-    tables: tuple[Tensor | None, ...],
-    from_target: Tensor,
-    taken: Tensor,
-    taken_row0: int,
-    row0: int,
-    z: Tensor,
-    dz: Tensor,
-) -> None:
+def _launch(target: Listed, from_target: Tensor, row0: int, z: Tensor, dz: Tensor) -> None:
     n, rows, w, c_out = z.shape
     if z.numel() == 0:
         return
-    taps, channels, _ = tables[0].shape if tables[0] is not None else (1, 0, 0)
     block_c = min(triton.next_power_of_2(c_out), 64)
     launch(
         _label_conv_fwd_kernel,
         (cdiv(rows * w, PIXELS), cdiv(c_out, block_c), n),
-        z, dz,
-        *(z if t is None else t for t in (*lists, valid)), taken, from_target,
-        *(z if t is None else t for t in tables),
-        target.shape[-2], w, channels, c_out, *topk, row0, rows, taken_row0, taken.shape[1],
-        *image_strides(z, dz),
-        LABELS=lists[0] is not None, HAS_VALID=valid is not None, HAS_REST=lists[3] is not None,
-        K=round(taps**0.5), BLOCK_P=PIXELS, BLOCK_C=block_c, num_warps=4,
+        z, dz, from_target, *list_arguments(target, z),
+        c_out, row0, rows, *image_strides(z, dz),
+        LABELS=target.labels is not None, HAS_VALID=target.valid is not None,
+        HAS_REST=target.rest is not None, K=round(target.table.shape[0] ** 0.5),
+        BLOCK_P=PIXELS, BLOCK_C=block_c, num_warps=4,
     )  # fmt: skip

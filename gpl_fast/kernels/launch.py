@@ -10,14 +10,19 @@ import torch
 import triton
 from torch import Tensor
 
-NONE, SOFTMAX, SIGMOID = 0, 1, 2
-MAX, AVG = 0, 1
-CLASSES = 64  # of a tile of logits, at most
+from gpl_fast.stages import ACTIVATIONS, POOLS
+
+# Kernels compare names.
+ACTIVATION_NAMES = {code: name for name, code in ACTIVATIONS.items()}
+POOL_NAMES = {code: name for name, code in POOLS.items()}
+
+# `triton.jit` asks the same of each kernel when it is imported.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
 def launch(kernel: Any, grid: Sequence[int], x: Tensor, *args: Any, **meta: Any) -> None:
     """``kernel[grid](x, ...)`` on the device of `x`."""
-    if not x.is_cuda:  # the interpreter
+    if INTERPRETED:
         kernel[tuple(grid)](x, *args, **meta)
         return
     with torch.cuda.device(x.device):
@@ -35,9 +40,27 @@ def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, device="cuda", dtype=torch.int8)
 
 
+def pointers(x: Tensor, *tensors: Tensor | None) -> list[Tensor]:
+    """The tensors, `x` in the place of those that are missing: a kernel does not read it there."""
+    return [x if t is None else t for t in tensors]
+
+
 def image_strides(*maps: Tensor | None) -> tuple[int, ...]:
     """From one image to the next, in elements; 0 for a missing map."""
     return tuple(0 if t is None else t.stride(0) for t in maps)
+
+
+def ranks(topk_values: Tensor | None) -> tuple[int, tuple[int, ...]]:
+    """k, and the strides of an image and of a rank; zeros without a list."""
+    if topk_values is None:
+        return 0, (0, 0)
+    return topk_values.shape[1], topk_values.stride()[:2]
+
+
+def blocks_of_maps(channels: int) -> tuple[int, int]:
+    """Pixels and channels of an elementwise program: 2048 elements, whole bytes of masks."""
+    block_c = min(max(triton.next_power_of_2(channels), 8), 128)
+    return max(2048 // block_c, 1), block_c
 
 
 def cdiv(a: int, b: int) -> int:

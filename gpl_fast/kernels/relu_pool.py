@@ -1,6 +1,6 @@
-"""ReLU with 1-bit masks, and 2 x 2 pooling with 4-bit codes, there and back.
+"""ReLU and 2 x 2 pooling with 4-bit codes, or 1-bit masks for an average, there and back.
 
-Twin of ``csrc/cpu/relu.cpp`` and ``relu_pool.cpp``: the same arguments, the same meaning.
+Twin of ``csrc/cpu/relu_pool.cpp``: the same arguments, the same meaning.
 """
 
 from __future__ import annotations
@@ -9,56 +9,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpl_fast.kernels.branches import max_window, pack_bits, pack_nibbles, relu_branches
-from gpl_fast.kernels.launch import MAX, cdiv, image_strides, launch
-
-
-@triton.jit
-def _load(ptr, at, inside):
-    return tl.load(ptr + at, mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit(do_not_specialize_on_alignment=["from_target_ptr"])
-def _relu_fwd_kernel(
-    z_ptr, dz_ptr, from_target_ptr, y_ptr, delta_ptr, mask_ptr,  # (pixels, C), mask (pixels, ⌈C/8⌉)
-    pixels, image_pixels, C,
-    HAS_DIFF: tl.constexpr, HAS_Y: tl.constexpr, HAS_MASK: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    px = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = (px[:, None] < pixels) & (c[None, :] < C)
-    at = px[:, None] * C + c[None, :]
-    z = _load(z_ptr, at, inside)
-    dz, from_target = z, z > z
-    if HAS_DIFF:
-        dz = _load(dz_ptr, at, inside)
-        carried = tl.load(from_target_ptr + px // image_pixels, mask=px < pixels, other=0)
-        from_target = (carried != 0)[:, None]
-    y, delta, prediction = relu_branches(z, dz, from_target, HAS_DIFF)
-    if HAS_Y:
-        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
-    if HAS_DIFF:
-        tl.store(delta_ptr + at, delta.to(delta_ptr.dtype.element_ty), mask=inside)
-    if HAS_MASK:
-        width = tl.cdiv(C, 8)
-        byte = tl.program_id(1) * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
-        on = inside & ~(prediction <= 0)
-        tl.store(mask_ptr + px[:, None] * width + byte[None, :], pack_bits(on, BLOCK_P, BLOCK_C),
-                 mask=(px[:, None] < pixels) & (byte[None, :] < width))  # fmt: skip
-
-
-@triton.jit
-def _relu_bwd_kernel(dy_ptr, mask_ptr, dz_ptr, pixels, C, BLOCK_P: tl.constexpr,
-                     BLOCK_C: tl.constexpr):  # fmt: skip
-    px = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = (px[:, None] < pixels) & (c[None, :] < C)
-    at = px[:, None] * C + c[None, :]
-    byte = px[:, None] * tl.cdiv(C, 8) + c[None, :] // 8
-    on = (tl.load(mask_ptr + byte, mask=inside, other=0).to(tl.int32) >> (c[None, :] % 8)) & 1
-    dy = tl.load(dy_ptr + at, mask=inside, other=0.0)
-    tl.store(dz_ptr + at, tl.where(on != 0, dy, 0.0).to(dz_ptr.dtype.element_ty), mask=inside)
+from gpl_fast.kernels.branches import load, max_window, pack_bits, pack_nibbles, relu_branches
+from gpl_fast.kernels.launch import (
+    POOL_NAMES,
+    blocks_of_maps,
+    cdiv,
+    image_strides,
+    launch,
+    pointers,
+)
 
 
 @triton.jit(do_not_specialize_on_alignment=["from_target_ptr"])
@@ -87,13 +46,13 @@ def _relu_pool_fwd_kernel(
     below = ((2 * i + 1) * W + 2 * j[:, None]).to(tl.int64) * C + c[None, :]
     y = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
     delta = y
-    if POOL == 0:
-        z0, z1 = _load(z_ptr, first, window), _load(z_ptr, first + C, window)
-        z2, z3 = _load(z_ptr, below, window), _load(z_ptr, below + C, window)
+    if POOL == "max":
+        z0, z1 = load(z_ptr, first, window), load(z_ptr, first + C, window)
+        z2, z3 = load(z_ptr, below, window), load(z_ptr, below + C, window)
         d0, d1, d2, d3 = z0, z1, z2, z3
         if HAS_DIFF:
-            d0, d1 = _load(dz_ptr, first, window), _load(dz_ptr, first + C, window)
-            d2, d3 = _load(dz_ptr, below, window), _load(dz_ptr, below + C, window)
+            d0, d1 = load(dz_ptr, first, window), load(dz_ptr, first + C, window)
+            d2, d3 = load(dz_ptr, below, window), load(dz_ptr, below + C, window)
         y, delta, code = max_window(z0, z1, z2, z3, d0, d1, d2, d3, from_target, HAS_DIFF)
         if HAS_CODE:
             width = tl.cdiv(C, 2)
@@ -109,10 +68,10 @@ def _relu_pool_fwd_kernel(
             row, column = 2 * i + p // 2, 2 * j + p % 2
             inside = (column[:, None] < W) & (c[None, :] < C) & (row < H)
             at = (row * W + column[:, None]).to(tl.int64)
-            z = _load(z_ptr, at * C + c[None, :], inside)
+            z = load(z_ptr, at * C + c[None, :], inside)
             dz = z
             if HAS_DIFF:
-                dz = _load(dz_ptr, at * C + c[None, :], inside)
+                dz = load(dz_ptr, at * C + c[None, :], inside)
             yp, dp, prediction = relu_branches(z, dz, from_target, HAS_DIFF)
             y += yp
             delta += dp
@@ -143,8 +102,8 @@ def _relu_pool_bwd_kernel(
     in_map = (p < rows * W) & (c[None, :] < C)
     inside = in_map & (h >= 0) & (h < H // 2 * 2) & (w < W // 2 * 2)
     pooled = (h // 2 * (W // 2) + w // 2).to(tl.int64)
-    dy = _load(dy_ptr + n * dy_n, pooled * C + c[None, :], inside)
-    if POOL == 0:
+    dy = load(dy_ptr + n * dy_n, pooled * C + c[None, :], inside)
+    if POOL == "max":
         byte = pooled * tl.cdiv(C, 2) + c[None, :] // 2
         code = tl.load(code_ptr + n * code_n + byte, mask=inside, other=68).to(tl.int32)
         won = ((code >> (c[None, :] % 2 * 4)) & 15) == h % 2 * 2 + w % 2
@@ -158,94 +117,34 @@ def _relu_pool_bwd_kernel(
     tl.store(dz_ptr + n * dz_n + out, dz.to(dz_ptr.dtype.element_ty), mask=in_map)
 
 
-def _blocks(channels: int) -> tuple[int, int]:
-    """Pixels and channels of a program: about 4096 elements, whole bytes of masks."""
-    block_c = min(max(triton.next_power_of_2(channels), 8), 128)
-    return max(2048 // block_c, 1), block_c
-
-
-def relu_fwd(z: Tensor, y: Tensor, mask: Tensor | None) -> None:
-    """As the operator of this name in ``csrc/ops.cpp``, like all launchers here."""
-    _relu(z, None, None, y, None, mask)
-
-
-def relu_diff_fwd(
-    z: Tensor, dz: Tensor, from_target: Tensor, y: Tensor | None, delta: Tensor, mask: Tensor | None
-) -> None:
-    _relu(z, dz, from_target, y, delta, mask)
-
-
-def _relu(
-    z: Tensor,
-    dz: Tensor | None,
-    from_target: Tensor | None,
-    y: Tensor | None,
-    delta: Tensor | None,
-    mask: Tensor | None,
-) -> None:
-    n, h, w, c = z.shape
-    if z.numel() == 0:
-        return
-    block_p, block_c = _blocks(c)
-    launch(
-        _relu_fwd_kernel,
-        (cdiv(n * h * w, block_p), cdiv(c, block_c)),
-        z,
-        *(z if t is None else t for t in (dz, from_target, y, delta, mask)),
-        n * h * w, h * w, c,
-        HAS_DIFF=dz is not None, HAS_Y=y is not None, HAS_MASK=mask is not None,
-        BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4,
-    )  # fmt: skip
-
-
-def relu_bwd(dy: Tensor, mask: Tensor, dz: Tensor) -> None:
-    n, h, w, c = dy.shape
-    if dy.numel() == 0:
-        return
-    block_p, block_c = _blocks(c)
-    launch(
-        _relu_bwd_kernel, (cdiv(n * h * w, block_p), cdiv(c, block_c)), dy, mask, dz, n * h * w, c,
-        BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4,
-    )  # fmt: skip
-
-
-def relu_pool_fwd(z: Tensor, pool: int, y: Tensor, code: Tensor | None) -> None:
-    _relu_pool(z, None, None, pool, y, None, code)
+def relu_pool_fwd(z: Tensor, *, pool: int, y: Tensor, code: Tensor | None = None) -> None:
+    """`gpl_fast.stages.Stages.relu_pool_fwd`."""
+    _launch(z, None, None, POOL_NAMES[pool], None, y, code)
 
 
 def relu_pool_diff_fwd(
-    z: Tensor,
-    dz: Tensor,
-    from_target: Tensor,
-    pool: int,
-    y: Tensor | None,
-    delta: Tensor,
-    code: Tensor | None,
-) -> None:
-    _relu_pool(z, dz, from_target, pool, y, delta, code)
+    z: Tensor, *, dz: Tensor, from_target: Tensor, pool: int, delta: Tensor,
+    y: Tensor | None = None, code: Tensor | None = None,
+) -> None:  # fmt: skip
+    """`gpl_fast.stages.Stages.relu_pool_diff_fwd`."""
+    _launch(z, dz, from_target, POOL_NAMES[pool], delta, y, code)
 
 
-def _relu_pool(
-    z: Tensor,
-    dz: Tensor | None,
-    from_target: Tensor | None,
-    pool: int,
-    y: Tensor | None,
-    delta: Tensor | None,
-    code: Tensor | None,
-) -> None:
+def _launch(
+    z: Tensor, dz: Tensor | None, from_target: Tensor | None, pool: str, delta: Tensor | None,
+    y: Tensor | None, code: Tensor | None,
+) -> None:  # fmt: skip
     n, h, w, c = z.shape
-    rows, columns = (h // 2, w // 2) if pool == MAX else (cdiv(h, 2), cdiv(w, 2))
+    rows, columns = (h // 2, w // 2) if pool == "max" else (cdiv(h, 2), cdiv(w, 2))
     if n * rows * columns * c == 0:
         return
-    block_w, block_c = _blocks(c)
+    block_w, block_c = blocks_of_maps(c)
     block_w = min(max(block_w // 2, 1), triton.next_power_of_2(columns))
     tiles = cdiv(cdiv(w, 2), block_w)
     launch(
         _relu_pool_fwd_kernel,
         (rows * tiles, cdiv(c, block_c), n),
-        z,
-        *(z if t is None else t for t in (dz, from_target, y, delta, code)),
+        z, *pointers(z, dz, from_target, y, delta, code),
         h, w, c, *image_strides(z, dz, y, delta, code),
         POOL=pool, HAS_DIFF=dz is not None, HAS_Y=y is not None, HAS_CODE=code is not None,
         BLOCK_W=block_w, BLOCK_C=block_c, num_warps=4,
@@ -253,15 +152,16 @@ def _relu_pool(
 
 
 def relu_pool_bwd(
-    dy: Tensor, code: Tensor, pool: int, height: int, width: int, row0: int, dz: Tensor
+    dy: Tensor, *, code: Tensor, pool: int, height: int, width: int, row0: int, dz: Tensor
 ) -> None:
+    """`gpl_fast.stages.BackwardStages.relu_pool_bwd`."""
     n, rows, _, c = dz.shape
     if dz.numel() == 0:
         return
-    block_p, block_c = _blocks(c)
+    block_p, block_c = blocks_of_maps(c)
     launch(
         _relu_pool_bwd_kernel,
         (cdiv(rows * width, block_p), cdiv(c, block_c), n),
         dy, code, dz, height, width, c, row0, rows, *image_strides(dy, code, dz),
-        POOL=pool, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4,
+        POOL=POOL_NAMES[pool], BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4,
     )  # fmt: skip

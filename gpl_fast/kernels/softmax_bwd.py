@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpl_fast.kernels.launch import CLASSES, SOFTMAX, cdiv, image_strides, launch
-from gpl_fast.kernels.softmax_pack import inverse_of
+from gpl_fast.kernels.launch import ACTIVATION_NAMES, cdiv, image_strides, launch, pointers
+from gpl_fast.kernels.logits import blocks, inverse_of
 
 
 @triton.jit
@@ -75,7 +75,7 @@ def _softmax_bwd_kernel(
     scale = 0.0
     if HAS_DY:
         scale = tl.load(scale_ptr + n)
-    if ACTIVATION == 1:
+    if ACTIVATION == "softmax":
         lse = tl.load(lse_ptr + at, mask=inside, other=0.0)
         # Where a pixel is not valid the cross-entropy may still count it.
         inverse, dot = _sums(x_ptr, dy_ptr, lse, at_x, at_dy, x_c, C, inv_t, inside, HAS_DY,
@@ -112,15 +112,15 @@ def _softmax_bwd_kernel(
         x = x.to(tl.float32)
         g = tl.zeros((BLOCK_C, BLOCK_W), tl.float32)
         y = g
-        if ACTIVATION == 1:
+        if ACTIVATION == "softmax":
             y = tl.exp((x - lse[None, :]) * inv_t) * inverse[None, :]
         if HAS_DY:
             dy = _load_dy(dy_ptr, at_dy, c, inside, C_PAD)
-            if ACTIVATION == 1:
+            if ACTIVATION == "softmax":
                 g = scale * y * (dy - dot[None, :])
             else:
                 g = scale * dy
-                if ACTIVATION == 2:
+                if ACTIVATION == "sigmoid":
                     # y' (1 − y') without the cancellation
                     g *= 1.0 / (1.0 + tl.exp(0.0 - x * inv_t)) / (1.0 + tl.exp(x * inv_t))
             # 1 / T comes last: it may be huge where the rest is 0.
@@ -140,40 +140,28 @@ def _softmax_bwd_kernel(
 
 
 def softmax_bwd(
-    x: Tensor,
-    lse: Tensor | None,
-    dy: Tensor | None,
-    scale: Tensor | None,
-    valid: Tensor | None,
-    activation: int,
-    temperature: float,
-    ce_labels: Tensor | None,
-    ce_lse: Tensor | None,
-    ce_scale: Tensor | None,
-    class_weight: Tensor | None,
-    label_smoothing: float,
-    row0: int,
-    rows: int,
-    dx: Tensor,
-) -> None:
-    """As the operator of this name in ``csrc/ops.cpp``."""
+    x: Tensor, *, activation: int, temperature: float, label_smoothing: float = 0.0, row0: int,
+    rows: int, dx: Tensor, lse: Tensor | None = None, dy: Tensor | None = None,
+    scale: Tensor | None = None, valid: Tensor | None = None, ce_labels: Tensor | None = None,
+    ce_lse: Tensor | None = None, ce_scale: Tensor | None = None,
+    class_weight: Tensor | None = None,
+) -> None:  # fmt: skip
+    """`gpl_fast.stages.BackwardStages.softmax_bwd`."""
     n, channels, height, width = x.shape
     if n * channels * width * rows == 0:
         return
-    own_lse = activation != SOFTMAX or temperature != 1.0
-    block_c = min(triton.next_power_of_2(channels), CLASSES)
-    block_w = min(triton.next_power_of_2(width), 64 if block_c >= 32 else 256)
+    kind = ACTIVATION_NAMES[activation]
+    block_c, block_w = blocks(channels, width)
     launch(
         _softmax_bwd_kernel,
         (rows * cdiv(width, block_w), n),
         x, dx,
-        *(x if t is None else t for t in (lse, dy, scale, valid)),
-        *(x if t is None else t for t in (ce_labels, ce_lse, ce_scale, class_weight)),
+        *pointers(x, lse, dy, scale, valid, ce_labels, ce_lse, ce_scale, class_weight),
         channels, height, width, row0,
         inverse_of(temperature), label_smoothing,
         *x.stride(), *dx.stride(), *image_strides(dy),
-        ACTIVATION=activation, HAS_DY=dy is not None, HAS_VALID=valid is not None,
-        HAS_CE=ce_labels is not None, OWN_LSE=own_lse, HAS_WEIGHT=class_weight is not None,
-        C_PAD=channels if dy is None else dy.shape[3], BLOCK_C=block_c, BLOCK_W=block_w,
-        num_warps=8 if block_c * block_w >= 4096 else 4,
+        ACTIVATION=kind, HAS_DY=dy is not None, HAS_VALID=valid is not None,
+        HAS_CE=ce_labels is not None, OWN_LSE=kind != "softmax" or temperature != 1.0,
+        HAS_WEIGHT=class_weight is not None, C_PAD=channels if dy is None else dy.shape[3],
+        BLOCK_C=block_c, BLOCK_W=block_w, num_warps=8 if block_c * block_w >= 4096 else 4,
     )  # fmt: skip

@@ -9,77 +9,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpl_fast.kernels.launch import CLASSES, NONE, SOFTMAX, image_strides, launch
-
-
-@triton.jit
-def _activate(x, m, inv_t, ACTIVATION: tl.constexpr):
-    """e^((x − m) / T) for softmax, sigmoid of x / T, or x / T itself; x in float32."""
-    if ACTIVATION == 1:
-        return tl.exp((x - m) * inv_t)
-    if ACTIVATION == 2:
-        return 1.0 / (1.0 + tl.exp(-(x * inv_t)))
-    return x * inv_t
-
-
-@triton.jit
-def _load_logits(x_ptr, c, w, stride_c, stride_w, C, W, BLOCK_C: tl.constexpr):
-    """A tile, (BLOCK_C, BLOCK_W) float32; −inf beyond the last class."""
-    at = c[:, None].to(tl.int64) * stride_c + w[None, :].to(tl.int64) * stride_w
-    inside = (c[:, None] < C) & (w[None, :] < W)
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    return tl.where(c[:, None] < C, x, float("-inf"))
-
-
-@triton.jit
-def _log_sum_exp(x_ptr, w, stride_c, stride_w, C, W, inv_t, BLOCK_C: tl.constexpr,
-                 BLOCK_W: tl.constexpr):  # fmt: skip
-    """(max, Σ e^((x − max) / T)) over the classes, (BLOCK_W,) each."""
-    m = tl.full((BLOCK_W,), float("-inf"), tl.float32)
-    s = tl.zeros((BLOCK_W,), tl.float32)
-    for c0 in range(0, C, BLOCK_C):
-        c = c0 + tl.arange(0, BLOCK_C)
-        x = _load_logits(x_ptr, c, w, stride_c, stride_w, C, W, BLOCK_C)
-        higher = tl.maximum(m, tl.max(x, axis=0))
-        # −inf − −inf where every logit so far is −inf: s is 0 then, or NaN
-        s = tl.where(m == float("-inf"), s, s * tl.exp((m - higher) * inv_t))
-        e = tl.exp((x - higher[None, :]) * inv_t)
-        s += tl.sum(tl.where(x == float("-inf"), 0.0, e), axis=0)
-        m = higher
-    return m, s
-
-
-@triton.jit
-def _cross_entropy(x_ptr, ce_labels_ptr, class_weight_ptr, at, w, inside, m, log_s, stride_c,
-                   stride_w, C, W, smoothing, HAS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr,
-                   BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr):  # fmt: skip
-    """Loss and weight of each pixel, (BLOCK_W,) float32, 0 where it does not count.
-
-    lse = m + log_s, kept apart: lse − x_c of a confident pixel is about log_s alone.
-    """
-    label = tl.load(ce_labels_ptr + at, mask=inside, other=-1)
-    counted = (label >= 0) & (label < C)
-    label = tl.where(counted, label, 0)
-    weight = tl.where(counted, 1.0, 0.0)
-    if HAS_WEIGHT:
-        weight *= tl.load(class_weight_ptr + label, mask=counted, other=0.0)
-    x_label = tl.load(x_ptr + label * stride_c + w.to(tl.int64) * stride_w, mask=counted, other=0.0)
-    loss = weight * (1.0 - smoothing) * ((m - x_label.to(tl.float32)) + log_s)
-    if SMOOTH:
-        # e/C Σ w_c (lse − x_c)
-        below = tl.zeros((BLOCK_W,), tl.float32)
-        weights = 0.0
-        for c0 in range(0, C, BLOCK_C):
-            c = c0 + tl.arange(0, BLOCK_C)
-            cw = tl.where(c < C, 1.0, 0.0)
-            if HAS_WEIGHT:
-                cw = tl.load(class_weight_ptr + c, mask=c < C, other=0.0)
-            cw *= smoothing / C
-            x = m[None, :] - _load_logits(x_ptr, c, w, stride_c, stride_w, C, W, BLOCK_C)
-            below += tl.sum(tl.where(c[:, None] < C, cw[:, None] * x, 0.0), axis=0)
-            weights += tl.sum(cw)
-        loss += weights * log_s + below
-    return tl.where(counted, loss, 0.0), weight
+from gpl_fast.kernels.launch import ACTIVATION_NAMES, image_strides, launch, pointers, ranks
+from gpl_fast.kernels.logits import (
+    activate,
+    blocks,
+    cross_entropy,
+    inverse_of,
+    load_logits,
+    log_sum_exp,
+)
 
 
 @triton.jit
@@ -116,14 +54,18 @@ def _softmax_pack_fwd_kernel(
     y_ptr, delta_ptr, taken_ptr,  # (N, rows, W, C_PAD) twice, (N, rows, W)
     lse_ptr, ce_lse_ptr,  # (N, H, W)
     C, H, W, row0, core0, core_rows, k, inv_t, target_inv_t, lse_t, smoothing,
-    x_n, x_c, x_h, x_w, t_n, t_c, t_h, t_w, topk_n, topk_k, y_n, delta_n,
+    x_strides, target_strides, topk_strides, map_strides,  # n c h w, n c h w, n k, y delta
     ACTIVATION: tl.constexpr, TARGET_ACTIVATION: tl.constexpr,
-    KIND: tl.constexpr,  # 0 none, 1 dense, 2 labels, 3 top-k
+    KIND: tl.constexpr,  # of the target: "", "dense", "labels" or "topk"
     HAS_VALID: tl.constexpr, HAS_REST: tl.constexpr, FAR: tl.constexpr,  # ranks beyond 2^31
     HAS_LSE: tl.constexpr, HAS_CE: tl.constexpr, OWN_LSE: tl.constexpr, HAS_CE_LSE: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, HAS_MAPS: tl.constexpr,
     C_PAD: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
+    x_n, x_c, x_h, x_w = x_strides
+    t_n, t_c, t_h, t_w = target_strides
+    topk_n, topk_k = topk_strides
+    y_n, delta_n = map_strides
     r, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
     h = row0 + r
     rows = tl.num_programs(0)
@@ -140,18 +82,18 @@ def _softmax_pack_fwd_kernel(
         at = (n * H + h) * W + w
         # (1) log-sum-exp, cross-entropy
         m, s = tl.zeros((BLOCK_W,), tl.float32), tl.full((BLOCK_W,), 1.0, tl.float32)
-        if ACTIVATION == 1:
-            m, s = _log_sum_exp(x_ptr, w, x_c, x_w, C, width, inv_t, BLOCK_C, BLOCK_W)
+        if ACTIVATION == "softmax":
+            m, s = log_sum_exp(x_ptr, w, x_c, x_w, C, width, inv_t, BLOCK_C, BLOCK_W)
         if HAS_LSE:
             tl.store(lse_ptr + at, m + lse_t * tl.log(s), mask=inside & core)
         if HAS_CE:
             cm, cs = m, s
             if OWN_LSE:
-                cm, cs = _log_sum_exp(x_ptr, w, x_c, x_w, C, width, 1.0, BLOCK_C, BLOCK_W)
+                cm, cs = log_sum_exp(x_ptr, w, x_c, x_w, C, width, 1.0, BLOCK_C, BLOCK_W)
             log_s = tl.log(cs)
             if HAS_CE_LSE:
                 tl.store(ce_lse_ptr + at, cm + log_s, mask=inside & core)
-            loss, weight = _cross_entropy(
+            loss, weight = cross_entropy(
                 x_ptr, ce_labels_ptr, class_weight_ptr, at, w, inside & core, cm, log_s, x_c, x_w,
                 C, width, smoothing, HAS_WEIGHT, SMOOTH, BLOCK_C, BLOCK_W,
             )  # fmt: skip
@@ -164,48 +106,48 @@ def _softmax_pack_fwd_kernel(
                 keep = keep & (tl.load(valid_ptr + at, mask=inside, other=0) != 0)
             factor = 1.0 / s
             tm, t_factor = m, factor
-            if KIND == 1 and TARGET_ACTIVATION == 1:
-                tm, ts = _log_sum_exp(target_ptr, w, t_c, t_w, C, width, target_inv_t, BLOCK_C,
-                                      BLOCK_W)  # fmt: skip
+            if KIND == "dense" and TARGET_ACTIVATION == "softmax":
+                tm, ts = log_sum_exp(target_ptr, w, t_c, t_w, C, width, target_inv_t, BLOCK_C,
+                                     BLOCK_W)  # fmt: skip
                 t_factor = 1.0 / ts
             first = n * topk_n + h.to(tl.int64) * W + w
             take = tl.zeros((BLOCK_W,), tl.int1)
             label = tl.full((BLOCK_W,), -1, tl.int64)
-            if KIND == 2:
+            if KIND == "labels":
                 label = tl.load(labels_ptr + at, mask=keep, other=-1)
                 known = keep & (label >= 0) & (label < C)
                 here = tl.where(known, label, 0) * x_c + w.to(tl.int64) * x_w
                 x_label = tl.load(x_ptr + here, mask=known, other=0.0).to(tl.float32)
-                y_label = _activate(x_label, m, inv_t, ACTIVATION)
-                if ACTIVATION == 1:
+                y_label = activate(x_label, m, inv_t, ACTIVATION)
+                if ACTIVATION == "softmax":
                     y_label *= factor
                 take = known & (y_label > 0.5)
-            if KIND == 3:
+            if KIND == "topk":
                 # |y' − t|² < |y'|², that is Σ t (2y' − t) > 0
                 gain = tl.zeros((BLOCK_W,), tl.float32)
                 for c0 in range(0, C, BLOCK_C):
                     c = c0 + tl.arange(0, BLOCK_C)
-                    x = _load_logits(x_ptr, c, w, x_c, x_w, C, width, BLOCK_C)
-                    y = _activate(x, m[None, :], inv_t, ACTIVATION)
-                    if ACTIVATION == 1:
+                    x = load_logits(x_ptr, c, w, x_c, x_w, C, width, BLOCK_C)
+                    y = activate(x, m[None, :], inv_t, ACTIVATION)
+                    if ACTIVATION == "softmax":
                         y *= factor[None, :]
                     t = _topk_tile(values_ptr, indices_ptr, rest_ptr, first, at, c, keep, topk_k,
                                    k, HAS_REST, FAR, BLOCK_C, BLOCK_W)  # fmt: skip
                     gain += tl.sum(tl.where(c[:, None] < C, t * ((y - t) + y), 0.0), axis=0)
                 take = keep & (gain > 0)
-            if KIND >= 2:
+            if KIND == "labels" or KIND == "topk":
                 tl.store(taken_ptr + (n * rows + r) * W + w, take.to(tl.uint8), mask=w < W)
             for c0 in range(0, C_PAD, BLOCK_C):
                 c = c0 + tl.arange(0, BLOCK_C)
-                x = _load_logits(x_ptr, c, w, x_c, x_w, C, width, BLOCK_C)
-                y = _activate(x, m[None, :], inv_t, ACTIVATION)
-                if ACTIVATION == 1:
+                x = load_logits(x_ptr, c, w, x_c, x_w, C, width, BLOCK_C)
+                y = activate(x, m[None, :], inv_t, ACTIVATION)
+                if ACTIVATION == "softmax":
                     y *= factor[None, :]
                 live = keep[None, :] & (c[:, None] < C)
-                if KIND == 1:
-                    x = _load_logits(target_ptr, c, w, t_c, t_w, C, width, BLOCK_C)
-                    t = _activate(x, tm[None, :], target_inv_t, TARGET_ACTIVATION)
-                    if TARGET_ACTIVATION == 1:
+                if KIND == "dense":
+                    x = load_logits(target_ptr, c, w, t_c, t_w, C, width, BLOCK_C)
+                    t = activate(x, tm[None, :], target_inv_t, TARGET_ACTIVATION)
+                    if TARGET_ACTIVATION == "softmax":
                         t *= t_factor[None, :]
                     d = tl.where(live, y - t, 0.0)
                     y = tl.where(tl.load(from_target_ptr + n) != 0, t, y)
@@ -213,13 +155,13 @@ def _softmax_pack_fwd_kernel(
                     inside_map = (w[None, :] < W) & (c[:, None] < C_PAD)
                     tl.store(delta_ptr + n * delta_n + out, d.to(delta_ptr.dtype.element_ty),
                              mask=inside_map)  # fmt: skip
-                if KIND == 2:
+                if KIND == "labels":
                     one = (c[:, None] == label[None, :]) & take[None, :]
                     less = y - 1.0
-                    if ACTIVATION == 2:  # where x is large, nothing of 1 − y' is left in y'
-                        less = -_activate(-x, m[None, :], inv_t, ACTIVATION)
+                    if ACTIVATION == "sigmoid":  # where x is large, nothing of 1 − y' is left in y'
+                        less = -activate(-x, m[None, :], inv_t, ACTIVATION)
                     y = tl.where(one, less, y)
-                if KIND == 3:
+                if KIND == "topk":
                     t = _topk_tile(values_ptr, indices_ptr, rest_ptr, first, at, c, keep, topk_k,
                                    k, HAS_REST, FAR, BLOCK_C, BLOCK_W)  # fmt: skip
                     y = tl.where(take[None, :], y - t, y)
@@ -233,78 +175,44 @@ def _softmax_pack_fwd_kernel(
         tl.store(row + 1, tl.sum(ce_weight))
 
 
-def inverse_of(temperature: float) -> float:
-    """1 / T, in float32 finite and positive whatever T is: times 0 it is 0."""
-    return 1.0 / min(max(temperature, 2.0**-126), 2.0**128)
-
-
 def softmax_pack_fwd(
-    x: Tensor,
-    valid: Tensor | None,
-    target: Tensor | None,
-    from_target: Tensor | None,
-    labels: Tensor | None,
-    topk_values: Tensor | None,
-    topk_indices: Tensor | None,
-    topk_rest: Tensor | None,
-    activation: int,
-    target_activation: int,
-    temperature: float,
-    ce_labels: Tensor | None,
-    class_weight: Tensor | None,
-    label_smoothing: float,
-    row0: int,
-    rows: int,
-    core0: int,
-    core_rows: int,
-    y: Tensor | None,
-    delta: Tensor | None,
-    taken: Tensor | None,
-    lse: Tensor | None,
-    ce_lse: Tensor | None,
-    ce_rows: Tensor | None,
-) -> None:
-    """As the operator of this name in ``csrc/ops.cpp``."""
+    x: Tensor, *, activation: int, target_activation: int, temperature: float,
+    label_smoothing: float = 0.0, row0: int, rows: int, core0: int, core_rows: int,
+    valid: Tensor | None = None, target: Tensor | None = None, from_target: Tensor | None = None,
+    labels: Tensor | None = None, topk_values: Tensor | None = None,
+    topk_indices: Tensor | None = None, topk_rest: Tensor | None = None,
+    ce_labels: Tensor | None = None, class_weight: Tensor | None = None, y: Tensor | None = None,
+    delta: Tensor | None = None, taken: Tensor | None = None, lse: Tensor | None = None,
+    ce_lse: Tensor | None = None, ce_rows: Tensor | None = None,
+) -> None:  # fmt: skip
+    """`gpl_fast.stages.Stages.softmax_pack_fwd`."""
     n, channels, height, width = x.shape
     if n * channels * width * rows == 0:
         return
-    kind = (
-        1
-        if target is not None
-        else 2
-        if labels is not None
-        else 3
-        if topk_values is not None
-        else 0
-    )
+    lists = {"dense": target, "labels": labels, "topk": topk_values}
+    kind = next((name for name, t in lists.items() if t is not None), "")
+    of_x, of_target = ACTIVATION_NAMES[activation], ACTIVATION_NAMES[target_activation]
+    inv_t, as_it_is = inverse_of(temperature), of_target == "none" != of_x
     c_pad = channels if y is None else y.shape[3]
-    block_c = min(triton.next_power_of_2(c_pad), CLASSES)
-    block_w = min(triton.next_power_of_2(width), 64 if block_c >= 32 else 256)
-    own_lse = activation != SOFTMAX or temperature != 1.0
-    inv_t = inverse_of(temperature)
-    as_it_is = target_activation == NONE != activation
-    topk_strides = (0, 0) if topk_values is None else topk_values.stride()[:2]
+    block_c, block_w = blocks(c_pad, width)
+    k, topk_strides = ranks(topk_values)
     launch(
         _softmax_pack_fwd_kernel,
         (rows, n),
         x,
-        x if target is None else target,
-        *(x if t is None else t for t in (valid, from_target, labels)),
-        *(x if t is None else t for t in (topk_values, topk_indices, topk_rest)),
-        *(x if t is None else t for t in (ce_labels, class_weight, ce_rows)),
-        *(x if t is None else t for t in (y, delta, taken, lse, ce_lse)),
-        channels, height, width, row0, core0, core_rows,
-        0 if topk_values is None else topk_values.shape[1],
+        *pointers(x, target, valid, from_target, labels, topk_values, topk_indices, topk_rest),
+        *pointers(x, ce_labels, class_weight, ce_rows, y, delta, taken, lse, ce_lse),
+        channels, height, width, row0, core0, core_rows, k,
         inv_t, 1.0 if as_it_is else inv_t, min(temperature, 2.0**96), label_smoothing,
-        *x.stride(), *(x if target is None else target).stride(), *topk_strides,
-        *image_strides(y, delta),
-        ACTIVATION=activation, TARGET_ACTIVATION=target_activation, KIND=kind,
+        x.stride(), (x if target is None else target).stride(), topk_strides,
+        image_strides(y, delta),
+        ACTIVATION=of_x, TARGET_ACTIVATION=of_target, KIND=kind,
         HAS_VALID=valid is not None, HAS_REST=topk_rest is not None,
-        FAR=topk_values is not None and topk_values.shape[1] * topk_strides[1] >= 2**31,
+        FAR=k * topk_strides[1] >= 2**31,
         HAS_LSE=lse is not None, HAS_CE=ce_labels is not None,
-        OWN_LSE=own_lse, HAS_CE_LSE=ce_lse is not None, HAS_WEIGHT=class_weight is not None,
-        SMOOTH=label_smoothing != 0.0, HAS_MAPS=y is not None,
-        C_PAD=c_pad, BLOCK_C=block_c, BLOCK_W=block_w,
+        OWN_LSE=of_x != "softmax" or temperature != 1.0, HAS_CE_LSE=ce_lse is not None,
+        HAS_WEIGHT=class_weight is not None, SMOOTH=label_smoothing != 0.0,
+        HAS_MAPS=y is not None, C_PAD=c_pad, BLOCK_C=block_c, BLOCK_W=block_w,
         # A list's tile beside the logits' is too much for the registers of four warps.
-        num_warps=8 if kind == 3 and block_c * block_w >= 4096 else 4, enable_fp_fusion=False,
+        num_warps=8 if kind == "topk" and block_c * block_w >= 4096 else 4, enable_fp_fusion=False,
     )  # fmt: skip

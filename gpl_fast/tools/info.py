@@ -12,6 +12,7 @@ import torch
 import gpl_fast
 from gpl_fast import backend as backends
 from gpl_fast import environment, ops
+from gpl_fast.cuda_build import parse_cuda_build
 from gpl_fast.net.lossnet import LossNet
 from gpl_fast.tools import measure
 
@@ -122,7 +123,7 @@ def _operators() -> dict[str, str]:
     """What the compiled library holds."""
     if (reason := _said(ops.load)) is not None:
         return {"library": f"unavailable: {reason}"}
-    build = ops.parse_cuda_build(ops.cuda_build())
+    build = parse_cuda_build(ops.cuda_build())
     bfloat16 = {
         "none": "bfloat16 is computed in float32",
         "pairs": "bfloat16 in pairs (AVX512_BF16)",

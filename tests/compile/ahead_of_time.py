@@ -6,7 +6,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -95,6 +95,7 @@ def compiling_for(capability: int | str) -> Iterator[list[Compiled]]:
     """
     compiled: list[Compiled] = []
     outer, active = JITFunction.run, triton.runtime.driver._active
+    device = torch.cuda.device
 
     def run(self, *args, grid, warmup, **kwargs):
         args = [_stand_in(arg) for arg in args]
@@ -104,11 +105,12 @@ def compiling_for(capability: int | str) -> Iterator[list[Compiled]]:
         return kernel
 
     JITFunction.run = run
+    torch.cuda.device = lambda device: nullcontext()  # there is none to launch on
     triton.runtime.driver.set_active(_Driver(capability))
     try:
         yield compiled
     finally:
-        JITFunction.run = outer
+        JITFunction.run, torch.cuda.device = outer, device
         triton.runtime.driver._active = active
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 
 import pytest
 import torch
@@ -12,29 +11,25 @@ from ahead_of_time import check, compiling_for
 from hazards import overwritten, unfenced, written
 from test_kernels import conv_block
 
-from gpl_fast import kernels
-from gpl_fast.kernels import tiles
+from gpl_fast import tiles
 
-CONV_BLOCK = sys.modules[kernels.conv_block_fwd.__module__]
 SHIPPED = {torch.bfloat16: (8, 16, 64, 64), torch.float32: (8, 16, 32, 64)}
 
 
-def compiled_with(monkeypatch, capability, dtype, form, *, stages, descriptors):
+def compiled_with(capability, dtype, form, *, stages, descriptors):
     """`conv_block_fwd` with a tile of one's own, past the table."""
     tile = tiles.Tile(*SHIPPED[dtype], 8, stages, descriptors)
-    monkeypatch.setattr(CONV_BLOCK, "tile_for", lambda *args: tile)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     with compiling_for(capability) as compiled:
-        conv_block(form=form, dtype=dtype, c_in=160)
+        conv_block(capability, form=form, dtype=dtype, c_in=160, tile=tile)
     return compiled[-1]
 
 
 # ------------------------------------------------------------------------- operands in registers
 
 
-def test_labels_by_descriptors_are_flagged_on_sm_90(monkeypatch):
+def test_labels_by_descriptors_are_flagged_on_sm_90():
     """Why the table has them by pointers."""
-    compiled = compiled_with(monkeypatch, 90, torch.bfloat16, "labels", stages=3, descriptors=True)
+    compiled = compiled_with(90, torch.bfloat16, "labels", stages=3, descriptors=True)
     with pytest.raises(AssertionError, match=r"a wgmma in flight reads what is written by LDSM"):
         check(compiled)
 
@@ -116,12 +111,12 @@ def test_what_an_instruction_writes(text, registers):
 
 @pytest.mark.parametrize("capability", [90, 100])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_copies_without_a_fence_are_flagged(capability, dtype, monkeypatch):
-    """Pipelined pointers: the fence is Triton's where `FENCES_COPIES` says so, and taken out all
+def test_copies_without_a_fence_are_flagged(capability, dtype):
+    """Pipelined pointers: the fence is Triton's where `fences_copies` says so, and taken out all
     products are flagged."""
-    compiled = compiled_with(monkeypatch, capability, dtype, "diff", stages=3, descriptors=False)
+    compiled = compiled_with(capability, dtype, "diff", stages=3, descriptors=False)
     assert "cp.async" in compiled.instructions
-    assert bool(unfenced(compiled.assembly)) != tiles.FENCES_COPIES
+    assert bool(unfenced(compiled.assembly)) != tiles.fences_copies()
     without = re.sub(r"fence\.proxy\.async\.shared::cta;", "", compiled.assembly)
     products = re.findall(r"\b(?:wgmma\.mma_async|tcgen05\.mma)\.", without)
     assert len(unfenced(without)) == len(products) > 0
@@ -130,13 +125,12 @@ def test_copies_without_a_fence_are_flagged(capability, dtype, monkeypatch):
 @pytest.mark.parametrize("capability", [90, 100])
 @pytest.mark.parametrize("case", ["stride", "labels", "odd channels"])
 def test_a_triton_without_the_fence_makes_no_such_copies(capability, case, monkeypatch):
-    monkeypatch.setattr(tiles, "FENCES_COPIES", False)
-    monkeypatch.setattr(tiles, "architecture", lambda device: capability)
+    monkeypatch.setattr(tiles, "fences_copies", lambda: False)
     tiles.choose.cache_clear()
     options = {"stride": {"form": "diff", "pool": "stride"}, "labels": {"form": "labels"},
                "odd channels": {"form": "plain", "c_out": 21}}[case]  # fmt: skip
     with compiling_for(capability) as compiled:
-        conv_block(dtype=torch.bfloat16, **options)
+        conv_block(capability, dtype=torch.bfloat16, **options)
     tiles.choose.cache_clear()
     by_pointers = "TMA load" not in compiled[-1].instructions
     assert by_pointers or (case == "labels" and capability == 100)
@@ -148,7 +142,7 @@ def test_the_versions_of_triton():
     """3.7.1 is the first that fences; what comes after it goes on."""
     version = tuple(map(int, re.findall(r"\d+", triton.__version__)[:3]))
     fences = version not in {(3, 6, 0), (3, 7, 0)}
-    assert fences == tiles.FENCES_COPIES
+    assert fences == tiles.fences_copies()
 
 
 COPY = "cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10"

@@ -16,14 +16,13 @@ import torch
 from ahead_of_time import CAPABILITIES, Compiled, check, compiling_for, meta
 from torch import Tensor
 
-from gpl_fast import kernels
-from gpl_fast.kernels import tiles
+from gpl_fast import kernels, tiles
 from gpl_fast.plan import padded_channels
+from gpl_fast.stages import POOLS, Listed
 
 FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
 LABEL_DTYPE, BYTE = torch.int64, torch.uint8
 N, H, W, CLASSES = 2, 512, 512, 150
-POOLS = {"max": 0, "avg": 1, "none": 2, "stride": 2}
 LISTED = ("labels", "topk", "topk and rest")
 
 
@@ -77,10 +76,10 @@ def listed(form: str, dtype: torch.dtype, kernel: int, c_out: int, masked: bool)
     valid = meta(*grid, dtype=torch.bool) if masked else None
     if form == "labels":
         labels, interior = meta(*grid, dtype=LABEL_DTYPE), meta(CLASSES, c_out, dtype=FLOAT)
-        return kernels.Listed(table, taken, 0, labels=labels, interior=interior, valid=valid)
+        return Listed(table, taken, 0, labels=labels, interior=interior, valid=valid)
     values, indices = meta(N, 8, H, W, dtype=FLOAT), meta(N, 8, H, W, dtype=LABEL_DTYPE)
     rest = form == "topk and rest"
-    return kernels.Listed(
+    return Listed(
         table, taken, 0, values=values, indices=indices, valid=valid,
         rest=meta(*grid, dtype=FLOAT) if rest else None,
         rest_table=meta(taps, c_out, dtype=FLOAT) if rest else None,
@@ -88,38 +87,32 @@ def listed(form: str, dtype: torch.dtype, kernel: int, c_out: int, masked: bool)
 
 
 def conv_block(
-    *, form: str, dtype: torch.dtype, kernel: int = 3, pool: str = "max", c_in: int = 64,
-    c_out: int = 128, bias: bool = False, reduce: bool = False, masked: bool = False,
+    capability: int, *, form: str, dtype: torch.dtype, kernel: int = 3, pool: str = "max",
+    c_in: int = 64, c_out: int = 128, bias: bool = False, reduce: bool = False,
+    masked: bool = False, tile: tiles.Tile | None = None, allow_tf32: bool = True,
 ) -> None:  # fmt: skip
+    """With the tile that the table has for the architecture, unless one is given."""
     stride = 2 if pool == "stride" else 1
     h, w = (H // stride, W // stride)
     out_h, out_w = (h // 2, w // 2) if pool in ("max", "avg") else (h, w)
     y = meta(N, out_h, out_w, c_out, dtype=dtype)
     code = (N, out_h, out_w, -(-c_out // 2)) if pool == "max" else (N, h, w, -(-c_out // 8))
     a = meta(N, H, W, c_in, dtype=dtype)
+    if tile is None:
+        name, row = str(dtype).removeprefix("torch."), "listed" if form in LISTED else form
+        tile = tiles.choose(capability, name, row, c_in, c_out, stride)
     kernels.conv_block_fwd(
         a,
-        a if form == "diff" else None,
-        meta(kernel**2 * c_in, c_out, dtype=dtype),
-        meta(c_out, dtype=FLOAT) if bias else None,
-        None if form == "plain" else meta(N, dtype=torch.bool),
-        listed(form, dtype, kernel, c_out, masked) if form in LISTED else None,
-        kernel_size=kernel, stride=stride, relu=True, pool=POOLS[pool], pad_h=kernel // 2,
-        row0=0, image_rows=h, y=None if reduce and form == "diff" else y,
-        delta=None if form == "plain" else y, code=meta(*code, dtype=BYTE), reduce=reduce,
+        weight=meta(kernel**2 * c_in, c_out, dtype=dtype),
+        kernel_size=kernel, stride=stride, relu=True, pool=POOLS.get(pool, POOLS[""]),
+        pad_h=kernel // 2, row0=0, image_rows=h, tile=tile,
+        d=a if form == "diff" else None,
+        bias=meta(c_out, dtype=FLOAT) if bias else None,
+        from_target=None if form == "plain" else meta(N, dtype=torch.bool),
+        target=listed(form, dtype, kernel, c_out, masked) if form in LISTED else None,
+        y=None if reduce and form == "diff" else y, delta=None if form == "plain" else y,
+        code=meta(*code, dtype=BYTE), reduce=reduce, allow_tf32=allow_tf32,
     )  # fmt: skip
-
-
-@pytest.fixture
-def on(monkeypatch):
-    """Tiles are chosen for the architecture that is compiled for."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-
-    def choose(capability):
-        monkeypatch.setattr(tiles, "architecture", lambda device: capability)
-        return capability
-
-    return choose
 
 
 def name(case: pairwise.Case) -> str:
@@ -132,10 +125,10 @@ def test_every_pair_occurs():
 
 
 @pytest.mark.parametrize("case", COVERING, ids=name)
-def test_conv_block(case, on):
+def test_conv_block(case):
     options = dict(case)
-    capability = on(options.pop("capability"))
-    compiled = compiled_once(capability, lambda: conv_block(**options))
+    capability = options.pop("capability")
+    compiled = compiled_once(capability, lambda: conv_block(capability, **options))
     # Copies of 4 bytes are the smallest there are: rows of 21 halves begin in between.
     by_pointers = case["pool"] == "stride" or (capability == 90 and case["form"] in LISTED)
     pipelined = case["c_out"] % 8 == 0 and (not by_pointers or copies_are_fenced(capability))
@@ -145,12 +138,12 @@ def test_conv_block(case, on):
 def copies_are_fenced(capability: int) -> bool:
     """Whether loads by pointers are pipelined: where products read by the async proxy, Triton has
     to put a fence between."""
-    return tiles.FENCES_COPIES or not 90 <= capability < 120
+    return tiles.fences_copies() or not 90 <= capability < 120
 
 
 def chosen(capability: int, row: tiles.Row) -> bool:
     """Whether a launch can run with the row on this architecture, for some form."""
-    for form in set(tiles.FORMS):
+    for form in tiles.FORMS:
         fitting = [
             r for r in tiles.rows()
             if r["dtype"] == row["dtype"] and r["arch"] <= capability and r["form"] in (form, "any")
@@ -170,14 +163,13 @@ ROWS = [
 
 
 @pytest.mark.parametrize(("row", "capability"), ROWS)
-def test_rows_of_the_table(row, capability, on, monkeypatch):
+def test_rows_of_the_table(row, capability, monkeypatch):
     """Uncut: as many channels as the tile has, and more."""
-    on(capability)
     monkeypatch.setattr(tiles, "rows", lambda: [row])
     tiles.choose.cache_clear()
     form = {"any": "diff", "listed": "topk and rest"}.get(row["form"], row["form"])
     options = {"form": form, "dtype": getattr(torch, row["dtype"]), "c_in": 160, "c_out": 512}
-    compiled = compiled_once(capability, lambda: conv_block(**options))
+    compiled = compiled_once(capability, lambda: conv_block(capability, **options))
     tiles.choose.cache_clear()
     check(compiled, pipelined=row["descriptors"] or copies_are_fenced(capability))
     assert compiled.warps == row["warps"]
@@ -191,14 +183,13 @@ def test_every_row_is_run_somewhere():
 
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90])
-def test_true_float32(capability, on, monkeypatch):
+def test_true_float32(capability):
     """Its products are not the tensor cores'. The walks leave it to ATen; on sm_100 and sm_120 the
     tiles of TF32 spill.
     """
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    on(capability)
     options = {"form": "labels" if capability % 20 else "diff", "dtype": FLOAT}
-    compiled = compiled_once(capability, lambda: conv_block(**options))
+    options |= {"allow_tf32": False}
+    compiled = compiled_once(capability, lambda: conv_block(capability, **options))
     check(compiled, tensor_core=None, pipelined=False)
 
 
@@ -238,23 +229,22 @@ def softmax_pack(
     temperature = 2.0 if own else 1.0
     target = listed(kind, maps, 3, 64, masked) if kind in LISTED else None
     kernels.softmax_pack_fwd(
-        x,
-        meta(*grid, dtype=torch.bool) if masked else None,
-        x if kind == "dense" else None,
-        meta(N, dtype=torch.bool) if kind == "dense" else None,
-        target.labels if target else None,
-        target.values if target else None,
-        target.indices if target else None,
-        target.rest if target else None,
-        activation, activation, temperature,
-        meta(*grid, dtype=LABEL_DTYPE) if cross_entropy != "none" else None,
-        meta(channels, dtype=FLOAT) if own else None,
-        0.1 if own else 0.0,
-        0, H, 0, H, y, y if kind == "dense" else None,
-        meta(*grid, dtype=BYTE) if target else None,
-        meta(*grid, dtype=FLOAT) if activation == 1 else None,
-        meta(*grid, dtype=FLOAT) if cross_entropy != "none" else None,
-        meta(N, H, 2, dtype=torch.float64),
+        x, activation=activation, target_activation=activation, temperature=temperature,
+        label_smoothing=0.1 if own else 0.0, row0=0, rows=H, core0=0, core_rows=H,
+        valid=meta(*grid, dtype=torch.bool) if masked else None,
+        target=x if kind == "dense" else None,
+        from_target=meta(N, dtype=torch.bool) if kind == "dense" else None,
+        labels=target.labels if target else None,
+        topk_values=target.values if target else None,
+        topk_indices=target.indices if target else None,
+        topk_rest=target.rest if target else None,
+        ce_labels=meta(*grid, dtype=LABEL_DTYPE) if cross_entropy != "none" else None,
+        class_weight=meta(channels, dtype=FLOAT) if own else None,
+        y=y, delta=y if kind == "dense" else None,
+        taken=meta(*grid, dtype=BYTE) if target else None,
+        lse=meta(*grid, dtype=FLOAT) if activation == 1 else None,
+        ce_lse=meta(*grid, dtype=FLOAT) if cross_entropy != "none" else None,
+        ce_rows=meta(N, H, 2, dtype=torch.float64),
     )  # fmt: skip
 
 
@@ -276,17 +266,16 @@ def softmax_bwd(
     x, grid, counted = logits(layout, dtype, channels), (N, H, W), cross_entropy != "none"
     own = cross_entropy == "own"
     kernels.softmax_bwd(
-        x,
-        meta(*grid, dtype=FLOAT) if activation == 1 else None,
-        meta(*grid, padded_channels(channels), dtype=maps),
-        meta(N, dtype=FLOAT),
-        meta(*grid, dtype=torch.bool) if masked else None,
-        activation, 2.0 if own else 1.0,
-        meta(*grid, dtype=LABEL_DTYPE) if counted else None,
-        meta(*grid, dtype=FLOAT) if own else None,
-        meta(N, dtype=FLOAT) if counted else None,
-        meta(channels, dtype=FLOAT) if own else None,
-        0.1 if own else 0.0, 0, H, x,
+        x, activation=activation, temperature=2.0 if own else 1.0,
+        label_smoothing=0.1 if own else 0.0, row0=0, rows=H, dx=x,
+        lse=meta(*grid, dtype=FLOAT) if activation == 1 else None,
+        dy=meta(*grid, padded_channels(channels), dtype=maps),
+        scale=meta(N, dtype=FLOAT),
+        valid=meta(*grid, dtype=torch.bool) if masked else None,
+        ce_labels=meta(*grid, dtype=LABEL_DTYPE) if counted else None,
+        ce_lse=meta(*grid, dtype=FLOAT) if own else None,
+        ce_scale=meta(N, dtype=FLOAT) if counted else None,
+        class_weight=meta(channels, dtype=FLOAT) if own else None,
     )  # fmt: skip
 
 
@@ -304,31 +293,37 @@ def small_stages(dtype: torch.dtype, c: int) -> dict:
     y = meta(N, H // 2, W // 2, c, dtype=dtype)
     mask = meta(N, H, W, -(-c // 8), dtype=BYTE)
     code = {0: meta(N, H // 2, W // 2, -(-c // 2), dtype=BYTE), 1: mask}
+    both = {"dz": z, "from_target": branch}
     stages = {
-        "relu": lambda: kernels.relu_fwd(z, z, mask),
-        "relu_diff": lambda: kernels.relu_diff_fwd(z, z, branch, z, z, mask),
-        "relu_bwd": lambda: kernels.relu_bwd(z, mask, z),
+        "relu": lambda: kernels.relu_fwd(z, y=z, mask=mask),
+        "relu_diff": lambda: kernels.relu_diff_fwd(z, **both, y=z, delta=z, mask=mask),
+        "relu_bwd": lambda: kernels.relu_bwd(z, mask=mask, dz=z),
         "diff_reduce": lambda: kernels.diff_reduce_fwd(y),
     }
     for pool in (0, 1):
+        made = {"pool": pool, "code": code[pool]}
         stages |= {
-            f"pool {pool}": lambda p=pool: kernels.relu_pool_fwd(z, p, y, code[p]),
-            f"pool_diff {pool}": lambda p=pool: kernels.relu_pool_diff_fwd(
-                z, z, branch, p, y, y, code[p]
+            f"pool {pool}": lambda m=made: kernels.relu_pool_fwd(z, **m, y=y),
+            f"pool_diff {pool}": lambda m=made: kernels.relu_pool_diff_fwd(
+                z, **both, **m, y=y, delta=y
             ),
-            f"pool_bwd {pool}": lambda p=pool: kernels.relu_pool_bwd(y, code[p], p, H, W, 0, z),
+            f"pool_bwd {pool}": lambda m=made: kernels.relu_pool_bwd(
+                y, **m, height=H, width=W, row0=0, dz=z
+            ),
         }
     for form in LISTED:
         t = listed(form, dtype, 3, c, form != "labels")
-        where = (branch, t.taken, 0, 0, z, z)
+        given = {"table": t.table, "from_target": branch, "taken": t.taken, "valid": t.valid}
+        given |= {"taken_row0": 0, "row0": 0, "z": z, "dz": z}
         if form == "labels":
-            stages[form] = lambda t=t, where=where: kernels.label_conv_fwd(
-                t.labels, t.valid, t.table, t.interior, *where
+            stages[form] = lambda t=t, given=given: kernels.label_conv_fwd(
+                t.labels, **given, interior=t.interior
             )
         else:
-            stages[form] = lambda t=t, where=where: kernels.topk_conv_fwd(
-                t.values, t.indices, t.rest, t.valid, t.table, t.rest_table, *where
-            )
+            stages[form] = lambda t=t, given=given: kernels.topk_conv_fwd(
+                t.values, **given, topk_indices=t.indices, topk_rest=t.rest,
+                rest_table=t.rest_table,
+            )  # fmt: skip
     return stages
 
 
@@ -359,17 +354,16 @@ ONES = {
 
 
 @pytest.mark.parametrize("shape", ONES)
-def test_sizes_of_one_compile(shape, on, monkeypatch):
+def test_sizes_of_one_compile(shape, monkeypatch):
     """Triton makes constants of them, which have fewer methods than numbers; the interpreter does
     not."""
     n, h, w, classes, c_in, c_out = ONES[shape]
     for key, value in {"N": n, "H": h, "W": w, "CLASSES": classes}.items():
         monkeypatch.setattr(f"{__name__}.{key}", value)
-    on(90)
     stages = small_stages(FLOAT, c_out)
     stages |= {
         f"conv_block {form} {pool}": lambda form=form, pool=pool: conv_block(
-            form=form, dtype=BF16, pool=pool, c_in=c_in, c_out=c_out
+            90, form=form, dtype=BF16, pool=pool, c_in=c_in, c_out=c_out
         )
         for form, pool in (("diff", "max"), ("labels", "none"), ("topk and rest", "avg"))
     }
@@ -387,9 +381,8 @@ def test_sizes_of_one_compile(shape, on, monkeypatch):
     assert not [hazard for each in compiled for hazard in each.hazards()]
 
 
-def test_any_image_of_a_batch_takes_the_same_kernel(on, monkeypatch):
+def test_any_image_of_a_batch_takes_the_same_kernel(monkeypatch):
     """What has one element an image begins at any address; a kernel takes seconds to compile."""
-    on(90)
     whole = meta
     first = 0
 
@@ -402,7 +395,7 @@ def test_any_image_of_a_batch_takes_the_same_kernel(on, monkeypatch):
     loaded = {}
     for first in (0, 3):
         with compiling_for(90):
-            conv_block(form="diff", dtype=BF16)
+            conv_block(90, form="diff", dtype=BF16)
             softmax_bwd(layout="nchw", dtype=FLOAT, maps=BF16, channels=19, activation=1,
                         cross_entropy="shared", masked=False)  # fmt: skip
             small_stages(FLOAT, 8)["pool_diff 0"]()
@@ -432,10 +425,9 @@ def test_maps_are_read_and_written_in_whole_vectors():
     assert not {"ld.global.b32", "st.global.b16"} & loads_and_stores(pack)
 
 
-def test_the_first_layer_of_one_channel_is_pipelined(on):
+def test_the_first_layer_of_one_channel_is_pipelined():
     """8 channels are less than what Triton specialises on by itself."""
-    on(80)
-    compiled = compiled_once(80, lambda: conv_block(form="diff", dtype=BF16, c_in=8))
+    compiled = compiled_once(80, lambda: conv_block(80, form="diff", dtype=BF16, c_in=8))
     check(compiled)
     assert "ld.global.b16" not in loads_and_stores(compiled)
 
@@ -443,7 +435,6 @@ def test_the_first_layer_of_one_channel_is_pipelined(on):
 # ------------------------------------------------------------------------------- for information
 
 
-def test_an_amd_architecture(on):
-    on(80)
-    compiled = compiled_once("gfx942", lambda: conv_block(form="labels", dtype=BF16))
+def test_an_amd_architecture():
+    compiled = compiled_once("gfx942", lambda: conv_block(80, form="labels", dtype=BF16))
     check(compiled, tensor_core="mfma")

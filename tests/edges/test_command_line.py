@@ -16,10 +16,9 @@ from typing import NotRequired, get_origin, get_type_hints
 import pytest
 
 import gpl_fast
-from gpl_fast import backend, cli, demo, environment, ops
+from gpl_fast import backend, cli, demo, environment, ops, tiles
 from gpl_fast.chain import data_gradient
 from gpl_fast.demo import experiment
-from gpl_fast.kernels import tiles
 from gpl_fast.tools import bench, info, measure, roofline
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -22,7 +22,7 @@ import gpl_fast
 from gpl_fast import LossNet, SegmentationLoss, backend, ops, streams
 from gpl_fast.chain import stages
 from gpl_fast.chain.convolution import conv_transpose
-from gpl_fast.kernels import tiles
+from gpl_fast import tiles
 from gpl_fast.net import weights
 from gpl_fast.net.weights import Layout
 

@@ -14,6 +14,7 @@ from gpl_fast import ops
 SCARCE = """
 import resource, torch
 from gpl_fast import ops
+from gpl_fast.stages import ACTIVATIONS
 
 torch.set_num_threads(1)
 ops.load()
@@ -22,7 +23,7 @@ x = torch.zeros(1, channels, 1, 16)
 lse = torch.zeros(1, 1, 16)
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (size + 2**24, size + 2**24))
-softmax = ops.ACTIVATIONS["softmax"]
+softmax = ACTIVATIONS["softmax"]
 ops.softmax_pack_fwd(
     x, activation=softmax, target_activation=softmax, temperature=1.0, row0=0, rows=1, core0=0,
     core_rows=1, lse=lse,

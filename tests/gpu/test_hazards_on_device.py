@@ -11,8 +11,8 @@ from cases import make_target
 from test_loss import SMALL, loss_of, run
 
 import gpl_fast
-from gpl_fast import ops
-from gpl_fast.kernels import conv_block, tiles
+from gpl_fast import ops, tiles
+from gpl_fast.chain import forward
 
 LARGE = (4, 19, 256, 384)
 
@@ -132,13 +132,13 @@ def test_one_pipelined_tile_gives_the_bits_of_an_unpipelined_one(cuda, kind, dty
     x = x.to(dtype)
     loss = loss_of(channels=19)
     shipped = [run(loss, x, target) for _ in range(10)]
-    choose = conv_block.tile_for
+    choose = forward.tile_for
 
     def by_pointers(*args):
         tile = choose(*args)
         return tiles.Tile(tile.block_h, tile.block_w, tile.block_k, tile.block_n, tile.warps, 1,
                           descriptors=False)  # fmt: skip
 
-    monkeypatch.setattr(conv_block, "tile_for", by_pointers)
+    monkeypatch.setattr(forward, "tile_for", by_pointers)
     plain = run(loss, x, target)
     assert all(same(each, plain) for each in shipped)

@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from saved import unpack_code, unpack_mask, windows
 from torch import Tensor
 
-from gpl_fast import kernels, ops
-from gpl_fast.kernels import conv_block, tiles
-from gpl_fast.kernels.tiles import Tile
+from gpl_fast import kernels, ops, tiles
+from gpl_fast.kernels import conv_block
 from gpl_fast.plan import padded_channels
+from gpl_fast.stages import Listed
+from gpl_fast.tiles import Tile
 
 FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
 ATOL = {FLOAT: 1e-6, BF16: 1e-5, HALF: 1e-6}
@@ -107,7 +108,7 @@ class Inputs:
     weight: Tensor  # (K² C_in, C_out)
     bias: Tensor | None
     from_target: Tensor | None  # (N,)
-    target: kernels.Listed | None
+    target: Listed | None
     dense: Tensor | None  # (N, C, H, W) float64, what `target` stands for
 
 
@@ -144,7 +145,7 @@ def inputs(case: Case, images: int = 1, precision: str = "ieee", quarters: bool 
     return Inputs(a, d, weight, bias, branch, target, dense)
 
 
-def listed(case: Case, n: int, table: Tensor, taken: Tensor) -> tuple[kernels.Listed, Tensor]:
+def listed(case: Case, n: int, table: Tensor, taken: Tensor) -> tuple[Listed, Tensor]:
     (h, w), c = case.size, case.c
     valid = torch.rand(n, h, w) > 0.1
     dense = torch.zeros(n, c, h, w, dtype=torch.float64)
@@ -158,7 +159,7 @@ def listed(case: Case, n: int, table: Tensor, taken: Tensor) -> tuple[kernels.Li
         known = (labels >= 0) & (labels < c) & valid
         dense.scatter_(1, labels.clamp(0, c - 1).unsqueeze(1), 1.0).mul_(known.unsqueeze(1))
         interior = table.double().sum(0).float()
-        return kernels.Listed(table, taken, 0, labels=labels, interior=interior, valid=valid), dense
+        return Listed(table, taken, 0, labels=labels, interior=interior, valid=valid), dense
     k = min(c, 3)
     values, indices = torch.rand(n, k, h, w) / k, torch.randint(0, c, (n, k, h, w))
     dense.scatter_add_(1, indices, values.double())
@@ -169,7 +170,7 @@ def listed(case: Case, n: int, table: Tensor, taken: Tensor) -> tuple[kernels.Li
         dense += unlisted * rest.unsqueeze(1)
         rest_table = table.double().sum(1).float()
     dense *= valid.unsqueeze(1)
-    found = kernels.Listed(
+    found = Listed(
         table, taken, 0, values=values, indices=indices, rest=rest, rest_table=rest_table,
         valid=valid,
     )  # fmt: skip
@@ -282,9 +283,8 @@ def code_shape(case: Case, n: int, rows: int) -> tuple[int, ...]:
     return n, rows, -(-case.size[1] // case.stride), -(-case.c_out // 8)
 
 
-def run(case: Case, given: Inputs, monkeypatch: pytest.MonkeyPatch, **options) -> Output:
-    tile = large_tile(case) if case.tile is None else case.tile
-    monkeypatch.setattr(conv_block, "tile_for", lambda *args: tile)
+def run(case: Case, given: Inputs, **options) -> Output:
+    """In true float32 unless `allow_tf32` says otherwise."""
     n, (h, w) = len(given.a), case.out
     rows = -(-case.size[0] // case.stride)
     y = nan(n, h, w, case.c_out, dtype=case.dtype)
@@ -296,11 +296,12 @@ def run(case: Case, given: Inputs, monkeypatch: pytest.MonkeyPatch, **options) -
     before = [t.clone() for t in (given.a, given.weight)]
     options = {
         "pad_h": case.kernel // 2, "row0": 0, "image_rows": rows, **out,
-        "reduce": case.reduce and case.form != "plain", **options,
+        "reduce": case.reduce and case.form != "plain", "allow_tf32": False, **options,
     }  # fmt: skip
     partial = kernels.conv_block_fwd(
-        given.a, given.d, given.weight, given.bias, given.from_target, given.target,
-        kernel_size=case.kernel, stride=case.stride, relu=True, pool=POOLS[case.pool], **options,
+        given.a, d=given.d, weight=given.weight, bias=given.bias, from_target=given.from_target,
+        target=given.target, kernel_size=case.kernel, stride=case.stride, relu=True,
+        pool=POOLS[case.pool], tile=large_tile(case) if case.tile is None else case.tile, **options,
     )  # fmt: skip
     assert all(map(torch.equal, before, (given.a, given.weight)))
     return Output(options["y"], options["delta"], options["code"], partial)
@@ -316,20 +317,15 @@ def check_all(case: Case, given: Inputs, got: Output) -> None:
         torch.testing.assert_close(got.partial.double().sum(1), squares, rtol=1e-6, atol=0)
 
 
-@pytest.fixture(autouse=True)
-def _true_float32(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-
-
 def name(case: pairwise.Case) -> str:
     return "-".join(str(v).removeprefix("torch.") for v in case.values())
 
 
 @pytest.mark.parametrize("drawn", COVERING, ids=name)
-def test_against_float64(drawn, monkeypatch):
+def test_against_float64(drawn):
     case = Case(**drawn)
     given = inputs(case)
-    check_all(case, given, run(case, given, monkeypatch))
+    check_all(case, given, run(case, given))
 
 
 # ------------------------------------------------------------------------------------ corners
@@ -357,31 +353,29 @@ CORNERS = {
 
 
 @pytest.mark.parametrize("corner", CORNERS)
-def test_corners(corner, monkeypatch):
+def test_corners(corner):
     case = CORNERS[corner]
     given = inputs(case, images=2)
-    check_all(case, given, run(case, given, monkeypatch))
+    check_all(case, given, run(case, given))
 
 
 @pytest.mark.parametrize("form", ["diff", "labels"])
-def test_tf32(form, monkeypatch):
+def test_tf32(form):
     """What TF32 drops is dropped from the operands beforehand; the rest is float32."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     case = replace(PLAIN, dtype=FLOAT, form=form)
     given = inputs(case, images=2, precision="tf32")
-    check_all(case, given, run(case, given, monkeypatch))
+    check_all(case, given, run(case, given, allow_tf32=True))
     given.a += 2**-13  # lost in the product
-    lossy = run(case, given, monkeypatch)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    assert not torch.equal(lossy.y, run(case, given, monkeypatch).y)
+    lossy = run(case, given, allow_tf32=True)
+    assert not torch.equal(lossy.y, run(case, given).y)
 
 
 @pytest.mark.parametrize("form", ["diff", "labels"])
-def test_descriptors_and_tiles_do_not_change_a_bit(form, monkeypatch):
+def test_descriptors_and_tiles_do_not_change_a_bit(form):
     case = replace(PLAIN, form=form)
     given = inputs(case, images=2, quarters=True)
     tiles = [Tile(16, 32, 16, 32, 4, 1, False), Tile(8, 16, 32, 16, 4, 1, True)]
-    first, second = (run(replace(case, tile=tile), given, monkeypatch) for tile in tiles)
+    first, second = (run(replace(case, tile=tile), given) for tile in tiles)
     for a, b in ((first.y, second.y), (first.delta, second.delta), (first.code, second.code)):
         assert torch.equal(a, b)
 
@@ -391,11 +385,11 @@ def test_descriptors_and_tiles_do_not_change_a_bit(form, monkeypatch):
     [("max", "plain"), ("max", "diff"), ("max", "labels"), ("max", "topk and rest"),
      ("avg", "diff"), ("none", "diff"), ("none", "labels")],
 )  # fmt: skip
-def test_strips_equal_the_whole(pool, form, monkeypatch):
+def test_strips_equal_the_whole(pool, form):
     """Strips with their halo, whose first and last rows lie outside the image."""
     case = replace(PLAIN, pool=pool, form=form, size=(14, 9), c=3, c_out=8)
     given, p, (h, w) = inputs(case, images=2, quarters=True), 1, (14, 9)
-    whole = run(case, given, monkeypatch)
+    whole = run(case, given)
     step = 1 if pool == "none" else 2
     for r0, r1 in ((0, 6), (6, 14)):
         lo, hi = r0 - 2, r1 + 2  # rows of the convolution: as if another one followed
@@ -415,9 +409,7 @@ def test_strips_equal_the_whole(pool, form, monkeypatch):
         options = {}
         if pool != "max":  # a mask has the image's rows alone
             options["code"] = torch.full((2, b - a, w, 1), 255, dtype=torch.uint8)
-        got = run(
-            part, strip, monkeypatch, pad_h=0, row0=lo, image_rows=h, code_row0=a - lo, **options
-        )
+        got = run(part, strip, pad_h=0, row0=lo, image_rows=h, code_row0=a - lo, **options)
         inside, rows = slice((a - lo) // step, (b - lo) // step), slice(a // step, b // step)
         assert torch.equal(got.y[:, inside], whole.y[:, rows])
         for out in (got.y, got.delta):
@@ -433,11 +425,11 @@ def test_strips_equal_the_whole(pool, form, monkeypatch):
 
 
 @pytest.mark.parametrize("pool", ["max", "avg", "none"])
-def test_rows_of_larger_images(pool, monkeypatch):
+def test_rows_of_larger_images(pool):
     """Every map may be rows of a taller one; its other rows are left alone."""
     case = replace(PLAIN, pool=pool)
     given = inputs(case, images=3)
-    want = run(case, given, monkeypatch)
+    want = run(case, given)
 
     def inner(t: Tensor, fill) -> tuple[Tensor, Tensor]:
         outer = torch.full((t.shape[0], t.shape[1] + 3, *t.shape[2:]), fill, dtype=t.dtype)
@@ -447,7 +439,7 @@ def test_rows_of_larger_images(pool, monkeypatch):
     outs = [inner(want.y, 7.0), inner(want.delta, 7.0), inner(want.code, 77)]
     y, delta, code = (view for _, view in outs)
     given = replace(given, a=a, d=d)
-    got = run(case, given, monkeypatch, y=y, delta=delta, code=code)
+    got = run(case, given, y=y, delta=delta, code=code)
     assert torch.equal(got.partial, want.partial)
     for (outer, view), expected in zip(outs, (want.y, want.delta, want.code), strict=True):
         assert torch.equal(view, expected)
@@ -458,36 +450,37 @@ def test_rows_of_larger_images(pool, monkeypatch):
 @pytest.mark.parametrize("pool", ["max", "avg", "none"])
 @pytest.mark.parametrize("form", ["diff", "plain"])
 @pytest.mark.parametrize("dtype", [FLOAT, BF16, HALF])
-def test_the_same_z_gives_the_operators_bits(dtype, form, pool, monkeypatch):
+def test_the_same_z_gives_the_operators_bits(dtype, form, pool):
     """The 1 x 1 identity: z is the map itself, so that all that follows must be the operators'."""
     if (reason := ops.load()) is not None:
         pytest.skip(reason)
     case = replace(PLAIN, dtype=dtype, kernel=1, c=16, c_out=32, form=form, pool=pool)
     given = inputs(case, images=2, quarters=True)  # with ties everywhere
     given.weight = torch.eye(32).to(dtype)
-    got = run(case, given, monkeypatch)
+    got = run(case, given)
     y, code = torch.full_like(got.y, float("nan")), torch.full_like(got.code, 255)
     delta = torch.full_like(y, float("nan"))
-    kind = () if pool == "none" else (POOLS[pool],)
-    name = "relu" if pool == "none" else "relu_pool"
+    name, out = "relu", {"y": y, "mask": code}
+    if pool != "none":
+        name, out = "relu_pool", {"pool": POOLS[pool], "y": y, "code": code}
     if form == "plain":
-        getattr(ops, f"{name}_fwd")(given.a, *kind, y, code)
+        getattr(ops, f"{name}_fwd")(given.a, **out)
     else:
-        branch = (given.d, given.from_target, *kind)
-        getattr(ops, f"{name}_diff_fwd")(given.a, *branch, y, delta, code)
+        both = {"dz": given.d, "from_target": given.from_target, "delta": delta}
+        getattr(ops, f"{name}_diff_fwd")(given.a, **both, **out)
         assert torch.equal(got.delta, delta)
     assert torch.equal(got.y, y)
     assert torch.equal(got.code, code)
 
 
-def test_the_look_up_has_the_operators_bits(monkeypatch):
+def test_the_look_up_has_the_operators_bits():
     if (reason := ops.load()) is not None:
         pytest.skip(reason)
     case = replace(PLAIN, dtype=FLOAT, form="labels", c=19, c_out=24)
     given, target = inputs(case, images=2), None
     given.a = torch.zeros_like(given.a)  # z is what the look-up adds alone
     target = given.target
-    got = run(case, given, monkeypatch)
+    got = run(case, given)
     z, dz = (torch.zeros(2, *case.size, case.c_out) for _ in range(2))
     ops.label_conv_fwd(
         target.labels, valid=target.valid, table=target.table, interior=target.interior,
@@ -502,22 +495,15 @@ def test_the_look_up_has_the_operators_bits(monkeypatch):
 
 
 @pytest.mark.parametrize("left_out", ["y", "delta", "code", "reduce"])
-def test_what_is_not_asked_for_changes_nothing_else(left_out, monkeypatch):
+def test_what_is_not_asked_for_changes_nothing_else(left_out):
     given = inputs(PLAIN, images=2)
-    whole = run(PLAIN, given, monkeypatch)
+    whole = run(PLAIN, given)
     option = {left_out: False if left_out == "reduce" else None}
-    part = run(PLAIN, given, monkeypatch, **option)
+    part = run(PLAIN, given, **option)
     for field in ("y", "delta", "code", "partial"):
         got, want = getattr(part, field), getattr(whole, field)
         missing = field == left_out.replace("reduce", "partial")
         assert got is None if missing else torch.equal(got, want)
-
-
-@pytest.mark.parametrize("precision_of", [(FLOAT, False), (FLOAT, True), (BF16, False)])
-def test_precision_is_that_of_the_convolutions_of_torch(precision_of, monkeypatch):
-    dtype, allowed = precision_of
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
-    assert conv_block.precision(dtype) == ("ieee" if dtype == FLOAT and not allowed else "tf32")
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 6, 8), (2, 0, 6, 8), (2, 5, 0, 8)])
@@ -528,9 +514,9 @@ def test_nothing_is_launched_for_nothing(shape, monkeypatch):
     monkeypatch.setattr(conv_block, "launch", refuse)
     a = torch.empty(shape)
     partial = kernels.conv_block_fwd(
-        a, a, torch.empty(72, 16), None, torch.ones(shape[0], dtype=torch.bool), None,
+        a, d=a, weight=torch.empty(72, 16), from_target=torch.ones(shape[0], dtype=torch.bool),
         kernel_size=3, stride=1, relu=True, pool=2, pad_h=1, row0=0, image_rows=shape[1],
-        y=torch.empty(*shape[:3], 16), delta=torch.empty(*shape[:3], 16), code=None, reduce=True,
+        tile=SHIPPED, y=torch.empty(*shape[:3], 16), delta=torch.empty(*shape[:3], 16), reduce=True,
     )  # fmt: skip
     assert partial.shape[0] == shape[0]
     assert not partial.any()

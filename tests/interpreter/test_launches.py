@@ -21,13 +21,13 @@ from torch.overrides import TorchFunctionMode
 
 from gpl_fast import LossNet, chain, plan
 from gpl_fast.chain import stages
-from gpl_fast.kernels import conv_block, launch, tiles
+from gpl_fast.kernels import conv_block, launch
 
 FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
 # The functions of the same names stand before some of these modules.
 STAGES = [
     importlib.import_module(f"gpl_fast.kernels.{name}")
-    for name in ("diff_reduce", "label_conv", "relu_pool", "softmax_bwd", "softmax_pack")
+    for name in ("diff_reduce", "label_conv", "relu", "relu_pool", "softmax_bwd", "softmax_pack")
 ]
 BLOCK, PACK = "_conv_block_fwd_kernel", "_softmax_pack_fwd_kernel"
 
@@ -51,7 +51,7 @@ def launches(monkeypatch):
 
     for stage in (conv_block, *STAGES):
         monkeypatch.setattr(stage, "launch", launch)
-    monkeypatch.setattr(tiles, "architecture", lambda device: 90)
+    monkeypatch.setattr(stages, "architecture", lambda device: 90)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     return found
 
@@ -180,8 +180,9 @@ def test_shapes_dtypes_and_devices(kind, dtype, pool, launches):
     assert kernels.count(BLOCK) == len(p.steps)
     assert kernels[-1] == "_softmax_bwd_kernel"
     forms = [launch.meta["FORM"] for launch in launches if launch.kernel == BLOCK]
-    first = {"dense": 1, "labels": 2, "topk": 3, "features": 0}[kind]
-    assert forms == [first] + [0 if kind == "features" else 1] * (len(forms) - 1)
+    first, rest = ("plain", "plain") if kind == "features" else (kind, "diff")
+    first = "diff" if kind == "dense" else first
+    assert forms == [first] + [rest] * (len(forms) - 1)
     # Nothing of the last block but its difference, and its sum from the block itself.
     if kind != "features" and pool != "stride":
         assert not [launch for launch in launches if launch.kernel == BLOCK][-1].meta["HAS_Y"]
@@ -258,7 +259,8 @@ def test_the_allocator_is_pytorchs_for_the_launch_alone(monkeypatch):
         raise AssertionError("asked the caller's")
 
     monkeypatch.setattr(torch.cuda, "device", device)
-    x = SimpleNamespace(is_cuda=True, device=CUDA)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    x = SimpleNamespace(device=CUDA)
     before = allocator.get()
     triton.set_allocator(mine)
     try:

@@ -32,7 +32,7 @@ from gpl_fast import (
 from gpl_fast.chain import stages
 from gpl_fast.chain.branch import GRID
 from gpl_fast.kernels import conv_block
-from gpl_fast.kernels.tiles import Tile
+from gpl_fast.tiles import Tile
 
 fast_tests = cpu_tests.load("fast")
 How, Total, sequential = fast_tests.How, fast_tests.Total, fast_tests.sequential
@@ -52,10 +52,10 @@ def triton_path(monkeypatch):
 
 def kernel(name: str) -> ModuleType:
     """Functions of the same names stand before some of these modules."""
-    return importlib.import_module(f"gpl_fast.kernels.{name}")
+    return importlib.import_module(f"gpl_fast.{name}")
 
 
-def wide_tile(a: Tensor, c_in: int, c_out: int, stride: int, form: int) -> Tile:
+def wide_tile(a: Tensor, c_in: int, c_out: int, stride: int, form: str) -> Tile:
     rows = min(max(1 << (a.shape[1] - 1).bit_length(), 2), 16)
     channels = min(max(1 << (c_out - 1).bit_length(), 8), 256)
     depth = min(max(1 << (c_in - 1).bit_length(), 16), 256)
@@ -64,10 +64,9 @@ def wide_tile(a: Tensor, c_in: int, c_out: int, stride: int, form: int) -> Tile:
 
 # The interpreter counts programs and steps, not elements.
 WIDE = {
-    ("conv_block", "tile_for"): wide_tile,
-    ("label_conv", "PIXELS"): 256,
-    ("softmax_pack", "CLASSES"): 512,
-    ("softmax_bwd", "CLASSES"): 512,
+    ("chain.forward", "tile_for"): wide_tile,
+    ("kernels.label_conv", "PIXELS"): 256,
+    ("kernels.logits", "CLASSES"): 512,
 }
 SHIPPED = {(name, attribute): getattr(kernel(name), attribute) for name, attribute in WIDE}
 
@@ -89,9 +88,9 @@ def operators(net: LossNet):
     net._weights._packs.clear()
 
 
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Fills with the form of each `conv_block_fwd` from here on."""
-    forms: list[int] = []
+    forms: list[str] = []
     shipped = conv_block.launch
 
     def launch(*args, **meta):
@@ -397,8 +396,9 @@ def test_nothing_else_has_the_classes(kind, dtype, monkeypatch):
     """Of C channels: one chunk of u for a list, one of the carried map and δ for a dense target."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     forms, modes = launched(monkeypatch), []
-    for name in ("conv_block", "diff_reduce", "label_conv", "relu_pool", "softmax_pack"):
-        monkeypatch.setattr(kernel(name), "launch", unseen(kernel(name).launch))
+    for name in ("conv_block", "diff_reduce", "label_conv", "relu", "relu_pool", "softmax_pack"):
+        module = kernel(f"kernels.{name}")
+        monkeypatch.setattr(module, "launch", unseen(module.launch))
     shipped = chain.Forward.run
 
     def run(self):
