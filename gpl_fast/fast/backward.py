@@ -14,6 +14,7 @@ from gpl_fast.fast.plan import Plan
 from gpl_fast.fast.steps_bwd import StepBackward
 from gpl_fast.fast.taps import Seeds
 from gpl_fast.net.weights import padded_channels
+from gpl_fast.stages import CudaStages
 
 
 class Backward:
@@ -34,7 +35,7 @@ class Backward:
         packs: Mapping[str, Tensor],
         saved: dict[str, Tensor],
         g: Tensor,
-        stages: object = None,
+        stages: CudaStages | None = None,
     ) -> None:
         self.plan, self.dx = plan, empty_gradient(x)
         stages = stages or policy.implementation(plan.call.policy, "backward")

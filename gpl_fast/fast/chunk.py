@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from gpl_fast.fast.plan import Plan
+from gpl_fast.stages import BackwardStages
+
+# What the half of the step calls at most: `Plan.how` says which of them.
+S = TypeVar("S", bound=BackwardStages)
 
 
 class Maps(NamedTuple):
@@ -44,7 +48,7 @@ class Rows(NamedTuple):
         return slice(a - self.lo, b - self.lo), slice(a, b)
 
 
-class Chunk:
+class Chunk(Generic[S]):
     """Images of one call.
 
     Args:
@@ -56,7 +60,7 @@ class Chunk:
             stored target features, ``gram.t`` (1 or N, C_b, C_b) of another style target.
         packs: the weights; `gpl_fast.net.weights.pack_weights`.
         saved: `Plan.saved`, of all images.
-        stages: `gpl_fast.stages.Stages`.
+        stages: what `gpl_fast.stages` lists.
     """
 
     images = slice(0, 0)  # of the call, that go through now
@@ -69,7 +73,7 @@ class Chunk:
         target: Mapping[str, Tensor],
         packs: Mapping[str, Tensor],
         saved: dict[str, Tensor],
-        stages: Any,
+        stages: S,
     ) -> None:
         self.plan, self.x, self.target, self.packs = plan, x, target, packs
         self.saved, self.stages = saved, stages

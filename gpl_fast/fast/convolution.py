@@ -9,6 +9,7 @@ definition or by Winograd's tiles of 2 x 2 results, which leave zeros and ties a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from gpl_fast.fast.policy import Way
 class Convolutions:
     """Of a call's steps, NHWC -> NHWC."""
 
-    def __init__(self, chunk: Chunk) -> None:
+    def __init__(self, chunk: Chunk[Any]) -> None:
         self.chunk, self.plan, self.packs = chunk, chunk.plan, chunk.packs
         self._layer = ""  # whose weight is there
 

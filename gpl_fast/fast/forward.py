@@ -15,6 +15,7 @@ from gpl_fast.fast.look_up import LookUp
 from gpl_fast.fast.plan import Plan
 from gpl_fast.fast.steps_fwd import StepForward
 from gpl_fast.fast.taps import TapsForward
+from gpl_fast.stages import TritonStages
 
 
 class Forward:
@@ -33,7 +34,7 @@ class Forward:
         target: Mapping[str, Tensor],
         packs: Mapping[str, Tensor],
         keep: bool,
-        stages: object = None,
+        stages: TritonStages | None = None,
     ) -> None:
         self.plan = plan
         saved = {

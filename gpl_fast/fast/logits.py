@@ -12,7 +12,7 @@ from gpl_fast.fast.chunk import Chunk, Maps, zero_outside
 from gpl_fast.fast.convolution import conv, conv_transpose
 from gpl_fast.fast.look_up import LookUp, listed_map
 from gpl_fast.net.weights import padded_channels
-from gpl_fast.stages import ACTIVATIONS
+from gpl_fast.stages import ACTIVATIONS, CudaStages, TritonStages
 
 # What softmax_pack_fwd reads of a target, by the names of its arguments.
 PLANES = ("valid", "ce_labels")
@@ -22,7 +22,7 @@ LISTS = ("labels", "topk_values", "topk_indices", "topk_rest")
 class LogitsForward:
     """Prediction and target at the network's input, a strip of rows at a time."""
 
-    def __init__(self, chunk: Chunk, look_up: LookUp) -> None:
+    def __init__(self, chunk: Chunk[TritonStages], look_up: LookUp) -> None:
         self.chunk, self.look_up = chunk, look_up
 
     def maps(
@@ -150,7 +150,9 @@ class LogitsBackward:
         scale, ce_scale: (N,) float32, of the perceptual terms and of the cross-entropy.
     """
 
-    def __init__(self, chunk: Chunk, scale: Tensor, ce_scale: Tensor, dx: Tensor) -> None:
+    def __init__(
+        self, chunk: Chunk[CudaStages], scale: Tensor, ce_scale: Tensor, dx: Tensor
+    ) -> None:
         self.chunk, self.scale, self.ce_scale, self.dx = chunk, scale, ce_scale, dx
         self.labels: Tensor | None = None
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from gpl_fast.fast.chunk import Chunk
-from gpl_fast.stages import Listed
+from gpl_fast.stages import Listed, TritonStages
 
 
 class LookUp:
@@ -15,7 +17,7 @@ class LookUp:
     from_target: Tensor  # (n,) bool, the images whose target is carried
     taken: Tensor | None = None  # (n, rows, W) uint8
 
-    def __init__(self, chunk: Chunk) -> None:
+    def __init__(self, chunk: Chunk[TritonStages]) -> None:
         self.chunk = chunk
         self.row0 = 0
         self.table = chunk.packs.get("table")
@@ -31,7 +33,7 @@ class LookUp:
         """z' and δz from the convolution of u, which `dz` holds on entry; their first row."""
         chunk = self.chunk
         assert self.table is not None
-        shared = {
+        shared: dict[str, Any] = {
             "table": self.table,
             "from_target": self.from_target,
             "taken": self.taken,
@@ -41,14 +43,16 @@ class LookUp:
             "dz": dz,
             "valid": chunk.of("valid"),
         }
-        if chunk.plan.call.kind == "labels":
-            interior = chunk.packs["interior"]
-            chunk.stages.label_conv_fwd(chunk.of("labels"), interior=interior, **shared)
+        labels, values, indices = map(chunk.of, ("labels", "topk_values", "topk_indices"))
+        if labels is not None:
+            chunk.stages.label_conv_fwd(labels, interior=chunk.packs["interior"], **shared)
             return
         rest = chunk.of("topk_rest")
+        assert values is not None
+        assert indices is not None
         chunk.stages.topk_conv_fwd(
-            chunk.of("topk_values"),
-            topk_indices=chunk.of("topk_indices"),
+            values,
+            topk_indices=indices,
             topk_rest=rest,
             rest_table=None if rest is None else chunk.packs["rest_table"],
             **shared,
@@ -73,7 +77,7 @@ class LookUp:
         )
 
 
-def listed_map(chunk: Chunk, a: int, b: int) -> Tensor:
+def listed_map(chunk: Chunk[TritonStages], a: int, b: int) -> Tensor:
     """Rows [a, b) of the map that a list of classes stands for, (n, C, rows, W) float32."""
     channels = chunk.plan.call.chain.in_channels
     labels, values = chunk.rows("labels", a, b), chunk.rows("topk_values", a, b)

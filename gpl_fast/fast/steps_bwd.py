@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,13 +12,13 @@ from gpl_fast.fast.convolution import Convolutions
 from gpl_fast.fast.logits import LogitsBackward
 from gpl_fast.fast.taps import Seeds
 from gpl_fast.net.steps import Step
-from gpl_fast.stages import POOLS
+from gpl_fast.stages import POOLS, CudaStages
 
 
 class StepBackward:
     """The gradient of a step's input from that of its output."""
 
-    def __init__(self, chunk: Chunk, seeds: Seeds, logits: LogitsBackward) -> None:
+    def __init__(self, chunk: Chunk[CudaStages], seeds: Seeds, logits: LogitsBackward) -> None:
         self.chunk, self.seeds, self.logits = chunk, seeds, logits
         self.convolutions = Convolutions(chunk)
 
@@ -53,7 +55,7 @@ class StepBackward:
         step, size = plan.steps[i], plan.sizes[i]
         if not ends:
             dy = self._add_tap(step.relu, dy, rows, size.conv_h)
-        block = {
+        block: dict[str, Any] = {
             "w": chunk.packs[f"bwd.{step.conv}"],
             "pool": POOLS[step.pool_kind],
             "stride": step.stride,

@@ -9,13 +9,13 @@ from gpl_fast.fast.chunk import Chunk, Maps, Rows, zero_outside
 from gpl_fast.fast.convolution import Convolutions
 from gpl_fast.fast.look_up import LookUp
 from gpl_fast.fast.taps import TapsForward
-from gpl_fast.stages import POOLS
+from gpl_fast.stages import POOLS, TritonStages
 
 
 class StepForward:
     """A step of both branches, stage by stage or by one kernel."""
 
-    def __init__(self, chunk: Chunk, taps: TapsForward, look_up: LookUp) -> None:
+    def __init__(self, chunk: Chunk[TritonStages], taps: TapsForward, look_up: LookUp) -> None:
         self.chunk, self.taps, self.look_up = chunk, taps, look_up
         self.convolutions = Convolutions(chunk)
 
@@ -109,6 +109,7 @@ class StepForward:
                 d = both[1]
         everything = slice(None)
         if dz is None:
+            assert y is not None
             chunk.stages.relu_pool_fwd(z, pool=POOLS[step.pool_kind], y=y, code=code)
             if step.pool in plan.call.taps:
                 self._tap(step.pool, y, None, everything, a, b)
@@ -140,6 +141,8 @@ class StepForward:
             mask = chunk.saved_rows(f"mask.{step.relu}")
             code = None if mask is None else mask[:, of_image]
         diff = self.taps.diff.get(tap)
+        tile = plan.how[i].tile
+        assert tile is not None
         made = self._block_output(i, (n, count, width, step.out_channels), (a, b), out)
         partial = chunk.stages.conv_block_fwd(
             first_map,
@@ -155,12 +158,13 @@ class StepForward:
             pad_h=pad_h,
             row0=rows.lo,
             image_rows=size.conv_h,
-            tile=plan.how[i].tile,
+            tile=tile,
             y=made.carried,
             delta=made.delta,
             code=code,
             code_row0=code_row0,
             reduce=diff is not None and not plain and bool(step.pool),
+            allow_tf32=plan.allow_tf32,
         )
         if partial is not None:
             sums = partial.sum(dim=1, dtype=torch.float64)

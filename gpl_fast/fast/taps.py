@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gpl_fast.fast.chunk import Chunk
 from gpl_fast.fast.plan import Plan
+from gpl_fast.stages import TritonStages
 
 # Where float16's seeds are larger than this, their image's chain is scaled down: the layers below
 # have room to grow by as much again.
@@ -23,7 +24,7 @@ class TapsForward:
 
     from_target: Tensor  # (n,) bool, the images whose target is carried
 
-    def __init__(self, chunk: Chunk, terms: Tensor, keep: bool) -> None:
+    def __init__(self, chunk: Chunk[TritonStages], terms: Tensor, keep: bool) -> None:
         self.chunk, self.terms, self.keep = chunk, terms, keep
         self.diff: dict[str, Tensor] = {}
         self.squares: dict[str, Tensor] = {}  # Σ δ² of each image where a block has reduced it

@@ -145,11 +145,12 @@ def launches(
     layout = policy.named(architecture).layout(call, x.device)
     packs = weights.of(net.identity).packs(layout)
     recorder = Recorder()
+    stages: Any = recorder
     with recorder:
-        _, saved = Forward(plan, x, target, packs, True, stages=recorder).run()
+        _, saved = Forward(plan, x, target, packs, True, stages=stages).run()
         first, recorder.launches = recorder.launches, []
         g = torch.ones(4, n, device="meta")
-        Backward(plan, x, {}, packs, saved, g, stages=recorder).run()
+        Backward(plan, x, {}, packs, saved, g, stages=stages).run()
     return first, recorder.launches
 
 
