@@ -133,9 +133,6 @@ def in_dtype(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.
     return copied
 
 
-# ------------------------------------------------------------------------- what a fingerprint reads
-
-
 def module_text(module: nn.Module) -> str:
     """The structure: ``repr(module)`` without addresses, and as if no layer worked in place, which
     changes no tap."""

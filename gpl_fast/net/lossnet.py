@@ -162,8 +162,6 @@ class LossNet(FrozenNetwork):
         arguments["weights"] = {"adapter": adapter, **arguments["weights"]}
         return LossNet(**arguments, drawn=drawn)
 
-    # -------------------------------------------------------------------------------------- files
-
     def save(self, path: str | PathLike[str]) -> None:
         """Write structure and weights to a safetensors file.
 
@@ -191,8 +189,6 @@ class LossNet(FrozenNetwork):
             return cls(**arguments)
         except ValueError as error:
             raise ValueError(f"{path!s}: {error}") from error
-
-    # ------------------------------------------------------------------------- copies and pickles
 
     def __copy__(self) -> LossNet:
         """The same weights, and what was made of them, which nothing writes to; a module's own

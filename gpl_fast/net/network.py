@@ -78,8 +78,6 @@ class FrozenNetwork:
         self._weights = shared_weights(self.identity, own, self.chain)
         self._cast_modules = SimpleNamespace()  # `TappedModule` by `_module_on`
 
-    # -------------------------------------------------------------------------------- description
-
     @property
     def is_chain(self) -> bool:
         """True for a chain of named layers, False for `LossNet.from_module`."""
@@ -164,8 +162,6 @@ class FrozenNetwork:
         behind = f".with_input_adapter({adapter[0]}, seed={adapter[1]})" if adapter else ""
         return f"LossNet.vgg({words}){behind}"
 
-    # ------------------------------------------------------------------------- weights on a device
-
     def weights_on(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """All weights on `device` in `dtype`, made once. Not copies: never write to them."""
         cast = self._cast_weights(self.identity, device, dtype)
@@ -203,8 +199,6 @@ class FrozenNetwork:
         for module in vars(self._cast_modules).values():
             tensors += [*module.parameters(), *module.buffers()]
         return tensors
-
-    # ------------------------------------------------------------------------------------ forward
 
     def network_input(self, y: Tensor, valid: Tensor | None) -> Tensor:
         """Input adapter, mean/std, then 0 where a pixel is not valid; in the dtype of `y`."""

@@ -20,7 +20,7 @@ from gpl_fast import backend, cli, demo, environment, ops
 from gpl_fast.chain import data_gradient
 from gpl_fast.demo import experiment
 from gpl_fast.kernels import tiles
-from gpl_fast.tools import bench, info, measure, roofline
+from gpl_fast.tools import bench, info, measure, roofline, workload
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = [sys.executable, "-m", "gpl_fast"]
@@ -250,7 +250,7 @@ def test_bench_passes_the_workspace_on(monkeypatch, capsys):
     assert cli.main(words[:-1]) == 0
     assert given["workspace_mb"] == "auto"
     for value in (96.5, "auto"):
-        assert bench.make_loss("fast", 5, value).options.workspace_mb == value
+        assert workload.make_loss("fast", 5, value).options.workspace_mb == value
 
 
 def test_the_demo_passes_the_workspace_on(tmp_path, monkeypatch, capsys):
@@ -293,8 +293,8 @@ INTERRUPTED = """
 import sys
 import slow
 from gpl_fast import cli
-from gpl_fast.tools import bench
-bench.used_by = slow.used_by
+from gpl_fast.tools import batch
+batch.used_by = slow.used_by
 sys.exit(cli.main(["bench", "--mine", "1", "3", "32", "32"]))
 """
 
