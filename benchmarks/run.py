@@ -53,7 +53,7 @@ from providers import (
 )
 from torch import Tensor
 
-from gpl_fast.tools import bench, measure
+from gpl_fast.tools import batch, measure, resident
 
 Shape = tuple[int, int, int, int]
 Step = Callable[[], list[float]]
@@ -236,7 +236,7 @@ def obstacle(case: Case) -> str | None:
     """Why a case cannot be measured here, or None."""
     if case.kind == "topk" and case.shape[1] == 1:
         return "one class has no top-k"
-    free, bytes_ = measure.free_bytes("cpu"), needed(case)
+    free, bytes_ = resident.free_bytes("cpu"), needed(case)
     if free is not None and bytes_ > free:
         return f"eager PyTorch needs about {bytes_ >> 30} GiB, {free >> 30} GiB are free"
     return None
@@ -245,7 +245,7 @@ def obstacle(case: Case) -> str | None:
 def needed(case: Case) -> int:
     """Bytes of a process that takes steps of eager PyTorch, about."""
     # A one-hot map of int64 beside those of float32.
-    return bench.naive_bytes(loss_net(case.shape[1], case.net), case.shape, 26)
+    return batch.naive_bytes(loss_net(case.shape[1], case.net), case.shape, 26)
 
 
 def least_certain(measured: Iterable[Measurement], seconds: float) -> Measurement | None:

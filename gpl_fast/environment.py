@@ -69,20 +69,15 @@ TILES = {
     "warps": _POWER,
     "stages": _WHOLE,
     "descriptors": _FLAG,
-    "c_in": replace(_WHOLE, needed=False),
-    "c_out": replace(_WHOLE, needed=False),
+    **dict.fromkeys(("c_in", "c_out"), replace(_WHOLE, needed=False)),
     "measured": replace(_TEXT, needed=False),
 }
 DATA_GRADIENT = {
     "arch": _WHOLE,
     "dtype": _DTYPE,
     "first": _FLAG,
-    "in_channels": _WHOLE,
-    "out_channels": _WHOLE,
-    "kernel_size": _WHOLE,
-    "stride": _WHOLE,
-    "kernel_ms": _TIME,
-    "aten_ms": _TIME,
+    **dict.fromkeys(("in_channels", "out_channels", "kernel_size", "stride"), _WHOLE),
+    **dict.fromkeys(("kernel_ms", "aten_ms"), _TIME),
     "measured": _TEXT,
 }
 
@@ -110,6 +105,10 @@ class Variable:
             return None
         allows = self.allowed(text) if callable(self.allowed) else text in self.allowed
         return None if allows else f"expected {self.expected}"
+
+
+def _of_build(name: str, expected: str, does: str, allowed: Any = None) -> Variable:
+    return Variable(name, expected, does, allowed, of_build=True)
 
 
 _ROWS = "a JSON file, a list of rows as benchmarks/tune.py writes it"
@@ -147,43 +146,24 @@ VARIABLES = {
             "rows before those of chain/data_gradient.json",
             DATA_GRADIENT,
         ),
-        Variable(
+        _of_build(
             "GPL_FAST_FORCE_CUDA",
             "0 or 1",
             "0: build the CPU operators alone; 1: no build without nvcc",
             ("0", "1"),
-            of_build=True,
         ),
-        Variable(
-            "CUDACXX",
-            "an nvcc that can be run",
-            "the nvcc to build with",
-            _is_program,
-            of_build=True,
+        _of_build("CUDACXX", "an nvcc that can be run", "the nvcc to build with", _is_program),
+        _of_build(
+            "CUDA_HOME", "the folder of a CUDA toolkit", "where to look for nvcc next, before PATH"
         ),
-        Variable(
-            "CUDA_HOME",
-            "the folder of a CUDA toolkit",
-            "where to look for nvcc next, before PATH",
-            of_build=True,
+        _of_build(
+            "TORCH_CUDA_ARCH_LIST", "entries like 8.0, 9.0a, 12.0+PTX", "the GPUs to build for"
         ),
-        Variable(
-            "TORCH_CUDA_ARCH_LIST",
-            "entries like 8.0, 9.0a, 12.0+PTX",
-            "the GPUs to build for",
-            of_build=True,
-        ),
-        Variable(
-            "MAX_JOBS",
-            "a whole number > 0",
-            "how many compilers run at once",
-            _is_count,
-            of_build=True,
-        ),
-        Variable("CXX", "a C++17 compiler", "the compiler and linker", of_build=True),
-        Variable("CXXFLAGS", "flags", "more flags of the C++ compiler", of_build=True),
-        Variable("LDFLAGS", "flags", "more flags of the linker", of_build=True),
-        Variable("NVCC_APPEND_FLAGS", "flags", "more flags of nvcc, read by itself", of_build=True),
+        _of_build("MAX_JOBS", "a whole number > 0", "how many compilers run at once", _is_count),
+        _of_build("CXX", "a C++17 compiler", "the compiler and linker"),
+        _of_build("CXXFLAGS", "flags", "more flags of the C++ compiler"),
+        _of_build("LDFLAGS", "flags", "more flags of the linker"),
+        _of_build("NVCC_APPEND_FLAGS", "flags", "more flags of nvcc, read by itself"),
     )
 }
 

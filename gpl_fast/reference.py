@@ -121,7 +121,7 @@ def prediction_map(
 
 
 class Layer(Protocol):
-    """One step of a chain; `gpl_fast.net.structure.Layer` is the implementation."""
+    """One step of a chain; `gpl_fast.net.layers.Layer` is the implementation."""
 
     @property
     def name(self) -> str: ...

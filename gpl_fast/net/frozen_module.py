@@ -106,6 +106,18 @@ def _is_method_of(hook: Callable[..., Any], parts: set[int]) -> bool:
     return isinstance(hook, MethodType) and id(hook.__self__) in parts
 
 
+def first_channels(module: nn.Module) -> int:
+    """Input channels of its first convolution.
+
+    Raises:
+        ValueError: it has none.
+    """
+    for m in module.modules():
+        if isinstance(m, nn.Conv2d):
+            return m.in_channels
+    raise ValueError("from_module: no Conv2d in the module, pass in_channels=")
+
+
 def in_dtype(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """A copy on `device`: floating tensors in `dtype`, complex ones in the complex dtype of it."""
     copied = copy.deepcopy(module)
@@ -119,9 +131,6 @@ def in_dtype(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.
 
     copied.to(device=device)._apply(cast)  # type: ignore[no-untyped-call]
     return copied
-
-
-# ------------------------------------------------------------------------- what a fingerprint reads
 
 
 def module_text(module: nn.Module) -> str:

@@ -1,100 +1,31 @@
-"""The frozen loss network: structure, initialisation, named layers, fingerprint, load and save."""
+"""`LossNet`: the ways to make a frozen network, its file, its copies and pickles."""
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable
 from os import PathLike
 from types import SimpleNamespace
 from typing import Any, SupportsIndex
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from gpl_fast import reference, streams
-from gpl_fast.files import read_safetensors, write_safetensors
-from gpl_fast.graphs import constant_in_graphs
-from gpl_fast.net import weights as shared_weights
-from gpl_fast.net.fingerprint import fingerprint
-from gpl_fast.net.frozen_module import frozen_copy, in_dtype
+from gpl_fast.net.frozen_module import first_channels, frozen_copy
 from gpl_fast.net.initialisation import Init, check_init, draw_weight, own_generator
+from gpl_fast.net.layers import weight_shape
+from gpl_fast.net.network import FrozenNetwork
+from gpl_fast.net.network_file import read_network, write_network
+from gpl_fast.net.normalisation import Normalisation
 from gpl_fast.net.sequential import sequential_chain
-from gpl_fast.net.steps import chain_of
-from gpl_fast.net.structure import (
-    WIDTHS,
-    Layer,
-    Normalisation,
-    Structure,
-    check_channels,
-    check_normalisation,
-    check_weights,
-    layer_shapes,
-    stored_layers,
-    weight_shape,
-)
-from gpl_fast.net.taps import Tap, TappedModule, Taps, parse_taps
-from gpl_fast.net.weights import Layout
-from gpl_fast.real_tensors import holds_values, real_tensors
+from gpl_fast.net.structure import WIDTHS, Structure, check_channels
+from gpl_fast.net.taps import Tap, Taps, parse_taps
 
 
-class LossNet:
+class LossNet(FrozenNetwork):
     """A frozen network and its named layers. Immutable, and not an ``nn.Module``: a loss that
     holds one has no parameters and no buffers. Weights are copied to a device and dtype once.
 
     Build one with `vgg`, `from_sequential`, `from_module` or `load`.
     """
-
-    def __init__(
-        self,
-        layers: Sequence[Layer],
-        weights: Mapping[str, Tensor],
-        *,
-        mean: Normalisation | None = None,
-        std: Normalisation | None = None,
-        module: nn.Module | None = None,
-        taps: Mapping[str, Tap] | None = None,
-        in_channels: int | None = None,
-        drawn: dict[str, Any] | None = None,
-    ) -> None:
-        self.layers = tuple(layers)
-        held = [*weights.values(), *(module.parameters() if module is not None else ())]
-        if not all(holds_values(t) for t in held):
-            raise ValueError(
-                "LossNet: got weights that hold no values (fake, or on the meta device); unpickle "
-                "networks outside of FakeTensorMode"
-            )
-        with real_tensors():
-            if module is None:
-                check_weights(self.layers, weights)
-            tensors = {name: w.detach().clone() for name, w in weights.items()}
-        self._module = module
-        self._taps = dict(taps or {})
-        channels = in_channels or self.layers[0].in_channels
-        self.mean, self.std = check_normalisation(mean, std, channels)
-        adapter = tensors.get("adapter")
-        self.in_channels: int = channels if adapter is None else adapter.shape[1]
-        self._network_channels = channels
-        self._drawn = drawn  # what draws the weights again: arguments of `vgg`, of the adapter
-        #: The steps that the fast path goes through, or the sentence that says why it cannot.
-        self.chain = chain_of(
-            self.layers,
-            in_channels=self.in_channels,
-            adapter=adapter is not None,
-            mean=self.mean,
-            std=self.std,
-            network_channels=channels,
-        )
-        self._fingerprint: str | None = None  # of a module, once it is asked for
-        #: Networks of one identity have equal structure and weights: of a chain its fingerprint,
-        #: of a module one of its own in all processes, as nobody can compare what modules compute.
-        self.identity = (
-            fingerprint(self._structure(), tensors) if module is None else uuid.uuid4().hex
-        )
-        self._weights = shared_weights.shared(self.identity, tensors, self.chain)
-        self._cast_modules = SimpleNamespace()  # `TappedModule` by `_module_on`
-
-    # ------------------------------------------------------------------------------- constructors
 
     @classmethod
     def vgg(
@@ -204,12 +135,8 @@ class LossNet:
         if not isinstance(module, nn.Module):
             raise TypeError(f"from_module: got {type(module).__name__}, expected torch.nn.Module")
         parsed = parse_taps(module, taps)
-        if in_channels is None:
-            convs = [m for m in module.modules() if isinstance(m, nn.Conv2d)]
-            if not convs:
-                raise ValueError("from_module: no Conv2d in the module, pass in_channels=")
-            in_channels = convs[0].in_channels
-        frozen, channels = frozen_copy(module), check_channels(in_channels)
+        channels = first_channels(module) if in_channels is None else check_channels(in_channels)
+        frozen = frozen_copy(module)
         return cls((), {}, mean=mean, std=std, module=frozen, taps=parsed, in_channels=channels)
 
     def with_input_adapter(self, in_channels: SupportsIndex, seed: SupportsIndex = 0) -> LossNet:
@@ -231,143 +158,9 @@ class LossNet:
         shape = (self._network_channels, channels, 1, 1)
         adapter = draw_weight(shape, "he", own_generator(seed))
         drawn = self._drawn and {**self._drawn, "adapter": (channels, int(seed))}
-        return LossNet(
-            self.layers,
-            {"adapter": adapter, **self._weights.tensors},
-            mean=self.mean,
-            std=self.std,
-            module=self._module,
-            taps=self._taps,
-            in_channels=self._network_channels,
-            drawn=drawn,
-        )
-
-    # -------------------------------------------------------------------------------- description
-
-    @property
-    def layer_names(self) -> tuple[str, ...]:
-        """Names that may be tapped, in the order of the forward pass."""
-        return tuple(self._taps) or tuple(layer.name for layer in self.layers)
-
-    @property
-    def levels(self) -> tuple[str, ...]:
-        """The blocks' outputs, which `level_weights` count: pools, and a rest after the last."""
-        if self._taps:
-            return tuple(self._taps)
-        ends = [x.name for x in self.layers if x.kind in ("maxpool", "avgpool", "down")]
-        return tuple(dict.fromkeys([*ends, self.layers[-1].name]))
-
-    @property
-    def weights(self) -> dict[str, Tensor]:
-        """Copies of all weights by layer, float32 on the CPU, ``(C_out, C_in, K, K)``."""
-        with real_tensors():
-            return {name: w.clone() for name, w in self._weights.tensors.items()}
-
-    @property
-    def weight_names(self) -> tuple[str, ...]:
-        """Keys of `weights`."""
-        return tuple(self._weights.tensors)
-
-    @property
-    def is_chain(self) -> bool:
-        """True for a chain of named layers, False for `from_module`."""
-        return self._module is None
-
-    def shapes(self, height: int, width: int) -> dict[str, tuple[int, int, int]]:
-        """``(C_b, H_b, W_b)`` of each layer's output for an input of height x width.
-
-        Raises:
-            ValueError: the input is too small for the down-sampling.
-        """
-        return layer_shapes(self.layers, height, width)
-
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) of structure and weights: the same on every machine, rank and device.
-
-        Of a `from_module` network: its ``repr`` and all tensors that its modules hold, but no plain
-        numbers that the ``repr`` does not show.
-        """
-        return self.identity if self.is_chain else self._fingerprint_of_module(self.identity)
-
-    @constant_in_graphs
-    def _fingerprint_of_module(self, _identity: str) -> str:
-        if self._fingerprint is None:
-            self._fingerprint = fingerprint(self._structure(), self._weights.tensors, self._module)
-        return self._fingerprint
-
-    def __repr__(self) -> str:
-        if self._drawn is None:
-            body = f"levels={list(self.levels)}, fingerprint={self.fingerprint()[:12]}"
-            if self._module is not None:
-                body = f"module={type(self._module).__name__}, {body}"
-            return f"LossNet(in_channels={self.in_channels}, {body})"
-        words = ", ".join(f"{name}={value!r}" for name, value in self._drawn["vgg"].items())
-        adapter = self._drawn["adapter"]
-        behind = f".with_input_adapter({adapter[0]}, seed={adapter[1]})" if adapter else ""
-        return f"LossNet.vgg({words}){behind}"
-
-    # ------------------------------------------------------------------------------------ forward
-
-    def weights_on(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """All weights on `device` in `dtype`, made once. Not copies: never write to them."""
-        names = self.weight_names
-        return dict(zip(names, self._cast_weights(self.identity, device, dtype), strict=True))
-
-    @constant_in_graphs
-    def _cast_weights(
-        self, _identity: str, device: torch.device, dtype: torch.dtype
-    ) -> list[Tensor]:
-        return list(self._weights.cast(device, dtype).values())
-
-    def packs(self, layout: Layout) -> dict[str, Tensor]:
-        """What `weights.pack_weights` makes of a chain's weights, made once: never write to it.
-
-        Raises:
-            RuntimeError: the network is no `chain`.
-        """
-        return self._weights.packs(layout)
-
-    def chain_obstacle(self) -> str | None:
-        """Why the fast path cannot hold this network, or None."""
-        return self.chain if isinstance(self.chain, str) else None
-
-    def cached_tensors(self) -> list[Tensor]:
-        """All copies that this network and its equals hold, on any device."""
-        tensors = self._weights.cached_tensors()
-        for module in vars(self._cast_modules).values():
-            tensors += [*module.parameters(), *module.buffers()]
-        return tensors
-
-    def network_input(self, y: Tensor, valid: Tensor | None) -> Tensor:
-        """Input adapter, mean/std, then 0 where a pixel is not valid; in the dtype of `y`."""
-        mean = std = None
-        if self.mean is not None and self.std is not None:
-            mean = torch.tensor(self.mean, dtype=y.dtype, device=y.device)
-            std = torch.tensor(self.std, dtype=y.dtype, device=y.device)
-        adapter = None
-        if "adapter" in self._weights.tensors:
-            adapter = self.weights_on(y.device, y.dtype)["adapter"]
-        return reference.network_input(y, valid, adapter, mean, std)
-
-    def features(self, y: Tensor, taps: Sequence[str]) -> dict[str, Tensor]:
-        """Outputs ``(N, C_b, H_b, W_b)`` of the layers named, after `network_input`."""
-        if self._module is not None:
-            module = getattr(self._cast_modules, self._module_on(self.identity, y.device, y.dtype))
-            return module(y, taps)  # type: ignore[no-any-return]
-        return reference.features(y, self.layers, self.weights_on(y.device, y.dtype), taps)
-
-    @constant_in_graphs
-    def _module_on(self, _identity: str, device: torch.device, dtype: torch.dtype) -> str:
-        """The name of the module on `device` in `dtype` in `_cast_modules`, made once."""
-        name = f"{device} {dtype}".replace(".", "_")
-        if not hasattr(self._cast_modules, name):
-            assert self._module is not None
-            with real_tensors(), streams.made_once(device, dtype):
-                module = in_dtype(self._module, device, dtype)
-            setattr(self._cast_modules, name, TappedModule(module, self._taps))
-        return name
-
-    # -------------------------------------------------------------------------------------- files
+        arguments = self._arguments()
+        arguments["weights"] = {"adapter": adapter, **arguments["weights"]}
+        return LossNet(**arguments, drawn=drawn)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write structure and weights to a safetensors file.
@@ -380,7 +173,7 @@ class LossNet:
                 "save: a from_module network has no structure of its own to write; save the "
                 "module's state_dict and build the LossNet from the module again"
             )
-        write_safetensors(path, self._weights.tensors, "gpl_fast.lossnet", self._structure())
+        write_network(path, self._structure(), self._weights.tensors)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> LossNet:
@@ -391,26 +184,11 @@ class LossNet:
             ValueError: not a safetensors file, truncated, not a LossNet's, of another shape, or
                 with weights that are not finite; the message begins with the path.
         """
-        structure, tensors = read_safetensors(path, "gpl_fast.lossnet", "LossNet.save")
+        arguments = read_network(path)
         try:
-            layers = stored_layers(structure["layers"])
-            mean, std = (structure[name] for name in ("mean", "std"))
-            if not all(x is None or isinstance(x, list) for x in (mean, std)):
-                raise TypeError(f"mean, std: got {mean} and {std}, expected lists")
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path!s}: the network's structure is malformed: {error}") from error
-        try:
-            return cls(layers, tensors, mean=mean, std=std)
+            return cls(**arguments)
         except ValueError as error:
             raise ValueError(f"{path!s}: {error}") from error
-
-    def _structure(self) -> dict[str, Any]:
-        # A first call is its path alone: fingerprints depend on this text.
-        taps = {name: tap if tap.call else tap.path for name, tap in self._taps.items()}
-        layers = [asdict(layer) for layer in self.layers]
-        return {"layers": layers, "mean": self.mean, "std": self.std, "taps": taps}
-
-    # ------------------------------------------------------------------------------------- copies
 
     def __copy__(self) -> LossNet:
         """The same weights, and what was made of them, which nothing writes to; a module's own
@@ -427,32 +205,26 @@ class LossNet:
         """How to draw the weights again, or where they were not drawn here, the weights."""
         if self._drawn is not None:
             return {**self._drawn, "fingerprint": self.fingerprint()}
-        return {
-            "layers": self.layers,
-            "weights": self._weights.tensors,
-            "mean": self.mean,
-            "std": self.std,
-            "module": self._module,
-            "taps": self._taps,
-            "in_channels": self._network_channels,
-        }
+        return self._arguments()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_weights" in state:
             state = _named_state(state)
-        if "vgg" in state:
-            net = LossNet.vgg(**state["vgg"])
-            if state["adapter"]:
-                net = net.with_input_adapter(*state["adapter"])
-            if net.fingerprint() != state["fingerprint"]:
-                raise ValueError(
-                    "LossNet: the pickle's weights, drawn again, have the fingerprint "
-                    f"{net.fingerprint()[:12]}…, expected {state['fingerprint'][:12]}…: another "
-                    "version drew them; keep weights with LossNet.save and LossNet.load instead"
-                )
-        else:
-            net = LossNet(**state)
+        net = _drawn_again(state) if "vgg" in state else LossNet(**state)
         self.__dict__.update(net.__dict__)
+
+
+def _drawn_again(state: dict[str, Any]) -> LossNet:
+    net = LossNet.vgg(**state["vgg"])
+    if state["adapter"]:
+        net = net.with_input_adapter(*state["adapter"])
+    if net.fingerprint() != state["fingerprint"]:
+        raise ValueError(
+            "LossNet: the pickle's weights, drawn again, have the fingerprint "
+            f"{net.fingerprint()[:12]}…, expected {state['fingerprint'][:12]}…: another version "
+            "drew them; keep weights with LossNet.save and LossNet.load instead"
+        )
+    return net
 
 
 def _named_state(state: dict[str, Any]) -> dict[str, Any]:

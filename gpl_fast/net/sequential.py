@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from gpl_fast.net.structure import Layer, Part, named_chain
+from gpl_fast.net.layers import Layer, Part, named_chain
 from gpl_fast.real_tensors import holds_values, real_tensors
 
 PLAIN = (nn.Sequential, nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d)

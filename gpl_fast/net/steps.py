@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from gpl_fast.net.structure import Layer
+from gpl_fast.net.layers import Layer
 
 NO_CHAIN = "LossNet.from_module networks run on the reference: only chains have fast kernels"
 

@@ -158,7 +158,7 @@ _alive: WeakValueDictionary[str, Weights] = WeakValueDictionary()
 _lock = threading.Lock()
 
 
-def shared(key: str, tensors: Mapping[str, Tensor], chain: Chain | str) -> Weights:
+def shared_weights(key: str, tensors: Mapping[str, Tensor], chain: Chain | str) -> Weights:
     """The weights of `key`; made of `tensors`, which are kept, where no network has them yet."""
     with _lock:
         found = _alive.get(key)

@@ -24,7 +24,7 @@ from gpl_fast.fast.plan import Plan
 from gpl_fast.net import weights
 from gpl_fast.net.lossnet import LossNet
 from gpl_fast.stages import Listed
-from gpl_fast.tools.bench import check_shape
+from gpl_fast.tools.workload import check_shape
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def launches(
     """Of the forward and of the backward, in bfloat16 with the default network.
 
     Raises:
-        ValueError: `gpl_fast.tools.bench.check_shape`, or it does not fit into the workspace.
+        ValueError: `gpl_fast.tools.workload.check_shape`, or it does not fit into the workspace.
     """
     n, c, h, w = work.shape
     net = LossNet.vgg(c)

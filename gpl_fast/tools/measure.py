@@ -6,22 +6,21 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import multiprocessing
 import os
 import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gpl_fast.targets import TopK
+from gpl_fast.tools import resident
 
 Loss = Callable[[Tensor, Any], Tensor]  # (logits (N, C, H, W), target) -> the value
 
@@ -45,9 +44,6 @@ def deviation(found: Sequence[Tensor], truth: Sequence[Tensor]) -> tuple[float, 
     (value, grad), (true_value, true_grad) = ([t.double() for t in pair] for pair in (found, truth))
     cosine = (grad * true_grad).sum() / (grad.norm() * true_grad.norm())
     return float((value - true_value).abs() / true_value), float(cosine)
-
-
-# ------------------------------------------------------------------------------------------- time
 
 
 class Stopwatch:
@@ -160,9 +156,6 @@ def keep_pages(mapped: int = 0) -> bool:
     return kept
 
 
-# ----------------------------------------------------------------------------------------- memory
-
-
 def memory(
     loss: Loss, logits: Tensor, target: Any, weights: Callable[[], list[Tensor]]
 ) -> tuple[float | None, int]:
@@ -180,14 +173,18 @@ def memory(
         kept[storage._cdata] = storage.nbytes()
         return t
 
-    before = _reset_peak(logits.is_cuda)
+    before = resident.reset_peak(logits.is_cuda)
     x = logits.detach().requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         value = loss(x, target)
     for t in (x, *target_tensors(target), *weights()):
         kept.pop(t.untyped_storage()._cdata, None)
     value.backward()  # type: ignore[no-untyped-call]
-    after = torch.cuda.max_memory_allocated() / 2**20 if logits.is_cuda else resident_mib("VmHWM")
+    after = (
+        torch.cuda.max_memory_allocated() / 2**20
+        if logits.is_cuda
+        else resident.resident_mib("VmHWM")
+    )
     peak = None if before is None or after is None else max(after - before, 0.0)
     return peak, sum(kept.values())
 
@@ -195,11 +192,6 @@ def memory(
 def target_tensors(target: Any) -> tuple[Tensor, ...]:
     """The tensors that a target consists of."""
     return (target.values, target.indices) if isinstance(target, TopK) else (target,)
-
-
-def nbytes(tensors: Iterable[Tensor]) -> int:
-    """Of their storages."""
-    return sum(t.untyped_storage().nbytes() for t in tensors)
 
 
 def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
@@ -253,43 +245,3 @@ def _send(sender: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> N
         sender.send(found)
     except BrokenPipeError:  # the one that asked is gone
         os._exit(0)
-
-
-def _reset_peak(cuda: bool) -> float | None:
-    """MiB in use, from which the peak starts again; None if it cannot."""
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated() / 2**20
-    gc.collect()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # glibc's; a step would use free pages again, unseen
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes VmRSS
-    except (AttributeError, OSError):
-        return None
-    return resident_mib("VmRSS")
-
-
-def resident_mib(field: str) -> float | None:
-    """``VmRSS`` or ``VmHWM`` of this process in MiB, None where there is no ``/proc``.
-
-    Not ``ru_maxrss``, which a process inherits from the one that started it.
-    """
-    kib = _kib(Path("/proc/self/status"), field)
-    return None if kib is None else kib / 1024
-
-
-def free_bytes(device: str) -> int | None:
-    """Memory that is there for the taking: free on the GPU, else ``MemAvailable``."""
-    if device == "cuda":
-        free, _ = torch.cuda.mem_get_info()
-        return int(free)
-    kib = _kib(Path("/proc/meminfo"), "MemAvailable")
-    return None if kib is None else kib * 1024
-
-
-def _kib(path: Path, field: str) -> int | None:
-    try:
-        lines = path.read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) for line in lines if line.startswith(f"{field}:")), None)

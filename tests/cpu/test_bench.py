@@ -15,7 +15,7 @@ import torch
 
 import gpl_fast
 from gpl_fast import cli, ops
-from gpl_fast.tools import bench, measure, roofline
+from gpl_fast.tools import batch, bench, measure, roofline, workload
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_fast = pytest.mark.skipif(ops.load() is not None, reason=str(ops.load()))
@@ -132,7 +132,7 @@ def test_saved_bytes_are_those_beyond_inputs_and_weights():
 
 
 @needs_fast
-@pytest.mark.parametrize("kind", bench.TARGETS)
+@pytest.mark.parametrize("kind", workload.TARGETS)
 def test_mine_shows_naive_against_fast(kind, capsys, tmp_path):
     path = tmp_path / "rows.json"
     arguments = ["--mine", "2", "5", "33", "40", "--target", kind, "--memory-gib", "0.25"]
@@ -149,8 +149,8 @@ def test_mine_shows_naive_against_fast(kind, capsys, tmp_path):
         assert row["batch_rule"] == "measured"
         # No batch fits that would need more than everything for logits and gradient alone.
         assert 2 <= row["largest_batch"] <= 2**28 / (2 * 4 * 5 * 33 * 40)
-    loss = bench.make_loss("fast", 5)
-    _, target = bench.make_inputs((2, 5, 33, 40), kind, "cpu")
+    loss = workload.make_loss("fast", 5)
+    _, target = workload.make_inputs((2, 5, 33, 40), kind, "cpu")
     said = loss.explain(torch.randn(2, 5, 33, 40), target).bytes_saved
     assert rows["fast"]["saved_bytes"] == said < rows["reference"]["saved_bytes"] / 10
     out = capsys.readouterr().out
@@ -164,7 +164,7 @@ def test_mine_shows_naive_against_fast(kind, capsys, tmp_path):
 def test_mine_refuses_what_does_not_fit_and_still_shows_ours(capsys):
     shape = (8, 40, 64, 64)
     naive, ours = (
-        bench.needed_bytes(bench.make_loss(name, 40), shape, "labels", "cpu") / 2**30
+        batch.needed_bytes(workload.make_loss(name, 40), shape, "labels", "cpu") / 2**30
         for name in ("reference", "fast")
     )
     assert ours < naive
@@ -181,13 +181,13 @@ def test_mine_refuses_what_does_not_fit_and_still_shows_ours(capsys):
 
 @needs_fast
 @pytest.mark.parametrize("name", ["reference", "fast"])
-@pytest.mark.parametrize("kind", bench.TARGETS)
+@pytest.mark.parametrize("kind", workload.TARGETS)
 def test_the_model_of_memory_is_no_less_than_what_was_measured(name, kind):
     shape = (1, 150, 96, 96)
-    loss = bench.make_loss(name, shape[1])
-    used = measure.in_fresh_process(bench.used_by, name, shape, kind, "cpu")
+    loss = workload.make_loss(name, shape[1])
+    used = measure.in_fresh_process(batch.used_by, name, shape, kind, "cpu")
     assert used.peak is not None
-    assert used.inputs + used.peak <= bench.needed_bytes(loss, shape, kind, "cpu")
+    assert used.inputs + used.peak <= batch.needed_bytes(loss, shape, kind, "cpu")
 
 
 def test_the_default_shapes_are_timed_too(monkeypatch, capsys):
@@ -236,7 +236,7 @@ def test_the_flops_counted_are_those_of_explain(kind, workspace_mb):
     if ops.load() is not None:
         pytest.skip("explain of the fast backend needs the operators")
     pred = torch.randn(shape)
-    _, target = bench.make_inputs(shape, kind, "cpu")
+    _, target = workload.make_inputs(shape, kind, "cpu")
     said = loss.explain(pred, target)
     assert sum(v.flops for v in (*forward, *backward)) == pytest.approx(said.flops, rel=1e-9)
     names = [v.name for v in forward]

@@ -38,11 +38,11 @@ from gpl_fast import (
     SegmentationLoss,
     TargetFeatures,
     TopK,
-    lossnet,
     plan,
     reference,
 )
 from gpl_fast.chain.branch import carry_target
+from gpl_fast.net import weights
 from gpl_fast.ops import load
 
 if (reason := load()) is not None:
@@ -475,7 +475,7 @@ def test_bfloat16_is_as_exact_as_with_weights_rounded_one_by_one(kind, monkeypat
         _, truth = value_and_grad(make("reference", None), pred.double(), doubled(target))
         _, grad = value_and_grad(make("fast", BF16), pred, target)
         with monkeypatch.context() as patch:
-            patch.setattr(lossnet, "_rounded", lambda w, dtype: w.to(dtype))
+            patch.setattr(weights, "rounded", lambda w, dtype: w.to(dtype))
             _, stock = value_and_grad(make("reference", BF16), pred, target)
         assert not torch.equal(stock, value_and_grad(make("reference", BF16), pred, target)[1])
         assert error(grad, truth) <= 2 * error(stock, truth)

@@ -19,7 +19,7 @@ import gpl_fast
 from gpl_fast import backend, cli, demo, environment, ops, tiles
 from gpl_fast.chain import data_gradient
 from gpl_fast.demo import experiment
-from gpl_fast.tools import bench, info, measure, roofline
+from gpl_fast.tools import bench, info, launches, measure, roofline, workload
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = [sys.executable, "-m", "gpl_fast"]
@@ -192,8 +192,8 @@ def test_the_roofline_as_data_is_what_the_table_says(workspace_mb, tmp_path, cap
     (work,) = (found := json.loads(path.read_text()))["workloads"]
     assert found["workspace_mb"] == workspace_mb
     assert (work["shape"], work["kind"], work["measured"]) == ([1, 40, 256, 128], "dense", [])
-    forward, backward = roofline.launches(
-        roofline.Workload((1, 40, 256, 128), "dense"), workspace_mb
+    forward, backward = launches.launches(
+        launches.Workload((1, 40, 256, 128), "dense"), workspace_mb
     )
     assert sum(stage["launches"] for stage in work["stages"]) == len(forward) + len(backward)
     flops = sum(launch.flops for launch in (*forward, *backward))
@@ -249,7 +249,7 @@ def test_bench_passes_the_workspace_on(monkeypatch, capsys):
     assert cli.main(words[:-1]) == 0
     assert given["workspace_mb"] == "auto"
     for value in (96.5, "auto"):
-        assert bench.make_loss("fast", 5, value).options.workspace_mb == value
+        assert workload.make_loss("fast", 5, value).options.workspace_mb == value
 
 
 def test_the_demo_passes_the_workspace_on(tmp_path, monkeypatch, capsys):
@@ -292,8 +292,8 @@ INTERRUPTED = """
 import sys
 import slow
 from gpl_fast import cli
-from gpl_fast.tools import bench
-bench.used_by = slow.used_by
+from gpl_fast.tools import batch
+batch.used_by = slow.used_by
 sys.exit(cli.main(["bench", "--mine", "1", "3", "32", "32"]))
 """
 

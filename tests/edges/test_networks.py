@@ -18,7 +18,13 @@ from cases import agree, value_and_grad
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from gpl_fast import GenericPerceptualLoss, LossNet, PerceptualLoss, SegmentationLoss
+from gpl_fast import (
+    GenericPerceptualLoss,
+    LossNet,
+    PerceptualLoss,
+    SegmentationLoss,
+    functional,
+)
 from gpl_fast.net import weights
 from gpl_fast.net.structure import parse_blocks
 
@@ -181,6 +187,21 @@ def test_packs_live_as_long_as_a_network_of_theirs():
     assert pack() is None
     with pytest.raises(RuntimeError, match=rf"{key[:12]}.*not in this process.*LossNet\.load"):
         weights.of(key)
+
+
+def test_a_backward_outlives_its_network(backend):
+    x, y = torch.randn(2, 2, C, H, W)
+    x.requires_grad_()
+
+    def value(seed):
+        net = LossNet.vgg(C, (1,), WIDTHS, seed=seed)
+        return functional.generic_perceptual_loss(x, y, net, backend=backend), net
+
+    kept, _net = value(34)
+    (want,) = torch.autograd.grad(kept, x)
+    del _net, kept
+    left = value(34)[0]
+    assert torch.equal(torch.autograd.grad(left, x)[0], want)
 
 
 def test_threads_make_one_of_all():
