@@ -122,9 +122,6 @@ def by_case(rows: Sequence[Row]) -> Iterator[tuple[tuple[Any, ...], list[Row]]]:
         yield case, list(some)
 
 
-# ------------------------------------------------------------------------------------------ tables
-
-
 def page(rows: Sequence[Row]) -> str:
     """All rows, how time and memory grow, where it is not faster, and how that was measured."""
     r, rounds = rows[0], sorted(int(row["rounds"]) for row in rows)
@@ -132,7 +129,7 @@ def page(rows: Sequence[Row]) -> str:
         [
             *table(rows),
             "",
-            *growth(rows),
+            *(f"- {line}" for line in growth(rows)),
             "",
             "Where it is not faster:",
             *(slower(rows) or ["nowhere here."]),
@@ -209,9 +206,6 @@ def _seconds(s: float | None) -> str:
 
 def _text(value: float | None, form: str, scale: float = 1) -> str:
     return "" if value is None else form.format(value * scale)
-
-
-# ---------------------------------------------------------------------------------------- findings
 
 
 def slower(rows: Sequence[Row], least: float = 1.1) -> list[str]:

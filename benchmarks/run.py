@@ -233,9 +233,6 @@ class Measurement:
         return rows
 
 
-# ------------------------------------------------------------- what a process of its own measures
-
-
 def memory(name: str, case: Case) -> dict[str, Any]:
     """``peak_mib`` and ``saved_bytes`` of a step, from a fresh process; nothing where it failed."""
     try:
