@@ -103,7 +103,7 @@ lint: | $(READY)
 	$(if $(CSRC),$(VENV)/bin/clang-format --dry-run --Werror $(CSRC))
 
 bench: $(LIBRARY)
-	$(PY) benchmarks/run.py --visits 3 --minutes 9.5 --markdown benchmarks/results/table.md --plot docs/images/benchmark.png
+	$(PY) benchmarks/run.py --plot docs/images/benchmark.png
 
 # No environment is made: a machine with a GPU has its own torch, and may have no network.
 bench-gpu gpu-report: export GPL_FAST_FORCE_CUDA = 1

@@ -1,45 +1,14 @@
-"""What is made of a GPU report: the page for people, the plot."""
+"""The page for people of a GPU report."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
-
-from report import Row
 
 PROTOCOL = (
     "Medians of interleaved rounds, timed with {clock}; peak: what one step adds to the "
     "allocator's mark, the gradient included; saved: kept for the backward; errors against float64 "
     "on a crop; FLOPs as the loss is defined: both branches and the data gradient."
 )
-
-
-def plot(rows: list[Row], path: Path) -> None:
-    """Forward and backward milliseconds of each workload and provider, and its peak memory."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    cases = list(dict.fromkeys((row["workload"], row["target"]) for row in rows))
-    figure, axes = plt.subplots(2, len(cases), figsize=(2.6 * len(cases) + 1, 7), squeeze=False)
-    for j, case in enumerate(cases):
-        mine = [row for row in rows if (row["workload"], row["target"]) == case]
-        names = [row["provider"] for row in mine]
-        forward, backward = ([1e3 * row[k] for row in mine] for k in
-                             ("forward_seconds", "backward_seconds"))  # fmt: skip
-        axes[0][j].bar(names, forward, label="forward")
-        axes[0][j].bar(names, backward, bottom=forward, label="backward")
-        axes[0][j].set(title="\n".join(case), ylabel="" if j else "ms")
-        axes[1][j].bar(names, [row.get("peak_mib") or 0.0 for row in mine], color="C2")
-        axes[1][j].set(ylabel="" if j else "peak MiB")
-        for axis in axes[:, j]:
-            axis.tick_params(axis="x", labelrotation=90, labelsize=7)
-    axes[0][0].legend(fontsize=8)
-    figure.suptitle(rows[0]["machine"], fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def markdown(found: dict[str, Any]) -> str:

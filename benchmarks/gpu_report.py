@@ -26,7 +26,7 @@ from xml.etree import ElementTree
 
 import report
 import torch
-from gpu_pages import markdown, plot
+from gpu_pages import markdown
 from on_device import machine
 
 ROOT = report.ROOT
@@ -202,7 +202,9 @@ class Report:
         timed = [row for row in measured["rows"] if "seconds_median" in row]
         stage.detail = f"{len(timed)} of {len(measured['rows'])} rows have times"
         if timed and importlib.util.find_spec("matplotlib"):
-            plot(timed, self.folder / "benchmark.png")
+            import plots
+
+            plots.workloads(timed, self.folder / "benchmark.png")
         return measured
 
 

@@ -4,8 +4,7 @@ The difference form with convolutions in the dtype, as on a CPU that multiplies 
 mixed arithmetic of one that multiplies pairs of bfloat16, and in float32, as on others.
 
 One map of 64 x 64, unit Gaussian logits whose right class is raised by a margin, in square regions
-of one class; the teacher is the same logits with noise of half a unit. The table of
-docs/derivation.md, section 4.
+of one class; the teacher is the same logits with noise of half a unit: docs/numerics.md.
 
     python benchmarks/precision.py
 """

@@ -216,18 +216,6 @@ def fast(
     return Provider(value, loss.net.cached_tensors)
 
 
-def later_blocks(dtype: torch.dtype, classes: int, net: str = NET) -> Provider:
-    """The fast path on what follows the network's first pool: layers that do not depend on the
-    classes. It compares maps of as many channels as the first block has."""
-    network = _network(classes, net)
-    first = next(i for i, module in enumerate(network) if isinstance(module, nn.MaxPool2d))
-    rest = gpl_fast.LossNet.from_sequential(network[first + 1 :])
-    loss = gpl_fast.GenericPerceptualLoss(
-        rest.in_channels, rest, activation="none", backend="fast", compute_dtype=dtype
-    )
-    return Provider(loss, rest.cached_tensors)
-
-
 PROVIDERS: dict[str, Callable[..., Provider]] = {
     "eager-fp32": eager_fp32,
     "eager-bf16": eager_bf16,

@@ -1,4 +1,4 @@
-"""Registers and shared memory of the compiled CUDA kernels, as docs/kernels.md lists them.
+"""Registers and shared memory of the compiled CUDA kernels.
 
 ``python benchmarks/registers.py`` prints the table of the library that is built; no GPU is needed,
 only cuobjdump (of the toolkit or of Triton's wheel) and c++filt.

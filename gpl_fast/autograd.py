@@ -1,6 +1,6 @@
 """The autograd Function around the fast path.
 
-Saved between forward and backward (docs/derivation.md, section 4; `Plan.saved` gives the shapes):
+Saved between forward and backward (docs/math.md, section 4; `Plan.saved` gives the shapes):
 
 =========== ======================================= ============= ==================================
 ``x``       (N, C, H, W), the caller's own          caller's      softmax / sigmoid backward

@@ -1,7 +1,7 @@
 """The losses as plain functions: validate, choose the backend, reduce.
 
 `gpl_fast.GenericPerceptualLoss`, `SegmentationLoss` and `PerceptualLoss` are thin modules around
-these. Conventions: docs/derivation.md.
+these. Conventions: docs/math.md.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def generic_perceptual_loss(
     level_weights: Sequence[float] | None = None,
     **options: Any,
 ) -> Tensor:
-    """Eq. (1) of docs/derivation.md: ``Σ_b w_b / (C_b H_b W_b) ‖E'_b − E_b‖²`` (Liu et al., eq. (1)
+    """Eq. (1) of docs/math.md: ``Σ_b w_b / (C_b H_b W_b) ‖E'_b − E_b‖²`` (Liu et al., eq. (1)
     and Section 3.1).
 
     Args:

@@ -20,7 +20,7 @@ from gpl_fast.targets import TargetFeatures, TopK, first_look
 class GenericPerceptualLoss(nn.Module):
     """Compare prediction and target in the features of one frozen random network.
 
-    Eq. (1) of docs/derivation.md; Liu et al., "Generic Perceptual Loss for Modeling Structured
+    Eq. (1) of docs/math.md; Liu et al., "Generic Perceptual Loss for Modeling Structured
     Output Dependencies", CVPR 2021, Section 3. Holds no parameters and no buffers.
 
     Args:

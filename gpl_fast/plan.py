@@ -167,7 +167,7 @@ class Plan:
     def saved(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name -> shape and dtype of what the forward leaves for the backward, in order.
 
-        The table in docs/derivation.md, section 4: `lse`, a code for each pool, a mask for each
+        The table in docs/math.md, section 4: `lse`, a code for each pool, a mask for each
         ReLU whose full-resolution output is used, `diff` for each tap, and for style taps the
         prediction's features and ``G' - G``.
         """
@@ -220,7 +220,7 @@ class Plan:
         return self._bytes(self.images, self.rows)
 
     def way(self, i: int, role: Role) -> Way:
-        """Of step i's convolution, or of its data gradient: docs/derivation.md, section 4."""
+        """Of step i's convolution, or of its data gradient: docs/cpu.md."""
         step, arithmetic = self.steps[i], self.spec.arithmetic
         dtype = torch.float32 if arithmetic == "float32" else self.dtype
         if self.spec.device != "cpu" or step.stride != 1:

@@ -2,7 +2,7 @@
 
 Source: Liu et al., "Generic Perceptual Loss for Modeling Structured Output Dependencies", CVPR
 2021; Johnson et al., "Perceptual Losses for Real-Time Style Transfer and Super-Resolution", ECCV
-2016. The sections follow docs/derivation.md: (1) maps, (2) the frozen network, (3) distances, (4)
+2016. The sections follow docs/math.md: (1) maps, (2) the frozen network, (3) distances, (4)
 precision of the chain, (5) the segmentation total. This file imports torch only.
 
 Shapes: ``N`` images, ``C`` channels, ``H x W`` pixels; ``valid`` is ``(N, H, W)`` bool, True where
@@ -263,7 +263,7 @@ def active_transform(x: Tensor) -> str | None:
     return None
 
 
-# A float16 chain runs at unit scale (docs/derivation.md, section 4): the seeds reach 1e-8 otherwise
+# A float16 chain runs at unit scale (docs/math.md, section 4): the seeds reach 1e-8 otherwise
 # and vanish. The loss' own gradient g_n and the largest coefficient travel around the chain in
 # float32, through `token`, and are applied where it ends.
 

@@ -6,7 +6,7 @@ all over. An argument that does not say otherwise is contiguous, and of a map ea
 
 - Maps are NHWC, of one dtype: float32, bfloat16 or float16. z, y and a are the carried branch's:
   the target's where `from_target` (N,) bool says so, else the prediction's. dz, delta and d are the
-  prediction's less the target's, eq. (6) of docs/derivation.md.
+  prediction's less the target's, eq. (6) of docs/math.md.
 - A strip is the rows [row0, row0 + rows) of every image. A row outside the image is zeros.
 - A mask has a bit a channel, ⌈C/8⌉ bytes, the first in the lowest: unless the prediction's z <= 0.
   A code has four, ⌈C/2⌉ bytes: the window's winner 0 to 3, or 4 = none is positive.

@@ -1,6 +1,6 @@
 """The loss by definition: plain Python loops over float64 arrays of one image, no PyTorch.
 
-Maps are ``(C, H, W)``; every function does one line of docs/derivation.md, slowly.
+Maps are ``(C, H, W)``; every function does one line of docs/math.md, slowly.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The fast path's saved tensors, read and made by plain PyTorch (docs/derivation.md, section 4)."""
+"""The fast path's saved tensors, read and made by plain PyTorch (docs/math.md, section 4)."""
 
 from __future__ import annotations
 

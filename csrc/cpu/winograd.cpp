@@ -57,7 +57,7 @@ struct Two {
   }
 };
 
-// Likewise of F(4 x 4, 3 x 3), at the points 0, a, -a, b, -b and infinity: docs/derivation.md.
+// Likewise of F(4 x 4, 3 x 3), at the points 0, a, -a, b, -b and infinity: docs/cpu.md.
 struct Four {
   static constexpr int kResults = 4;
   static constexpr int64_t kTiles = 24;

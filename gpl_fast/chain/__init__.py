@@ -5,7 +5,7 @@ On the CPU convolutions are our own or ATen's (`convolution`) and everything bet
 of the stage operators of `gpl_fast.ops`; on a GPU one kernel may do a whole step (`stages`,
 `data_gradient`).
 Maps are NHWC, prediction and target carried as ``y'`` and ``δ = y' − y`` (eq. 6 of
-docs/derivation.md), or as ``y`` and δ (`branch`). What the forward leaves for the backward is
+docs/math.md), or as ``y`` and δ (`branch`). What the forward leaves for the backward is
 `Plan.saved`.
 """
 

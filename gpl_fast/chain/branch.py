@@ -24,7 +24,7 @@ def carry_target(
     Both say the same but for rounding, which is relative to what is carried: winners and signs of
     the prediction are surest where it is carried itself. But where it is near a target that is
     constant in regions, the target's ties decide what δ becomes in a pool, and rounding y' would
-    break them (docs/derivation.md, section 4, has figures). That is looked for on a grid of each
+    break them (docs/numerics.md). That is looked for on a grid of each
     image; float32 has bits enough for either.
 
     Args:

@@ -1,4 +1,4 @@
-"""The difference form on registers (eq. 6 of docs/derivation.md); twin of ``csrc/cpu/branches.h``.
+"""The difference form on registers (eq. 6 of docs/math.md); twin of ``csrc/cpu/branches.h``.
 
 z is the pre-activation of the branch that is carried (`from_target`: the target's), dz the
 prediction's less the target's. Without HAS_DIFF z is alone, and what stands for dz is not used.

@@ -2,7 +2,7 @@
 
 An implicit GEMM over NHWC maps. The carried map and δ share every weight tile; what lies outside
 the image arrives as zeros, which is the padding. Only what the next step and the backward read is
-written (eq. 6 and 7 of docs/derivation.md).
+written (eq. 6 and 7 of docs/math.md).
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def padded_channels(channels: int) -> int:
 def rounded(w: Tensor, dtype: torch.dtype) -> Tensor:
     """A weight in `dtype`; in half precision the rounding error of a kernel's tap goes on to its
     next tap, so that their sum, which is all that flat regions see of them, is off by one error at
-    most instead of by all of theirs (docs/derivation.md, section 4)."""
+    most instead of by all of theirs (docs/numerics.md)."""
     if w.dim() != 4 or torch.finfo(dtype).bits >= torch.finfo(w.dtype).bits:
         return w.to(dtype)
     taps, out = w.flatten(2), torch.empty_like(w.flatten(2), dtype=dtype)

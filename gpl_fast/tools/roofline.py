@@ -1,6 +1,7 @@
 """`gpl-fast bench --roofline`: the floors of a step on a GPU, by stage.
 
-The floor of a launch is the larger of its FLOPs and its bytes (`launches`) at a GPU's rates.
+The floor of a launch is the larger of its FLOPs and its bytes (`launches`) at a GPU's rates
+(docs/gpu.md).
 """
 
 from __future__ import annotations
@@ -160,7 +161,7 @@ def read_measured(path: Path) -> list[dict[str, Any]]:
             rows = found.get("benchmark", found)["rows"]
             rows = [{"machine": machine, **row} for row in rows]
         else:
-            rows = list(csv.DictReader(text.splitlines()))
+            rows = csv_rows(text)
         return [_numbers(row) for row in rows if row.get("seconds_median")]
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
@@ -169,6 +170,14 @@ def read_measured(path: Path) -> list[dict[str, Any]]:
             f"{path}: got no rows of a benchmark ({error!r}), expected a CSV of "
             "benchmarks/run.py, or a report.json of make gpu-report or gpl-fast bench --json"
         ) from error
+
+
+def csv_rows(text: str) -> list[dict[str, Any]]:
+    """Rows of a CSV, each with what the lines "# key: value" above the columns say of all."""
+    lines = text.splitlines()
+    begin = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
+    shared = dict(line.removeprefix("# ").split(": ", 1) for line in lines[:begin])
+    return [{**shared, **row} for row in csv.DictReader(lines[begin:])]
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, Any]:

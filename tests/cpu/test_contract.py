@@ -1,4 +1,4 @@
-"""The saved-tensor contract of docs/derivation.md, section 4: what is kept, what is in it, what it
+"""The saved-tensor contract of docs/math.md, section 4: what is kept, what is in it, what it
 costs, and both halves apart."""
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def test_public_names_exist_and_are_documented():
     names = ["GenericPerceptualLoss", "SegmentationLoss", "PerceptualLoss", "LossNet", "TopK"]
     assert {*names, "TargetFeatures", "BackendUnavailable"} <= set(gpl_fast.__all__)
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", gpl_fast.__version__)
-    assert f'version = "{gpl_fast.__version__}"' in (ROOT / "pyproject.toml").read_text()
+    assert 'version = {attr = "gpl_fast.__version__"}' in (ROOT / "pyproject.toml").read_text()
 
 
 # --------------------------------------------------------------------------------- the oracle alone
