@@ -82,7 +82,7 @@ def perceptual_terms(
 
     Args:
         pred: (N, C, H, W) float32, bfloat16 or float16, any strides.
-        style_features: by layer, (1 or N, C_b, h, w), where the style target is not `target`.
+        style_features: by layer, (1 or N, C_b, h, w), where they are not to be made of `target`.
         dtype: what the chain computes in.
         Others: as `functional`.
 
@@ -90,7 +90,10 @@ def perceptual_terms(
         NotImplementedError: inside a transform of `torch.func`, or forward-mode differentiation.
     """
     refuse_transforms(pred)
-    tensors = _target_tensors(target, style_features, style_weights, dtype)
+    tensors = target.tensors(dtype)
+    for name in style_weights:
+        if name in style_features:
+            tensors[f"gram.{name}"] = reference.gram(style_features[name].detach().float())
     if cross_entropy is not None:
         if tensors.get("labels") is cross_entropy.labels:
             # torch.compile takes no tensor twice, so one entry carries both names.
@@ -99,7 +102,6 @@ def perceptual_terms(
             tensors["ce_labels"] = cross_entropy.labels
         if cross_entropy.class_weight is not None:
             tensors["class_weight"] = cross_entropy.class_weight.float()
-    resized = target.dense is not None and tuple(target.dense.shape[2:]) != tuple(pred.shape[2:])
     arithmetic = chain.arithmetic(pred.device, dtype)
     megabytes, hard = workspace(pred.device, workspace_mb)
     spec = plan.make_spec(
@@ -107,7 +109,7 @@ def perceptual_terms(
         feature_weights=feature_weights,
         style_weights=style_weights,
         kind=target.kind,
-        resized=resized,
+        resized=target.resized,
         activation=activation,
         target_activation=target_activation,
         temperature=temperature,
@@ -121,7 +123,7 @@ def perceptual_terms(
     )
     names = tuple(tensors)
     weights = torch.float32 if arithmetic == "float32" else dtype
-    packed = pred.device, weights, target.kind in ("labels", "topk")
+    packed = pred.device, weights, target.listed
     packs = net.cached_packs(*packed)
     text = ",".join(names) + ";" + ",".join(chain.pack_names(net, *packed))
     if torch.is_grad_enabled() and pred.requires_grad:
@@ -303,58 +305,6 @@ for _key in ("CPU", "CUDA"):
     _LIBRARY.impl("perceptual_bwd", _perceptual_bwd, _key)
 torch.library.register_fake("gpl_fast::perceptual_fwd", _perceptual_fwd_fake, lib=_LIBRARY)
 torch.library.register_fake("gpl_fast::perceptual_bwd", _perceptual_bwd_fake, lib=_LIBRARY)
-
-
-# -------------------------------------------------------------------------------------- inputs
-
-
-def _target_tensors(
-    target: Target,
-    style_features: Mapping[str, Tensor],
-    style_weights: Mapping[str, float],
-    dtype: torch.dtype,
-) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    if target.valid is not None:
-        tensors["valid"] = target.valid.contiguous()
-    if target.dense is not None:
-        tensors["dense"] = target.dense
-    if target.dense_valid is not None:
-        tensors["dense_valid"] = target.dense_valid
-    if target.labels is not None:
-        labels = target.labels.contiguous()
-        # One channel: value 1 is the first class and value 0 none, so the map is the label itself.
-        tensors["labels"] = labels - 1 if target.channels == 1 else labels
-    if target.topk is not None:
-        tensors |= _topk_tensors(target)
-    if target.features is not None:
-        for name, e in target.features.features.items():
-            tensors[f"feature.{name}"] = e.detach().to(dtype).permute(0, 2, 3, 1).contiguous()
-        style_features = style_features or target.features.features
-    for name in style_weights:
-        if name in style_features:
-            tensors[f"gram.{name}"] = reference.gram(style_features[name].detach().float())
-    return tensors
-
-
-def _topk_tensors(target: Target) -> dict[str, Tensor]:
-    topk = target.topk
-    assert topk is not None
-    indices = topk.indices.contiguous()
-    values = reference.zero_invalid(topk.values.detach().float(), target.valid)
-    if topk.rest == "renormalize":
-        values = reference.renormalized(values)
-    out = {"topk_values": values.contiguous(), "topk_indices": indices}
-    if topk.rest == "uniform":
-        total = values.sum(dim=1)
-        ordered = indices.sort(dim=1).values
-        listed = (ordered.diff(dim=1) != 0).sum(dim=1) + min(indices.shape[1], 1)
-        unlisted = target.channels - listed
-        out["topk_rest"] = (1 - total).clamp(min=0) * (unlisted > 0) / unlisted.clamp(min=1)
-    if indices.shape[1] == 0:  # one entry of no class: an empty list has no memory to point at
-        out["topk_values"] = values.new_zeros(values.shape[0], 1, *values.shape[2:])
-        out["topk_indices"] = torch.full_like(out["topk_values"], -1, dtype=torch.int64)
-    return out
 
 
 def _by_name(

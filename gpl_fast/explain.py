@@ -11,19 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from gpl_fast import autograd, chain, functional, plan
+from gpl_fast import autograd, chain, engine, parts, plan
 from gpl_fast import backend as backends
 from gpl_fast.backend import Choice
-from gpl_fast.input_checks import check_prediction
 from gpl_fast.net.lossnet import LossNet
 from gpl_fast.options import Options
 from gpl_fast.targets import (
     Target,
-    TargetFeatures,
-    TopK,
-    check_labels,
-    normalise_mask,
+    TargetLike,
+    resolve_labels,
     resolve_target,
+    resolve_teacher,
 )
 
 
@@ -91,12 +89,12 @@ def explain(
     net: LossNet,
     o: Options,
     pred: Tensor,
-    target: Tensor | TopK | TargetFeatures,
+    target: TargetLike,
     mask: Tensor | None,
     *,
     features: Mapping[str, float],
     styles: Mapping[str, float] = MappingProxyType({}),
-    style_target: Tensor | TargetFeatures | None = None,
+    style_target: TargetLike | None = None,
     tv_weight: float = 0.0,
 ) -> Explanation:
     """Plan the call and count: nothing is computed, and of a target only what is checked is read.
@@ -118,7 +116,7 @@ def explain(
     if tv_weight and found.backend == "fast":  # which leaves the total variation to PyTorch
         smooth = {"pred": pred, "valid": resolved.valid}
         saved, _ = _run_on_meta(
-            lambda pred, valid: functional.total_variation(pred, valid, o), smooth, net
+            lambda pred, valid: engine.total_variation(pred, valid, o), smooth, net
         )
         found = replace(found, bytes_saved=found.bytes_saved + saved)
     return found
@@ -130,7 +128,7 @@ def explain_segmentation(
     o: Options,
     logits: Tensor,
     labels: Tensor,
-    teacher: Tensor | TopK | TargetFeatures | None,
+    teacher: TargetLike | None,
     mask: Tensor | None,
     *,
     taps: Mapping[str, float],
@@ -140,16 +138,12 @@ def explain_segmentation(
     gpl_ignore: bool | str,
 ) -> Explanation:
     """`explain` for a loss with a cross-entropy; see `functional.segmentation_loss`."""
-    check_prediction(logits, net, needs_size=False)
-    plane = functional.segmentation_labels(labels, logits)
-    size = (int(plane.shape[1]), int(plane.shape[2]))
-    net.shapes(*size)
-    given = normalise_mask(mask, logits.shape[0], size, logits.device)
-    checked = check_labels(plane, given, net.in_channels, o.ignore_index)
+    checked, given = resolve_labels(labels, mask, logits, net, o)
+    size = tuple(checked.shape[1:])
     full = logits
     if size != tuple(logits.shape[2:]):  # as large, and without memory
         full = logits.new_empty(()).expand(*logits.shape[:2], *size)
-    target = functional.segmentation_target(full, checked, teacher, given, net, o, gpl_ignore)
+    target = resolve_teacher(teacher, checked, given, full, o, gpl_ignore)
     inputs = {"logits": logits, "labels": labels, "teacher": teacher, "mask": mask}
     shared = label_smoothing if ce_weight and gpl_weight else None
     return Planned(
@@ -179,7 +173,7 @@ class Planned:
     resized: bool = False
 
     def explain(self) -> Explanation:
-        dtype = functional.compute_dtype(self.pred, self.target, self.o)
+        dtype = engine.compute_dtype(self.pred, self.target, self.o)
         wide = torch.float64 if self.pred.dtype == torch.float64 else dtype
         choice = backends.choose(self.o.backend, self.device, wide, self.net)
         if not (self.features or self.styles):
@@ -220,7 +214,7 @@ class Planned:
             feature_weights=dict(self.features),
             style_weights=dict(self.styles),
             kind=target.kind,
-            resized=target.dense is not None and tuple(target.dense.shape[2:]) != target.size,
+            resized=target.resized,
             activation=o.activation,
             target_activation=o.target,
             temperature=o.constant_temperature,
@@ -278,7 +272,7 @@ def _run_on_meta(
     with torch.enable_grad(), counter:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             found = run(**moved)
-            value = functional.sum_of_parts(found) if isinstance(found, dict) else found
+            value = parts.sum_of_parts(found) if isinstance(found, dict) else found
         value.sum().backward()  # type: ignore[no-untyped-call]
     given = [t for x in moved.values() for t in tree_leaves(x) if isinstance(t, Tensor)]
     for t in [*given, *net.cached_tensors()]:
