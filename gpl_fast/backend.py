@@ -44,15 +44,20 @@ def requested_backend(backend: str) -> str:
 
 def fast_obstacle(device: torch.device, dtype: torch.dtype, net: LossNet | None) -> str | None:
     """Why the fast path cannot run here, or None."""
-    if dtype == torch.float64:
-        return "float64 is the reference's: pass float32, bfloat16 or float16"
-    if net is not None and (why := net.chain_obstacle()) is not None:
+    if (why := _chain_obstacle(dtype, net)) is not None:
         return why
     if device.type == "cpu":
         return _library_obstacle()
     if device.type == "cuda":
         return _triton_obstacle(device)
     return f"there are no fast kernels for device type {device.type!r}"
+
+
+def _chain_obstacle(dtype: torch.dtype, net: LossNet | None) -> str | None:
+    """Why it can run nowhere."""
+    if dtype == torch.float64:
+        return "float64 is the reference's: pass float32, bfloat16 or float16"
+    return None if net is None else net.chain_obstacle()
 
 
 @constant_in_graphs
@@ -94,6 +99,21 @@ def choose(
     # On a CPU many things are no surprise: float64, a network of modules, no library for it.
     if device.type == "cuda" or (device.type == "cpu" and obstacle == _broken_library()):
         _warn_once(f"the reference backend runs: {obstacle}")
+    return Choice("reference", obstacle)
+
+
+def choose_anywhere(backend: str, dtype: torch.dtype, net: LossNet) -> Choice:
+    """The backend that would run where everything that the fast path needs is there.
+
+    Raises:
+        BackendUnavailable, ValueError: as `choose`.
+    """
+    if (word := requested_backend(backend)) == "reference":
+        return Choice("reference", "it was asked for")
+    if (obstacle := _chain_obstacle(dtype, net)) is None:
+        return Choice("fast", "supposing everything it needs is there")
+    if word == "fast":
+        raise BackendUnavailable(f"backend='fast' cannot run: {obstacle}; use backend='auto'")
     return Choice("reference", obstacle)
 
 

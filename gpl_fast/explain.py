@@ -2,40 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from gpl_fast import autograd, chain, functional, plan
 from gpl_fast import backend as backends
+from gpl_fast import engine, parts
 from gpl_fast.backend import Choice
-from gpl_fast.input_checks import check_prediction
+from gpl_fast.costs import LayerCost, layer_costs, run_on_meta
+from gpl_fast.fast.call import read
+from gpl_fast.fast.operator import label_dtype
+from gpl_fast.fast.plan import Plan
+from gpl_fast.fast.policy import named
+from gpl_fast.fast.who import Runs, who_runs
 from gpl_fast.net.lossnet import LossNet
 from gpl_fast.options import Options
 from gpl_fast.targets import (
     Target,
-    TargetFeatures,
-    TopK,
-    check_labels,
-    normalise_mask,
+    TargetLike,
+    resolve_labels,
     resolve_target,
+    resolve_teacher,
 )
-
-
-@dataclass(frozen=True)
-class LayerCost:
-    """One layer: output (N, C_b, H_b, W_b), FLOPs of prediction, target and data gradient, and the
-    bytes it leaves for the backward on the fast path (None on the reference)."""
-
-    name: str
-    shape: tuple[int, int, int, int]
-    flops: int
-    bytes_saved: int | None
 
 
 @dataclass(frozen=True)
@@ -52,6 +44,7 @@ class Explanation:
             network's weights: by the saved-tensor contract, or measured on meta tensors.
         workspace_bytes: bound on transient memory, None where nothing bounds it.
         layers: the costs by layer; empty for `LossNet.from_module`.
+        who: the functions that run each step on the fast path, forward and backward.
     """
 
     backend: str
@@ -62,6 +55,7 @@ class Explanation:
     workspace_bytes: int | None
     layers: tuple[LayerCost, ...]
     float32_convolutions: bool = False
+    who: tuple[Runs, ...] = ()
 
     def __str__(self) -> str:
         bound = "unbounded" if self.workspace_bytes is None else _size(self.workspace_bytes)
@@ -83,6 +77,10 @@ class Explanation:
         if by_layer:
             rest = _size(self.bytes_saved - sum(by_layer))
             lines.append(f"  {'log-sum-exp, valid pixels':<48} {rest:>12} saved")
+        for half in ("forward", "backward"):
+            lines += [half] if self.who else []
+            order = self.who if half == "forward" else reversed(self.who)
+            lines += [f"  {r.step:<9} {getattr(r, half)}" for r in order if getattr(r, half)]
         return "\n".join(lines)
 
 
@@ -91,13 +89,14 @@ def explain(
     net: LossNet,
     o: Options,
     pred: Tensor,
-    target: Tensor | TopK | TargetFeatures,
+    target: TargetLike,
     mask: Tensor | None,
     *,
     features: Mapping[str, float],
     styles: Mapping[str, float] = MappingProxyType({}),
-    style_target: Tensor | TargetFeatures | None = None,
+    style_target: TargetLike | None = None,
     tv_weight: float = 0.0,
+    architecture: str | None = None,
 ) -> Explanation:
     """Plan the call and count: nothing is computed, and of a target only what is checked is read.
 
@@ -108,17 +107,24 @@ def explain(
             device.
         target, mask, style_target: what the loss takes.
         features, styles, tv_weight: its weights.
+        architecture: who computes there, instead of on the prediction's device: "sm_90", "avx2",
+            "avx512", "avx512_bf16", "amx" and so on.
+
+    Raises:
+        ValueError: an unknown architecture, and what the loss raises.
     """
     resolved = resolve_target(target, net.in_channels, o, mask=mask, pred=pred)
     inputs: dict[str, Any] = {"pred": pred, "target": target, "mask": mask}
     if style_target is not None:
         inputs["style_target"] = style_target
-    planned = Planned(loss, net, o, pred, resolved, mask, inputs, features, styles)
+    planned = Planned(
+        loss, net, o, pred, resolved, mask, inputs, features, styles, architecture=architecture
+    )
     found = planned.explain()
     if tv_weight and found.backend == "fast":  # which leaves the total variation to PyTorch
         smooth = {"pred": pred, "valid": resolved.valid}
-        saved, _ = _run_on_meta(
-            lambda pred, valid: functional.total_variation(pred, valid, o), smooth, net
+        saved, _ = run_on_meta(
+            lambda pred, valid: parts.total_variation(pred, valid, o), smooth, net
         )
         found = replace(found, bytes_saved=found.bytes_saved + saved)
     return found
@@ -130,7 +136,7 @@ def explain_segmentation(
     o: Options,
     logits: Tensor,
     labels: Tensor,
-    teacher: Tensor | TopK | TargetFeatures | None,
+    teacher: TargetLike | None,
     mask: Tensor | None,
     *,
     taps: Mapping[str, float],
@@ -138,23 +144,20 @@ def explain_segmentation(
     ce_weight: float,
     label_smoothing: float,
     gpl_ignore: bool | str,
+    architecture: str | None = None,
 ) -> Explanation:
     """`explain` for a loss with a cross-entropy; see `functional.segmentation_loss`."""
-    check_prediction(logits, net, needs_size=False)
-    plane = functional.segmentation_labels(labels, logits)
-    size = (int(plane.shape[1]), int(plane.shape[2]))
-    net.shapes(*size)
-    given = normalise_mask(mask, logits.shape[0], size, logits.device)
-    checked = check_labels(plane, given, net.in_channels, o.ignore_index)
+    checked, given = resolve_labels(labels, mask, logits, net, o)
+    size = tuple(checked.shape[1:])
     full = logits
     if size != tuple(logits.shape[2:]):  # as large, and without memory
         full = logits.new_empty(()).expand(*logits.shape[:2], *size)
-    target = functional.segmentation_target(full, checked, teacher, given, net, o, gpl_ignore)
+    target = resolve_teacher(teacher, checked, given, full, o, gpl_ignore)
     inputs = {"logits": logits, "labels": labels, "teacher": teacher, "mask": mask}
     shared = label_smoothing if ce_weight and gpl_weight else None
     return Planned(
         loss, net, o, full, target, mask, inputs, taps if gpl_weight else {}, {}, shared,
-        resized=full is not logits,
+        resized=full is not logits, architecture=architecture,
     ).explain()  # fmt: skip
 
 
@@ -163,7 +166,7 @@ class Planned:
     """A call of a loss with checked arguments, to be counted.
 
     ``label_smoothing``: of the cross-entropy that shares the fast path's passes, or None;
-    ``resized``: the prediction is a map that the loss makes.
+    ``resized``: the prediction is a map that the loss makes; ``architecture``: see `explain`.
     """
 
     loss: nn.Module
@@ -177,19 +180,26 @@ class Planned:
     styles: Mapping[str, float]
     label_smoothing: float | None = None
     resized: bool = False
+    architecture: str | None = None
 
     def explain(self) -> Explanation:
-        dtype = functional.compute_dtype(self.pred, self.target, self.o)
+        dtype = engine.compute_dtype(self.pred, self.target, self.o)
         wide = torch.float64 if self.pred.dtype == torch.float64 else dtype
-        choice = backends.choose(self.o.backend, self.device, wide, self.net)
+        choice = self._choice(wide)
         if not (self.features or self.styles):
             choice = Choice("reference", "no feature has a weight")
         if choice.name == "fast":
             return self._fast(dtype, choice)
-        layers = _layer_costs(self.net, self.pred, self.target.kind, self.taps, None)
-        bytes_saved, counted = _run_on_meta(self.loss, self._seen_inputs(), self.net)
+        layers = layer_costs(self.net, self.pred, self.target.kind, self.taps, None)
+        bytes_saved, counted = run_on_meta(self.loss, self._seen_inputs(), self.net)
         flops = sum(layer.flops for layer in layers) if layers else counted
         return Explanation(choice.name, choice.reason, dtype, flops, bytes_saved, None, layers)
+
+    def _choice(self, dtype: torch.dtype) -> Choice:
+        if self.architecture is None:
+            return backends.choose(self.o.backend, self.device, dtype, self.net)
+        named(self.architecture)
+        return backends.choose_anywhere(self.o.backend, dtype, self.net)
 
     @property
     def device(self) -> torch.device:
@@ -213,108 +223,40 @@ class Planned:
         }
 
     def _fast(self, dtype: torch.dtype, choice: Choice) -> Explanation:
-        o, device, target = self.o, self.device, self.target
-        megabytes, hard = autograd.workspace(device, o.constant_workspace)
-        spec = plan.make_spec(
-            self.net,
-            feature_weights=dict(self.features),
-            style_weights=dict(self.styles),
-            kind=target.kind,
-            resized=target.dense is not None and tuple(target.dense.shape[2:]) != target.size,
-            activation=o.activation,
-            target_activation=o.target,
-            temperature=o.constant_temperature,
-            label_smoothing=self.label_smoothing or 0.0,
-            cross_entropy=self.label_smoothing is not None,
-            device=device.type,
-            dtype=dtype,
-            arithmetic=chain.arithmetic(device, dtype),
-            workspace_mb=megabytes,
-            hard=hard,
-        )
+        o, target = self.o, self.target
+        weights = engine.Weights(self.features, self.styles)
+        names = tuple(target.tensors(dtype))
+        if self.label_smoothing is not None and "labels" not in names:
+            names += ("ce_labels",)
+        text = engine.describe(
+            self.net, o, target, weights, self.device, dtype, names, self.label_smoothing,
+            by=self.architecture,
+        )  # fmt: skip
         n, c, height, width = self.pred.shape
-        planned = plan.Plan(plan.load_spec(spec), n, height, width)
-        layers = _layer_costs(self.net, self.pred, target.kind, self.taps, planned)
+        planned = Plan(read(text), n, height, width)
+        layers = layer_costs(self.net, self.pred, target.kind, self.taps, planned)
         total = planned.bytes_saved()
         if target.valid is not None and not _same_memory(target.valid, self.mask):
             total += target.valid.numel()
         if self.label_smoothing is not None:
-            total += n * height * width * autograd.label_dtype(c).itemsize
+            total += n * height * width * label_dtype(c).itemsize
         if self.resized:
             total += self.pred.numel() * self.pred.element_size()
-        flops = sum(layer.flops for layer in layers)
-        workspace = planned.bytes_transient()
-        float32 = planned.spec.arithmetic == "float32"
         return Explanation(
-            choice.name, choice.reason, dtype, flops, total, workspace, layers, float32
+            choice.name,
+            choice.reason,
+            dtype,
+            sum(layer.flops for layer in layers),
+            total,
+            planned.bytes_transient(),
+            layers,
+            planned.policy.arithmetic(dtype) == "float32",
+            tuple(who_runs(planned)),
         )
 
 
 def _same_memory(a: Tensor, b: Tensor | None) -> bool:
     return b is not None and a.untyped_storage()._cdata == b.untyped_storage()._cdata
-
-
-@torch.inference_mode(False)  # whose tensors no graph could save
-def _run_on_meta(
-    run: Callable[..., Tensor | dict[str, Tensor]], inputs: Mapping[str, Any], net: LossNet
-) -> tuple[int, int]:
-    """Bytes that autograd keeps for the backward, each storage once, and FLOPs of the network.
-
-    Args:
-        run: called with `inputs` by name; the first one is the prediction.
-    """
-    name, *_ = inputs
-    moved = {k: None if t is None else t.to("meta") for k, t in inputs.items()}
-    moved[name] = torch.empty_like(inputs[name], device="meta").requires_grad_()
-    kept: dict[int, Tensor] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        kept[t.untyped_storage()._cdata] = t
-        return t
-
-    from torch.utils.flop_counter import FlopCounterMode  # imports Triton where it is installed
-
-    counter = FlopCounterMode(display=False)
-    with torch.enable_grad(), counter:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            found = run(**moved)
-            value = functional.sum_of_parts(found) if isinstance(found, dict) else found
-        value.sum().backward()  # type: ignore[no-untyped-call]
-    given = [t for x in moved.values() for t in tree_leaves(x) if isinstance(t, Tensor)]
-    for t in [*given, *net.cached_tensors()]:
-        kept.pop(t.untyped_storage()._cdata, None)
-    bytes_saved = sum(t.untyped_storage().nbytes() for t in kept.values())
-    return bytes_saved, int(counter.get_total_flops())
-
-
-def _layer_costs(
-    net: LossNet, pred: Tensor, kind: str, taps: Sequence[str], planned: plan.Plan | None
-) -> tuple[LayerCost, ...]:
-    """The costs up to the last tap; `planned` where the fast path runs."""
-    if not net.is_chain:
-        return ()
-    n, _, height, width = pred.shape
-    saved = {} if planned is None else planned.bytes_saved_by_layer()
-    costs: list[LayerCost] = []
-    missing = set(taps)
-    for layer in net.layers:
-        c, h, w = net.shapes(height, width)[layer.name]
-        flops = 0
-        if layer.kind in ("conv", "down"):
-            # Prediction, its gradient, target; labels and top-k maps enter by look-up.
-            looked_up = not costs and kind in ("labels", "topk")
-            passes = (
-                2
-                if kind == "features" or (looked_up and planned is not None and not planned.front)
-                else 3
-            )
-            flops = 2 * layer.kernel_size**2 * layer.in_channels * c * h * w * n * passes
-        kept = None if planned is None else saved.get(layer.name, 0)
-        costs.append(LayerCost(layer.name, (n, c, h, w), flops, kept))
-        missing.discard(layer.name)
-        if not missing:
-            break
-    return tuple(costs)
 
 
 def _size(count: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, SupportsFloat, SupportsIndex
 
 import torch
@@ -83,7 +83,7 @@ def check_prediction(pred: Tensor, net: TakesMaps, needs_size: bool = True) -> N
             f"the channels that the loss was made for; {way_out_of_shape(pred, channels)}"
         )
     if needs_size:
-        net.shapes(int(pred.shape[2]), int(pred.shape[3]))
+        net.shapes(pred.shape[2], pred.shape[3])
 
 
 def way_out_of_shape(maps: Tensor, channels: int) -> str:
@@ -133,6 +133,97 @@ def as_int(what: str, x: SupportsIndex, expected: str = "an integer") -> int:
         except (TypeError, ValueError, RuntimeError):
             pass
     raise ValueError(f"{what}: got {x!r}, expected {expected}")
+
+
+def as_float_dtype(what: str, value: object) -> torch.dtype | None:
+    """A floating dtype or its name, "bfloat16" or "torch.bfloat16".
+
+    Raises:
+        ValueError: anything else.
+    """
+    for dtype in FLOAT_DTYPES:
+        if value is dtype or value in (str(dtype), str(dtype).removeprefix("torch.")):
+            return dtype
+    if value is not None:
+        known = ", ".join(map(str, FLOAT_DTYPES))
+        raise ValueError(f"{what}: got {value!r}, expected None or one of {known}")
+    return None
+
+
+def as_weight(what: str, value: SupportsFloat) -> float:
+    """A number >= 0.
+
+    Raises:
+        ValueError: anything else.
+    """
+    number = as_float(what, value, "a number >= 0")
+    if number < 0:
+        raise ValueError(f"{what}: got {number}, expected a number >= 0")
+    return number
+
+
+def as_label_smoothing(value: SupportsFloat) -> float:
+    """A number in [0, 1].
+
+    Raises:
+        ValueError: anything else.
+    """
+    number = as_float("label_smoothing", value, "a number in [0, 1]")
+    if not 0 <= number <= 1:
+        raise ValueError(f"label_smoothing: got {number}, expected a number in [0, 1]")
+    return number
+
+
+def as_class_weight(
+    weight: Tensor | Iterable[SupportsFloat], channels: int, look: bool = True
+) -> Tensor:
+    """A weight for each class, (C,) float32: a copy, which a graph may save also where the weights
+    were made under `torch.inference_mode`; the numbers are looked at once, where a loss is made.
+
+    Raises:
+        ValueError: not C finite numbers >= 0.
+    """
+    expected = f"({channels},): {channels} numbers, finite and >= 0, one weight a class"
+    if isinstance(weight, Tensor) and weight.is_meta:
+        raise ValueError(
+            "class_weight: got a tensor on 'meta', which holds no numbers, expected "
+            f"{expected}: a list of them is taken as it is under any default device"
+        )
+    try:
+        if not isinstance(weight, Tensor):
+            given = [as_float("class_weight", w) for w in weight]
+            weight = torch.tensor(given, dtype=torch.float32, device="cpu")
+        with torch.inference_mode(False):
+            copied = weight.detach().to(torch.float32, copy=True)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"class_weight: got {weight!r}, expected {expected}") from error
+    if tuple(copied.shape) != (channels,):
+        raise ValueError(f"class_weight: got shape {tuple(copied.shape)}, expected {expected}")
+    if look and not (copied.isfinite() & (copied >= 0)).all():
+        raise ValueError(f"class_weight: got {copied.tolist()}, expected {expected}")
+    return copied
+
+
+def check_gpl_ignore(word: bool | str) -> None:
+    """Raises: ValueError for anything but "auto", True and False."""
+    if not (word == "auto" or isinstance(word, bool)):
+        raise ValueError(f"gpl_ignore: got {word!r}, expected 'auto', True or False")
+
+
+def as_num_classes(value: SupportsIndex) -> int:
+    """C of a segmentation.
+
+    Raises:
+        ValueError: not an integer >= 2.
+    """
+    expected = (
+        "an integer >= 2; for one channel use GenericPerceptualLoss(1, activation='sigmoid') "
+        "beside a binary cross-entropy"
+    )
+    classes = as_int("num_classes", value, expected)
+    if classes < 2:
+        raise ValueError(f"num_classes: got {classes}, expected {expected}")
+    return classes
 
 
 def _is_bool(x: object) -> bool:

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import SupportsFloat, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 
-from gpl_fast import functional
+from gpl_fast import parts
 from gpl_fast.explain import Explanation, explain
 from gpl_fast.input_checks import as_int
+from gpl_fast.layer_weights import as_numbers, as_texts, level_taps
 from gpl_fast.net.initialisation import Init
 from gpl_fast.net.lossnet import LossNet
 from gpl_fast.net.structure import WIDTHS, parse_blocks
-from gpl_fast.options import Options, as_numbers, as_texts, level_taps
-from gpl_fast.targets import TargetFeatures, TopK, first_look
+from gpl_fast.options import Options, TermWords
+from gpl_fast.targets import TargetFeatures, TargetLike, TopK, first_look
+
+
+class GenericWords(TermWords, total=False):
+    """Keywords of `GenericPerceptualLoss` beside its channels and the label that is ignored."""
+
+    net: str | Sequence[SupportsIndex] | LossNet
+    widths: Iterable[SupportsIndex]
+    kernel_size: SupportsIndex
+    pool: str
+    init: Init
+    seed: SupportsIndex
+    level_weights: Iterable[SupportsFloat] | None
+    reduction: str
 
 
 class GenericPerceptualLoss(nn.Module):
@@ -55,57 +70,41 @@ class GenericPerceptualLoss(nn.Module):
 
     def __init__(
         self,
-        in_channels: int,
-        net: str | Sequence[int] | LossNet = "1,1,1,1,1",
+        in_channels: SupportsIndex,
+        net: str | Sequence[SupportsIndex] | LossNet = "1,1,1,1,1",
         *,
-        widths: Sequence[int] = WIDTHS,
-        kernel_size: int = 3,
+        widths: Iterable[SupportsIndex] = WIDTHS,
+        kernel_size: SupportsIndex = 3,
         pool: str = "max",
         init: Init = "he",
-        seed: int = 0,
-        level_weights: Sequence[float] | None = None,
+        seed: SupportsIndex = 0,
+        level_weights: Iterable[SupportsFloat] | None = None,
         activation: str = "softmax",
         target_activation: str = "auto",
-        temperature: float = 1.0,
-        ignore_index: int | None = None,
+        temperature: SupportsFloat = 1.0,
+        ignore_index: SupportsIndex | None = None,
         reduction: str = "mean",
         compute_dtype: torch.dtype | str | None = None,
         backend: str = "auto",
-        workspace_mb: float | str = "auto",
+        workspace_mb: SupportsFloat | str = "auto",
     ) -> None:
         super().__init__()
-        in_channels = as_int("in_channels", in_channels, "an integer >= 1")
-        if isinstance(net, LossNet):
-            given = {"widths": (tuple(widths), WIDTHS), "kernel_size": (kernel_size, 3),
-                     "pool": (pool, "max"), "init": (init, "he"), "seed": (seed, 0)}  # fmt: skip
-            clash = [name for name, (value, default) in given.items() if value != default]
-            if clash:
-                raise ValueError(f"{', '.join(clash)}: fixed by the LossNet, leave them out")
-            if net.in_channels != in_channels:
-                raise ValueError(
-                    f"in_channels: got {in_channels}, expected {net.in_channels}, the LossNet's; "
-                    f"net.with_input_adapter({in_channels}) puts a 1x1 convolution in front"
-                )
-            self.net = net
-        elif isinstance(net, str | Sequence):
-            blocks = parse_blocks(net)
-            self.net = LossNet.vgg(in_channels, blocks, widths, kernel_size, pool, init, seed)
-        else:
-            raise TypeError(
-                f"net: got {type(net).__name__}, expected a string such as '1,1,1,1,1' or 'vgg16', "
-                "or a LossNet (LossNet.from_module takes any nn.Module)"
-            )
-        self.options = Options(
-            activation=activation,
-            target_activation=target_activation,
-            temperature=temperature,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            compute_dtype=compute_dtype,
-            backend=backend,
-            workspace_mb=workspace_mb,
+        channels = as_int("in_channels", in_channels, "an integer >= 1")
+        self.net = _network(channels, net, widths, kernel_size, pool, init, seed)
+        self.options = Options.of(
+            "GenericPerceptualLoss",
+            {
+                "activation": activation,
+                "target_activation": target_activation,
+                "temperature": temperature,
+                "ignore_index": ignore_index,
+                "reduction": reduction,
+                "compute_dtype": compute_dtype,
+                "backend": backend,
+                "workspace_mb": workspace_mb,
+            },
         )
-        self.options.check_channels(in_channels)
+        self.options.check_channels(channels)
         self._taps = as_texts(level_taps(self.net, level_weights))
         self._looked = False  # at a dense target on a GPU
 
@@ -114,18 +113,16 @@ class GenericPerceptualLoss(nn.Module):
         """The weight of each layer that is compared."""
         return as_numbers(self._taps)
 
-    def forward(
-        self, pred: Tensor, target: Tensor | TopK | TargetFeatures, mask: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, pred: Tensor, target: TargetLike, mask: Tensor | None = None) -> Tensor:
         """The loss of `pred` (N, C, H, W); see `functional.generic_perceptual_loss`."""
-        value = functional.generic_value(pred, target, mask, self.net, self.taps, self.options)
+        value = parts.generic_value(pred, target, mask, self.net, self.taps, self.options)
         if not (torch.compiler.is_compiling() or self._looked):
             self._looked = first_look(self.options, target=(target, mask))
         return value
 
     def encode(self, target: Tensor | TopK, mask: Tensor | None = None) -> TargetFeatures:
         """φ(target), to be reused or stored; see `functional.encode`."""
-        features = functional.encode_target(target, mask, self.net, tuple(self.taps), self.options)
+        features = parts.encode_target(target, mask, self.net, tuple(self.taps), self.options)
         if not self._looked:
             self._looked = first_look(self.options, target=(target, mask))
         return features
@@ -135,15 +132,59 @@ class GenericPerceptualLoss(nn.Module):
         return self.net.fingerprint()
 
     def explain(
-        self, pred: Tensor, target: Tensor | TopK | TargetFeatures, mask: Tensor | None = None
+        self,
+        pred: Tensor,
+        target: TargetLike,
+        mask: Tensor | None = None,
+        architecture: str | None = None,
     ) -> Explanation:
         """Which backend would run and why, FLOPs, bytes saved, workspace; print it.
 
-        Nothing is computed. Meta tensors stand for tensors of the default device.
+        Nothing is computed. Meta tensors stand for tensors of the default device; another
+        `architecture` than theirs goes by its name, such as "sm_90" or "avx2".
         """
-        return explain(self, self.net, self.options, pred, target, mask, features=self.taps)
+        return explain(
+            self,
+            self.net,
+            self.options,
+            pred,
+            target,
+            mask,
+            features=self.taps,
+            architecture=architecture,
+        )
 
     def extra_repr(self) -> str:
         last = {self.net.levels[-1]: 1.0}
         levels = "" if self.taps == last else f", level_weights={self.taps}"
         return f"net={self.net}{levels}{self.options.changed()}"
+
+
+def _network(
+    channels: int,
+    net: str | Sequence[SupportsIndex] | LossNet,
+    widths: Iterable[SupportsIndex],
+    kernel_size: SupportsIndex,
+    pool: str,
+    init: Init,
+    seed: SupportsIndex,
+) -> LossNet:
+    """The network that was given, or a random one of the structure that was named."""
+    if isinstance(net, LossNet):
+        given = {"widths": (tuple(widths), WIDTHS), "kernel_size": (kernel_size, 3),
+                 "pool": (pool, "max"), "init": (init, "he"), "seed": (seed, 0)}  # fmt: skip
+        clash = [name for name, (value, default) in given.items() if value != default]
+        if clash:
+            raise ValueError(f"{', '.join(clash)}: fixed by the LossNet, leave them out")
+        if net.in_channels != channels:
+            raise ValueError(
+                f"in_channels: got {channels}, expected {net.in_channels}, the LossNet's; "
+                f"net.with_input_adapter({channels}) puts a 1x1 convolution in front"
+            )
+        return net
+    if isinstance(net, str | Sequence):
+        return LossNet.vgg(channels, parse_blocks(net), widths, kernel_size, pool, init, seed)
+    raise TypeError(
+        f"net: got {type(net).__name__}, expected a string such as '1,1,1,1,1' or 'vgg16', "
+        "or a LossNet (LossNet.from_module takes any nn.Module)"
+    )

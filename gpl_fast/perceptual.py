@@ -4,23 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import SupportsFloat, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from gpl_fast import functional
+from gpl_fast import parts
 from gpl_fast.explain import Explanation, explain
+from gpl_fast.layer_weights import as_layers, as_numbers, as_texts
 from gpl_fast.net.lossnet import LossNet
-from gpl_fast.options import (
-    Options,
-    as_layers,
-    as_numbers,
-    as_texts,
-    option_names,
-    refuse_unknown,
-)
-from gpl_fast.targets import TargetFeatures, TopK, first_look
+from gpl_fast.options import LabelWords, Options, option_names, refuse_unknown
+from gpl_fast.targets import TargetFeatures, TargetLike, TopK, first_look
 
 _KNOWN = [name for name in option_names() if name != "reduction"]
 
@@ -48,12 +42,12 @@ class PerceptualLoss(nn.Module):
     def __init__(
         self,
         net: LossNet,
-        feature_layers: Mapping[str, float] = MappingProxyType({"relu2_2": 1.0}),
-        style_layers: Mapping[str, float] = MappingProxyType({}),
-        tv_weight: float = 0.0,
+        feature_layers: Mapping[str, SupportsFloat] = MappingProxyType({"relu2_2": 1.0}),
+        style_layers: Mapping[str, SupportsFloat] = MappingProxyType({}),
+        tv_weight: SupportsFloat = 0.0,
         reduction: str = "mean",
         return_parts: bool = False,
-        **options: Any,
+        **options: Unpack[LabelWords],
     ) -> None:
         super().__init__()
         if not isinstance(net, LossNet):
@@ -85,34 +79,34 @@ class PerceptualLoss(nn.Module):
     def forward(
         self,
         pred: Tensor,
-        target: Tensor | TopK | TargetFeatures,
-        style_target: Tensor | TargetFeatures | None = None,
+        target: TargetLike,
+        style_target: TargetLike | None = None,
         mask: Tensor | None = None,
         return_parts: bool | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """The loss of `pred` (N, C, H, W); see `functional.perceptual_loss`."""
-        parts = functional.perceptual_parts(
+        found = parts.perceptual_parts(
             pred,
             target,
-            style_target,
-            mask,
             self.net,
-            self.feature_layers,
-            self.style_layers,
-            self.tv_weight,
             self.options,
+            style_target=style_target,
+            mask=mask,
+            feature_layers=self.feature_layers,
+            style_layers=self.style_layers,
+            tv_weight=self.tv_weight,
         )
         if not (torch.compiler.is_compiling() or self._looked):
             self._looked = first_look(
                 self.options, target=(target, mask), style_target=(style_target, None)
             )
         wanted = self.return_parts if return_parts is None else return_parts
-        return parts if wanted else functional.sum_of_parts(parts)
+        return found if wanted else parts.sum_of_parts(found)
 
     def encode(self, target: Tensor | TopK, mask: Tensor | None = None) -> TargetFeatures:
         """φ(target) at every layer used: a `target`, a `style_target`, or both."""
         layers = tuple(dict.fromkeys((*self.feature_layers, *self.style_layers)))
-        features = functional.encode_target(target, mask, self.net, layers, self.options)
+        features = parts.encode_target(target, mask, self.net, layers, self.options)
         if not self._looked:
             self._looked = first_look(self.options, target=(target, mask))
         return features
@@ -120,13 +114,15 @@ class PerceptualLoss(nn.Module):
     def explain(
         self,
         pred: Tensor,
-        target: Tensor | TopK | TargetFeatures,
-        style_target: Tensor | TargetFeatures | None = None,
+        target: TargetLike,
+        style_target: TargetLike | None = None,
         mask: Tensor | None = None,
+        architecture: str | None = None,
     ) -> Explanation:
         """Which backend would run and why, FLOPs, bytes saved, workspace; print it.
 
-        Nothing is computed. Meta tensors stand for tensors of the default device.
+        Nothing is computed. Meta tensors stand for tensors of the default device; another
+        `architecture` than theirs goes by its name, such as "sm_90" or "avx2".
         """
         return explain(
             self,
@@ -139,6 +135,7 @@ class PerceptualLoss(nn.Module):
             styles=self.style_layers,
             style_target=style_target,
             tv_weight=self.tv_weight,
+            architecture=architecture,
         )
 
     def fingerprint(self) -> str:

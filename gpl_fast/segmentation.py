@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from typing import Any, SupportsFloat
+from collections.abc import Iterable
+from typing import Any, SupportsFloat, SupportsIndex, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch._guards import active_fake_mode
 
-from gpl_fast import functional, streams
+from gpl_fast import parts, streams
 from gpl_fast.explain import Explanation, explain_segmentation
-from gpl_fast.loss import GenericPerceptualLoss
-from gpl_fast.net.lossnet import LossNet
-from gpl_fast.options import (
+from gpl_fast.input_checks import (
     as_class_weight,
     as_label_smoothing,
     as_num_classes,
     as_weight,
     check_gpl_ignore,
-    refuse_unknown,
 )
-from gpl_fast.targets import TargetFeatures, TopK, first_look
+from gpl_fast.loss import GenericPerceptualLoss, GenericWords
+from gpl_fast.net.lossnet import LossNet
+from gpl_fast.options import refuse_unknown
+from gpl_fast.targets import TargetFeatures, TargetLike, TopK, first_look
 
-# What `GenericPerceptualLoss` takes beside the channels and the ignored label.
+# `GenericWords`, in the order of the signature.
 _KNOWN = [
     name
     for name in inspect.signature(GenericPerceptualLoss.__init__).parameters
@@ -55,16 +55,16 @@ class SegmentationLoss(nn.Module):
 
     def __init__(
         self,
-        num_classes: int,
+        num_classes: SupportsIndex,
         *,
-        gpl_weight: float = 0.1,
-        ce_weight: float = 1.0,
-        ignore_index: int | str | None = "auto",
-        class_weight: Tensor | Sequence[float] | None = None,
-        label_smoothing: float = 0.0,
+        gpl_weight: SupportsFloat = 0.1,
+        ce_weight: SupportsFloat = 1.0,
+        ignore_index: SupportsIndex | str | None = "auto",
+        class_weight: Tensor | Iterable[SupportsFloat] | None = None,
+        label_smoothing: SupportsFloat = 0.0,
         gpl_ignore: bool | str = "auto",
         return_parts: bool = False,
-        **gpl: Any,
+        **gpl: Unpack[GenericWords],
     ) -> None:
         super().__init__()
         num_classes = as_num_classes(num_classes)
@@ -110,19 +110,19 @@ class SegmentationLoss(nn.Module):
         self,
         logits: Tensor,
         labels: Tensor,
-        teacher: Tensor | TopK | TargetFeatures | None = None,
+        teacher: TargetLike | None = None,
         mask: Tensor | None = None,
         return_parts: bool | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """The total for `logits` (N, C, h, w); see `functional.segmentation_loss`."""
-        parts = functional.segmentation_parts(
+        found = parts.segmentation_parts(
             logits,
             labels,
-            teacher,
-            mask,
             self.net,
             self.gpl.taps,
             self.gpl.options,
+            teacher=teacher,
+            mask=mask,
             gpl_weight=self.gpl_weight,
             ce_weight=self.ce_weight,
             class_weight=self._class_weight_on(logits),
@@ -132,7 +132,7 @@ class SegmentationLoss(nn.Module):
         if not (torch.compiler.is_compiling() or self.gpl._looked):
             self.gpl._looked = first_look(self.gpl.options, teacher=(teacher, mask))
         wanted = self.return_parts if return_parts is None else return_parts
-        return parts if wanted else functional.sum_of_parts(parts)
+        return found if wanted else parts.sum_of_parts(found)
 
     def _class_weight_on(self, logits: object) -> Tensor | None:
         """`class_weight` where the logits are: copying it at each step would stop a GPU."""
@@ -157,12 +157,14 @@ class SegmentationLoss(nn.Module):
         self,
         logits: Tensor,
         labels: Tensor,
-        teacher: Tensor | TopK | TargetFeatures | None = None,
+        teacher: TargetLike | None = None,
         mask: Tensor | None = None,
+        architecture: str | None = None,
     ) -> Explanation:
         """Which backend would run and why, FLOPs, bytes saved, workspace; print it.
 
-        Nothing is computed. Meta tensors stand for tensors of the default device.
+        Nothing is computed. Meta tensors stand for tensors of the default device; another
+        `architecture` than theirs goes by its name, such as "sm_90" or "avx2".
         """
         return explain_segmentation(
             self,
@@ -177,6 +179,7 @@ class SegmentationLoss(nn.Module):
             ce_weight=self.ce_weight,
             label_smoothing=self.label_smoothing,
             gpl_ignore=self.gpl_ignore,
+            architecture=architecture,
         )
 
     def encode(self, teacher: Tensor | TopK, mask: Tensor | None = None) -> TargetFeatures:

@@ -110,8 +110,13 @@ class Call:
 def kept_of(tensors: Sequence[str], cross_entropy: bool) -> tuple[tuple[int, str], ...]:
     """Which of the target's tensors the backward reads: places and names."""
     shared = cross_entropy and "ce_labels" not in tensors
-    names = ["ce_labels" if shared and name == "labels" else name for name in tensors]
-    return tuple((i, name) for i, name in enumerate(names) if name in KEPT)
+    kept = []
+    for i, name in enumerate(tensors):
+        if name in KEPT:
+            kept.append((i, name))
+        elif shared and name == "labels":
+            kept.append((i, "ce_labels"))
+    return tuple(kept)
 
 
 @functools.lru_cache(maxsize=256)

@@ -91,10 +91,13 @@ def encode(x: Tensor, target: Mapping[str, Tensor], call: str) -> list[Tensor]:
 
 
 @constant_in_graphs
-def describe(network: str, device: torch.device, **static: Any) -> str:
-    """The text of a `Call` of the network with this key on `device`: `static` are the other
-    fields."""
-    return _describe(network, policy.current(device), **static)
+def describe(network: str, device: torch.device, by: str | None, **static: Any) -> str:
+    """The text of a `Call` of the network with this key: `static` are the other fields.
+
+    Args:
+        by: who decides; None: whoever does on `device`.
+    """
+    return _describe(network, by or policy.current(device), **static)
 
 
 @functools.lru_cache(maxsize=256)

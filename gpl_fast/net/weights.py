@@ -141,7 +141,8 @@ class Weights:
             if active_fake_mode() is not None:
                 return made
             self._packs.setdefault(layout, made)
-        return _read_here(self._packs[layout])
+        held = self._packs[layout]
+        return _read_here(held) if layout.device.type == "cuda" else held
 
     def cached_tensors(self) -> list[Tensor]:
         """All that was made of them, on any device."""

@@ -1,28 +1,43 @@
-"""What a prediction is compared with: dense maps, labels, top-k maps, stored features, masks.
+"""What a prediction is compared with: dense maps, labels, top-k maps, stored features.
 
-`topk` and `features` are targets as data (`batch` is what they share), `resolve` validates whatever
-is given, `values` holds the operators that look at what is in it.
+`data` holds targets as data, `resolve` finds the kind of whatever is given; each kind is a class
+(`dense`, `labels`, `topk`, `features`, behind `target.Target`) that validates, makes the map and
+hands out tensors; `masks` say which pixels count, and `values` how values are looked at.
 """
 
-from gpl_fast.targets.features import TargetFeatures
+from torch import Tensor
+
+from gpl_fast.targets.data import TargetFeatures, TopK
+from gpl_fast.targets.dense import DenseTarget, first_look
+from gpl_fast.targets.features import FeatureTarget, feature_settings
+from gpl_fast.targets.labels import LabelTarget
+from gpl_fast.targets.masks import normalise_mask
 from gpl_fast.targets.resolve import (
-    Target,
-    first_look,
-    label_plane,
-    normalise_mask,
+    resolve_labels,
+    resolve_style,
     resolve_target,
+    resolve_teacher,
 )
-from gpl_fast.targets.topk import TopK
-from gpl_fast.targets.values import check_labels, check_same_mask
+from gpl_fast.targets.target import Target
+from gpl_fast.targets.topk import TopKTarget
+
+# What the losses take as a target.
+TargetLike = Tensor | TopK | TargetFeatures
 
 __all__ = [
+    "DenseTarget",
+    "FeatureTarget",
+    "LabelTarget",
     "Target",
     "TargetFeatures",
+    "TargetLike",
     "TopK",
-    "check_labels",
-    "check_same_mask",
+    "TopKTarget",
+    "feature_settings",
     "first_look",
-    "label_plane",
     "normalise_mask",
+    "resolve_labels",
+    "resolve_style",
     "resolve_target",
+    "resolve_teacher",
 ]

@@ -1,109 +1,156 @@
-"""A target map stored sparsely: the k largest classes of each pixel."""
+"""Top-k maps: the k largest classes of each pixel."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Self
 
+import torch
 from torch import Tensor
 
-from gpl_fast.input_checks import FLOAT_DTYPES, check_tensor, describe, is_integer
-from gpl_fast.targets.batch import Batch, as_items, brief, check_same, joined, register
+from gpl_fast import reference
+from gpl_fast.options import Options
+from gpl_fast.targets import values
+from gpl_fast.targets.data.topk import TopK
+from gpl_fast.targets.masks import normalise_mask
+from gpl_fast.targets.target import Target, check_like
 
-RESTS = ("renormalize", "uniform", "drop")
+
+@dataclass(frozen=True)
+class TopKTarget(Target):
+    """The map that `TopK` stands for."""
+
+    kind = "topk"
+    listed = True
+
+    topk: TopK  # (N, k, H, W), indices int64 and in range
+    channels: int
+
+    @classmethod
+    def takes(cls, given: object) -> bool:
+        return isinstance(given, TopK)
+
+    @classmethod
+    def resolve(
+        cls,
+        given: object,
+        channels: int,
+        o: Options,
+        *,
+        mask: Tensor | None,
+        pred: Tensor | None,
+        what: str,
+    ) -> Self:
+        assert isinstance(given, TopK)
+        # Made anew: one that a pytree was mapped to has not been checked.
+        topk = TopK(given.values, given.indices, given.rest)
+        listed = topk.values.detach()
+        n, _, *size = listed.shape
+        check_like(listed, "TopK target", pred, size)
+        height, width = size
+        mask = normalise_mask(mask, n, (height, width), listed.device)
+        indices, in_range = check_topk(listed, topk.indices, mask, channels, topk.rest)
+        # On the CPU out-of-range indices raise, so the mask alone decides; on CUDA they invalidate.
+        keep = mask if indices.device.type in ("cpu", "meta") else in_range
+        return cls((height, width), keep, TopK(listed, indices, topk.rest), channels)
+
+    @property
+    def data(self) -> Tensor:
+        return self.topk.values
+
+    def map(self, activation: str, temperature: float, dtype: torch.dtype) -> Tensor:
+        listed = reference.zero_invalid(self.topk.values, self.valid)
+        y = reference.dense_topk(listed, self.topk.indices, self.topk.rest, self.channels, dtype)
+        return reference.zero_invalid(y, self.valid)
+
+    def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        tensors = super().tensors(dtype)
+        indices = self.topk.indices.contiguous()
+        listed = reference.zero_invalid(self.topk.values.float(), self.valid)
+        if self.topk.rest == "renormalize":
+            listed = reference.renormalized(listed)
+        tensors |= {"topk_values": listed.contiguous(), "topk_indices": indices}
+        if self.topk.rest == "uniform":
+            tensors["topk_rest"] = self._rest(listed, indices)
+        if indices.shape[1] == 0:  # one entry of no class: an empty list has no memory to point at
+            tensors["topk_values"] = listed.new_zeros(listed.shape[0], 1, *listed.shape[2:])
+            tensors["topk_indices"] = torch.full_like(tensors["topk_values"], -1, dtype=torch.int64)
+        return tensors
+
+    def _rest(self, listed: Tensor, indices: Tensor) -> Tensor:
+        """What each class that is not listed gets of the mass that is not, (N, H, W)."""
+        ordered = indices.sort(dim=1).values
+        classes = (ordered.diff(dim=1) != 0).sum(dim=1) + min(indices.shape[1], 1)
+        unlisted = self.channels - classes
+        return (1 - listed.sum(dim=1)).clamp(min=0) * (unlisted > 0) / unlisted.clamp(min=1)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class TopK(Batch):
-    """A target map stored sparsely: the k largest classes of each pixel.
-
-    ``TopK(*probabilities.topk(k, dim=1))`` of a teacher's softmax. As data: ``t[i]`` are images of
-    the batch, ``len(t)`` their number, `cat` joins what a dataset returns, and `to` and
-    `pin_memory` do what they do for a tensor. A pytree node, so that torch.compile, torch.func and
-    FSDP reach its tensors; ``==`` compares identity. A DataLoader needs to be told how to join::
-
-        def collate(samples):  # [(image (3, H, W), TopK of one image), ...]
-            images, targets = zip(*samples)
-            return torch.stack(images), gpl_fast.TopK.cat(targets)
-
-        DataLoader(dataset, batch_size=8, collate_fn=collate, pin_memory=True)
-
-    Args:
-        values: (N, k, H, W) floating, >= 0 and finite; duplicates in a pixel add up. k may be 0.
-        indices: (N, k, H, W) integer classes in ``[0, C)``, on the device of `values`.
-        rest: where the mass that is not listed goes: "renormalize" (values / their sum; a sum of
-            0 gives a zero pixel), "uniform" (spread over the classes that are not listed) or
-            "drop".
+def check_topk(
+    listed: Tensor, indices: Tensor, mask: Tensor | None, channels: int, rest: str
+) -> tuple[Tensor, Tensor]:
+    """Top-k maps (N, k, H, W) -> int64 indices in range, and (N, H, W) bool where all were.
 
     Raises:
-        TypeError: values are not floating or indices not integer, or not plain tensors.
-        ValueError: the shapes or devices differ, or are not 4-d; an unknown `rest`.
+        ValueError: a counted index outside ``[0, C)``, a value that is negative or not finite, or
+            a sum above 1 without renormalisation; on CUDA only with ``GPL_FAST_CHECK=1``.
     """
+    out: tuple[Tensor, Tensor] = torch.ops.gpl_fast.check_topk(
+        listed, indices, mask, channels, rest
+    )
+    return out
 
-    values: Tensor
-    indices: Tensor
-    rest: str = "renormalize"
 
-    def __post_init__(self) -> None:
-        _check_part("values", self.values)
-        _check_part("indices", self.indices)
-        if self.values.dtype not in FLOAT_DTYPES:
-            raise TypeError(
-                f"TopK: values: got {describe(self.values)}, expected a floating tensor "
-                "(N, k, H, W), such as probabilities.topk(k, dim=1).values"
-            )
-        if not is_integer(self.indices):
-            raise TypeError(
-                f"TopK: indices: got {describe(self.indices)}, expected an integer tensor "
-                "(N, k, H, W), such as probabilities.topk(k, dim=1).indices; use .long()"
-            )
-        if self.values.dim() != 4 or self.values.shape != self.indices.shape:
+def _look(
+    listed: Tensor, indices: Tensor, mask: Tensor | None, channels: int, rest: str
+) -> tuple[Tensor, Tensor]:
+    out = indices.to(torch.int64, copy=True)
+    n, _, h, w = listed.shape
+    valid = torch.ones(n, h, w, dtype=torch.bool, device=out.device)
+    if mask is not None:
+        valid.copy_(mask)
+    wrong = (out < 0) | (out >= channels)
+    if values.may_look(listed):
+        counted = valid.unsqueeze(1)
+        if bool((wrong & counted).any()):
             raise ValueError(
-                f"TopK: got values {tuple(self.values.shape)} and indices "
-                f"{tuple(self.indices.shape)}, expected both (N, k, H, W), as from "
-                "topk(k, dim=1); one image: use .unsqueeze(0)"
+                f"TopK: indices: got {int((wrong & counted).sum())} outside [0, {channels - 1}], "
+                f"such as {torch.unique(out[wrong & counted])[:5].tolist()}, expected classes in "
+                f"[0, {channels - 1}]; mask pixels that do not count"
             )
-        if self.values.device != self.indices.device:
+        _refuse_values(listed, counted, rest)
+    valid &= ~wrong.any(dim=1)
+    return out.masked_fill_(wrong, 0), valid
+
+
+def _refuse_values(listed: Tensor, counted: Tensor, rest: str) -> None:
+    bad = ~(listed >= 0) | torch.isinf(listed)
+    if bool((bad & counted).any()):
+        raise ValueError(
+            f"TopK: values: got {int((bad & counted).sum())} that are negative or not finite, "
+            "expected probabilities >= 0; mask pixels that do not count"
+        )
+    if rest != "renormalize" and listed.numel():
+        total = torch.where(counted, listed, 0).sum(dim=1, dtype=torch.float32)
+        # Half-precision probabilities sum to 1 within their rounding only.
+        slack = listed.shape[1] * torch.finfo(listed.dtype).eps + 1e-5
+        if bool((total > 1 + slack).any()):
             raise ValueError(
-                f"TopK: got values on {self.values.device} and indices on {self.indices.device}, "
-                "expected one device; use indices.to(values.device)"
+                f"TopK: values: got sums up to {float(total.max()):.6g}, expected at most 1 "
+                f"with rest={rest!r}; use rest='renormalize'"
             )
-        if not isinstance(self.rest, str) or self.rest not in RESTS:
-            raise ValueError(f"TopK: rest: got {self.rest!r}, expected one of {RESTS}")
-
-    def _map(self, fn: Callable[[Tensor], Tensor]) -> TopK:
-        return TopK(fn(self.values), fn(self.indices), self.rest)
-
-    def __len__(self) -> int:
-        return self.values.shape[0]
-
-    def __repr__(self) -> str:
-        return (
-            f"TopK(values={brief(self.values)}, indices={brief(self.indices)}, rest={self.rest!r})"
-        )
-
-    @staticmethod
-    def cat(items: Iterable[TopK]) -> TopK:
-        """One batch of several, in their order; dtypes are promoted as by ``torch.cat``.
-
-        Raises:
-            TypeError: something else than TopK is given.
-            ValueError: nothing is given; `rest`, k, the size or the device differ.
-        """
-        found = as_items("TopK.cat", items, TopK)
-        check_same("TopK.cat: rest", [x.rest for x in found])
-        values = joined("TopK.cat: values (k, H, W)", [x.values for x in found])
-        indices = joined("TopK.cat: indices (k, H, W)", [x.indices for x in found])
-        return TopK(values, indices, found[0].rest)
 
 
-def _check_part(name: str, x: object) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(
-            f"TopK: {name}: got {type(x).__name__}, expected a tensor (N, k, H, W), such as "
-            f"probabilities.topk(k, dim=1).{name}; an array or list: use torch.as_tensor"
-        )
-    check_tensor(f"TopK: {name}", x, "a tensor (N, k, H, W)")
+def _fake(
+    listed: Tensor, indices: Tensor, mask: Tensor | None, channels: int, rest: str
+) -> tuple[Tensor, Tensor]:
+    n, _, h, w = listed.shape
+    valid = listed.new_empty((n, h, w), dtype=torch.bool)
+    return indices.new_empty(indices.shape, dtype=torch.int64), valid
 
 
-register(TopK, ("values", "indices"), "rest")
+values.define(
+    "check_topk(Tensor values, Tensor indices, Tensor? mask, int channels, str rest)"
+    " -> (Tensor, Tensor)",
+    _look,
+    _fake,
+)

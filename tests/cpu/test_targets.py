@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import dataclass
 from itertools import islice
 from types import SimpleNamespace
 
@@ -13,7 +14,9 @@ from cases import NARROW, value_and_grad
 from safetensors.torch import save_file
 
 from gpl_fast import GenericPerceptualLoss, TargetFeatures, TopK
-from gpl_fast.targets import topk, values
+from gpl_fast.targets import Target, resolve, topk, values
+from gpl_fast.targets.data import Batch
+from gpl_fast.targets.data.topk import RESTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,6 +42,50 @@ def sparse(rest="renormalize", **parts):
     values = parts.get("values", torch.full((2, 2, 9, 10), 0.4))
     indices = parts.get("indices", torch.randint(0, 4, (2, 2, 9, 10)))
     return TopK(values, indices, rest)
+
+
+# -------------------------------------------------------------------------------------------- kinds
+
+
+class Everywhere(Batch):
+    """One class at all pixels of an image: classes (N,)."""
+
+    def __init__(self, classes):
+        self.classes = classes
+
+
+@dataclass(frozen=True)
+class EverywhereTarget(Target):
+    kind = "everywhere"
+    classes: torch.Tensor
+    channels: int
+
+    @classmethod
+    def takes(cls, given):
+        return isinstance(given, Everywhere)
+
+    @classmethod
+    def resolve(cls, given, channels, o, *, mask, pred, what):
+        return cls(tuple(pred.shape[2:]), mask, given.classes, channels)
+
+    @property
+    def data(self):
+        return self.classes
+
+    def map(self, activation, temperature, dtype):
+        y = F.one_hot(self.classes, self.channels).to(dtype)[:, :, None, None]
+        y = y.expand(-1, -1, *self.size)
+        return y if self.valid is None else y * self.valid.unsqueeze(1)
+
+
+def test_a_new_kind_is_a_class_and_a_place_in_the_list(monkeypatch):
+    """On the reference; the fast path has to know its word and its tensors besides."""
+    monkeypatch.setattr(resolve, "KINDS", (EverywhereTarget, *resolve.KINDS))
+    classes, mask = torch.tensor([3, 1]), torch.rand(2, 9, 10) < 0.6
+    for given in (None, mask):
+        got = value_and_grad(make(), x := pred(), Everywhere(classes), given)
+        want = value_and_grad(make(), x, classes.view(2, 1, 1).expand(2, 9, 10), given)
+        assert all(map(torch.equal, got, want))
 
 
 # ------------------------------------------------------------------------------------------- labels
@@ -117,7 +164,7 @@ def test_unseen_values_out_of_range_count_as_ignored(monkeypatch):
     assert all(map(torch.equal, got, value_and_grad(loss, x, y, mask)))
     t = sparse()
     wild = torch.where(mask.unsqueeze(1), t.indices, -5)
-    indices, valid = values.check_topk(t.values, wild, None, 4, "drop")
+    indices, valid = topk.check_topk(t.values, wild, None, 4, "drop")
     assert torch.equal(valid, mask)
     assert indices.min() >= 0
 
@@ -134,7 +181,7 @@ def test_topk_of_every_dtype(dtype, values):
     torch.testing.assert_close(got, make()(x, TopK(t.values.to(wide), t.indices)))
 
 
-@pytest.mark.parametrize("rest", topk.RESTS)
+@pytest.mark.parametrize("rest", RESTS)
 @pytest.mark.parametrize("bad", [-0.1, float("nan"), float("inf")])
 def test_topk_values_that_are_none(rest, bad):
     t = sparse(rest)
@@ -157,7 +204,7 @@ def test_topk_indices_out_of_range(bad):
     assert make()(pred(), t, mask).isfinite()
 
 
-@pytest.mark.parametrize("rest", topk.RESTS)
+@pytest.mark.parametrize("rest", RESTS)
 def test_only_renormalize_takes_sums_above_one(rest):
     t = sparse(rest, values=torch.full((2, 2, 9, 10), 0.6))
     if rest == "renormalize":
@@ -172,7 +219,7 @@ def test_only_renormalize_takes_sums_above_one(rest):
 def test_rounded_probabilities_are_no_sum_above_one(dtype):
     p = torch.softmax(torch.randn(2, 150, 32, 32), dim=1).to(dtype)
     loss = make(150)
-    for rest in topk.RESTS:
+    for rest in RESTS:
         top = p.topk(150, dim=1)
         assert loss(torch.randn(2, 150, 32, 32), TopK(top.values, top.indices, rest)).isfinite()
 
@@ -186,7 +233,7 @@ def test_with_all_classes_listed_uniform_is_drop():
     torch.testing.assert_close(values[0], make(target_activation="none")(x, p))
 
 
-@pytest.mark.parametrize("rest", topk.RESTS)
+@pytest.mark.parametrize("rest", RESTS)
 def test_duplicates_add_up(rest):
     index = torch.randint(0, 4, (2, 1, 9, 10))
     share = torch.rand(2, 2, 9, 10) / 2

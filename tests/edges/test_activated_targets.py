@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpl_fast import GenericPerceptualLoss, PerceptualLoss, SegmentationLoss, functional, reference
-from gpl_fast.targets import first_look, resolve, values
+from gpl_fast.targets import dense, first_look, values
 
 SIZE = (32, 40)
 
@@ -163,23 +163,22 @@ def test_a_compiled_graph_raises_when_it_runs(backend):
 def test_one_pixel_anywhere_settles_it(n, c, h, w, data):
     """`holds_probabilities` looks in growing blocks: the last pixel counts like the first."""
     y = torch.randn(n, c, h, w).softmax(dim=1)
-    assert values.holds_probabilities(y, None, "softmax")
-    assert values.holds_probabilities(y, None, "sigmoid")
+    assert dense.holds_probabilities(y, None, "softmax")
+    assert dense.holds_probabilities(y, None, "sigmoid")
     at = tuple(data.draw(st.integers(0, size - 1)) for size in (n, c, h, w))
     y[at] += 2
-    assert not values.holds_probabilities(y, None, "softmax")
-    assert not values.holds_probabilities(y, None, "sigmoid")
+    assert not dense.holds_probabilities(y, None, "softmax")
+    assert not dense.holds_probabilities(y, None, "sigmoid")
     valid = torch.ones(n, h, w, dtype=torch.bool)
     valid[at[0], at[2], at[3]] = False
-    assert values.holds_probabilities(y, valid, "softmax") == bool(valid.any())
+    assert dense.holds_probabilities(y, valid, "softmax") == bool(valid.any())
 
 
 def test_elsewhere_than_on_the_cpu_the_first_call_looks_alone(monkeypatch):
     """As on a GPU, where every look would stop the device."""
-    for module in (values, resolve):
-        monkeypatch.setattr(module, "may_look", lambda t: False)
+    monkeypatch.setattr(values, "may_look", lambda t: False)
     looks = []
-    monkeypatch.setattr(resolve, "refuse_dense", lambda *args: looks.append(args[-1]))
+    monkeypatch.setattr(dense, "refuse_dense", lambda *args: looks.append(args[-1]))
     pred, y = torch.randn(2, 5, *SIZE), probabilities()
     loss, total = GenericPerceptualLoss(5), SegmentationLoss(5)
     labels = torch.randint(0, 5, (2, *SIZE))
@@ -190,7 +189,7 @@ def test_elsewhere_than_on_the_cpu_the_first_call_looks_alone(monkeypatch):
         total(pred, labels, teacher=y)
     assert looks == ["target", "teacher"]
     monkeypatch.undo()
-    monkeypatch.setattr(resolve, "may_look", lambda t: False)
+    monkeypatch.setattr(values, "may_look", lambda t: False)
     with pytest.raises(ValueError, match="probabilities already"):
         first_look(loss.options, target=(y, None))
 

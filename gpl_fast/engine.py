@@ -1,0 +1,280 @@
+"""Reference or fast: the weighted terms of each image, and the features of a target.
+
+What comes in is checked (`gpl_fast.parts`); what goes out is not reduced yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gpl_fast import backend as backends
+from gpl_fast import reference
+from gpl_fast.fast import operator
+from gpl_fast.graphs import constant_in_graphs
+from gpl_fast.net.lossnet import LossNet
+from gpl_fast.options import Options
+from gpl_fast.targets import Target
+
+
+class Weights(NamedTuple):
+    """The weight of each layer that is compared, by name; none of them is 0."""
+
+    features: Mapping[str, float]
+    styles: Mapping[str, float]
+
+
+class CrossEntropy(NamedTuple):
+    """The one that is computed beside the perceptual terms.
+
+    ``labels`` (N, H, W) int64 with -1 = does not count, ``class_weight`` (C,) float32 or None.
+    """
+
+    labels: Tensor
+    class_weight: Tensor | None
+    label_smoothing: float
+
+
+class Terms(NamedTuple):
+    """Of each image, (N,) float32, float64 for a float64 prediction.
+
+    ``cross_entropy`` is the sum over the pixels that count, ``normalizer`` that of their weights;
+    None where none was asked for.
+    """
+
+    feature: Tensor
+    style: Tensor
+    cross_entropy: Tensor | None = None
+    normalizer: Tensor | None = None
+
+
+def weighted_terms(
+    pred: Tensor,
+    target: Target,
+    net: LossNet,
+    o: Options,
+    weights: Weights,
+    *,
+    style_target: Target | None = None,
+    cross_entropy: CrossEntropy | None = None,
+) -> Terms:
+    """The terms of `pred` (N, C, H, W), on the backend that is chosen.
+
+    Args:
+        weights: without any, nothing is compared.
+        style_target: of the styles; None = `target`.
+        cross_entropy: what `pred` is classified as: on the fast path it shares the passes.
+
+    Raises:
+        ValueError: stored features of other settings.
+        BackendUnavailable: ``backend="fast"`` where it cannot run.
+    """
+    compared = bool(weights.features or weights.styles)
+    dtype = compute_dtype(pred, target, o)
+    if compared and choose_backend(pred, dtype, net, o).name == "fast":
+        return _fast(pred, target, style_target, net, o, weights, dtype, cross_entropy)
+    classified = () if cross_entropy is None else _cross_entropy(pred, cross_entropy)
+    if compared:
+        feature, style = _reference(pred, target, style_target, net, o, weights, dtype)
+    else:
+        feature = style = nothing(pred)
+    return Terms(feature, style, *classified)
+
+
+def _fast(
+    pred: Tensor,
+    target: Target,
+    style_target: Target | None,
+    net: LossNet,
+    o: Options,
+    weights: Weights,
+    dtype: torch.dtype,
+    cross_entropy: CrossEntropy | None,
+) -> Terms:
+    if target.stored is not None:
+        target.check(net, o, (*weights.features, *weights.styles))
+    if style_target is None:
+        style_features = target.stored or {}
+    else:
+        style_features = target_features(style_target, net, tuple(weights.styles), o, dtype)
+    tensors = target.tensors(dtype)
+    for name in weights.styles:
+        if name in style_features:
+            tensors[f"gram.{name}"] = reference.gram(style_features[name].detach().float())
+    smoothing = None
+    if cross_entropy is not None:
+        smoothing = cross_entropy.label_smoothing
+        if tensors.get("labels") is not cross_entropy.labels:  # the operator takes none twice
+            tensors["ce_labels"] = cross_entropy.labels
+        if cross_entropy.class_weight is not None:
+            tensors["class_weight"] = cross_entropy.class_weight.float()
+    call = describe(net, o, target, weights, pred.device, dtype, tuple(tensors), smoothing)
+    terms = operator.perceptual_terms(pred, tensors, call, cross_entropy is not None)
+    seen = _seen(target, style_target)
+    terms = terms if isinstance(seen, int) else terms + seen
+    classified = () if cross_entropy is None else (terms[2], terms[3])
+    return Terms(terms[0], terms[1], *classified)
+
+
+def _reference(
+    pred: Tensor,
+    target: Target,
+    style_target: Target | None,
+    net: LossNet,
+    o: Options,
+    weights: Weights,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    acc = accumulation_dtype(pred.dtype)
+    with no_autocast(pred):
+        e_target = target_features(target, net, tuple(weights.features), o, dtype)
+        e_style = target_features(style_target or target, net, tuple(weights.styles), o, dtype)
+        wide = pred.to(torch.promote_types(acc, dtype))
+        y = reference.prediction_map(wide, o.activation, o.constant_temperature, target.valid)
+        y = net.network_input(y, target.valid)
+        parts = reference.perceptual_terms(
+            y, net.features, e_target, e_style, weights.features, weights.styles, dtype
+        )
+    seen = _seen(target, style_target)
+    return parts["feature"].to(acc) + seen, parts["style"].to(acc) + seen
+
+
+def _cross_entropy(pred: Tensor, cross_entropy: CrossEntropy) -> tuple[Tensor, Tensor]:
+    acc = accumulation_dtype(pred.dtype)
+    weight = cross_entropy.class_weight
+    with no_autocast(pred):
+        return reference.cross_entropy(
+            pred.to(acc),
+            cross_entropy.labels,
+            None if weight is None else weight.to(acc),
+            cross_entropy.label_smoothing,
+        )
+
+
+def target_features(
+    target: Target, net: LossNet, layers: Sequence[str], o: Options, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """φ(target) at `layers`, (N, C_b, H_b, W_b) in `dtype`, without gradient.
+
+    Raises:
+        ValueError: stored features of other settings.
+        BackendUnavailable: ``backend="fast"`` where it cannot run.
+    """
+    if not layers:
+        return {}
+    if target.stored is not None:
+        target.check(net, o, layers)
+        return {k: target.stored[k].detach().to(dtype) for k in layers}
+    wide = torch.float64 in (dtype, target.data.dtype)
+    data = target.data
+    choice = backends.choose(o.backend, data.device, torch.float64 if wide else dtype, net)
+    if choice.name == "fast" and not target.resized:
+        return _fast_features(target, net, layers, o, dtype)
+    with torch.no_grad():
+        y = target.map(o.target, o.target_temperature, torch.float64 if wide else torch.float32)
+        with no_autocast(y):
+            return net.features(net.network_input(y, target.valid).to(dtype), layers)
+
+
+def _fast_features(
+    target: Target, net: LossNet, layers: Sequence[str], o: Options, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    tensors, data = target.tensors(dtype), target.data.detach()
+    dense = tensors.pop("dense", None)
+    if dense is None:  # of a list of classes there is no map: a tensor of its shape, without memory
+        shape = (data.shape[0], net.in_channels, *target.size)
+        dense = torch.empty((), device=data.device).expand(shape)
+    weights = Weights(dict.fromkeys(layers, 1.0), {})
+    call = describe(net, o, target, weights, data.device, dtype, tuple(tensors), encode=True)
+    return dict(zip(weights.features, operator.encode(dense, tensors, call), strict=True))
+
+
+def describe(
+    net: LossNet,
+    o: Options,
+    target: Target,
+    weights: Weights,
+    device: torch.device,
+    dtype: torch.dtype,
+    tensors: tuple[str, ...],
+    label_smoothing: float | None = None,
+    *,
+    encode: bool = False,
+    by: str | None = None,
+) -> str:
+    """The text of the fast path's `Call`, a constant in graphs.
+
+    Args:
+        dtype: what the network computes in.
+        tensors: names of the target's.
+        label_smoothing: of the cross-entropy that shares the passes, None without one.
+        by: who decides, None = `device`'s own; see `gpl_fast.fast.policy.named`.
+    """
+    workspace = o.constant_workspace
+    return operator.describe(
+        net.identity,
+        device,
+        by,
+        features=tuple(weights.features.items()),
+        styles=tuple(weights.styles.items()),
+        kind=target.kind,
+        activation=o.target if encode else o.activation,
+        target_activation=o.target,
+        temperature=o.target_temperature if encode else o.constant_temperature,
+        dtype=dtype,
+        workspace_mb=None if isinstance(workspace, str) else workspace,
+        tensors=tensors,
+        encode=encode,
+        resized=target.resized,
+        cross_entropy=label_smoothing is not None,
+        label_smoothing=label_smoothing or 0.0,
+    )
+
+
+def nothing(pred: Tensor) -> Tensor:
+    """0 for each image, (N,), in the graph of `pred` (N, C, H, W) and not its NaN times 0."""
+    return pred[:, :0].sum(dim=(1, 2, 3), dtype=accumulation_dtype(pred.dtype))
+
+
+def compute_dtype(pred: Tensor, target: Target, o: Options) -> torch.dtype:
+    """What the network computes in: the option's, float32 against stored features, autocast's for
+    float32, or the prediction's."""
+    if o.compute_dtype is not None:
+        return o.compute_dtype
+    if target.stored is not None and pred.dtype != torch.float64:
+        return torch.float32
+    kind = pred.device.type
+    if pred.dtype == torch.float32 and _has_autocast(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return pred.dtype
+
+
+def choose_backend(pred: Tensor, dtype: torch.dtype, net: LossNet, o: Options) -> backends.Choice:
+    """The backend for this prediction and compute dtype; see `gpl_fast.backend`."""
+    dtype = torch.float64 if pred.dtype == torch.float64 else dtype
+    return backends.choose(o.backend, pred.device, dtype, net)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of sums, for a prediction in `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def no_autocast(t: Tensor) -> Any:
+    """A context in which operators on `t` keep the dtypes they are given."""
+    kind = t.device.type if _has_autocast(t.device.type) else "cpu"
+    return torch.autocast(kind, enabled=False)
+
+
+@constant_in_graphs  # torch 2.11 cannot trace it
+def _has_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
+
+
+def _seen(*targets: Target | None) -> int | Tensor:
+    """0 that keeps what looked at the targets in a compiled graph."""
+    zeros = [t.seen for t in targets if t is not None and t.seen is not None]
+    return zeros[0] if len(zeros) == 1 else zeros[0] + zeros[1] if zeros else 0

@@ -1,0 +1,164 @@
+"""The parts of each loss from checked options: resolve the targets, ask the engine, reduce."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from gpl_fast import engine, reference
+from gpl_fast.input_checks import check_prediction
+from gpl_fast.net.lossnet import LossNet
+from gpl_fast.options import Options
+from gpl_fast.targets import (
+    TargetFeatures,
+    TargetLike,
+    feature_settings,
+    normalise_mask,
+    resolve_labels,
+    resolve_style,
+    resolve_target,
+    resolve_teacher,
+)
+
+
+def generic_value(
+    pred: Tensor,
+    target: TargetLike,
+    mask: Tensor | None,
+    net: LossNet,
+    taps: Mapping[str, float],
+    o: Options,
+) -> Tensor:
+    """`functional.generic_perceptual_loss` by the weight of each layer."""
+    check_prediction(pred, net)
+    resolved = resolve_target(target, net.in_channels, o, mask=mask, pred=pred)
+    pred = reference.input_edge(pred)
+    terms = engine.weighted_terms(pred, resolved, net, o, engine.Weights(taps, {}))
+    return _reduce(terms.feature, o.reduction)
+
+
+def segmentation_parts(
+    logits: Tensor,
+    labels: Tensor,
+    net: LossNet,
+    taps: Mapping[str, float],
+    o: Options,
+    *,
+    teacher: TargetLike | None,
+    mask: Tensor | None,
+    gpl_weight: float,
+    ce_weight: float,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    gpl_ignore: bool | str,
+) -> dict[str, Tensor]:
+    """The weighted terms of `functional.segmentation_loss`: ``{"loss_ce", "loss_gpl"}``."""
+    checked, given = resolve_labels(labels, mask, logits, net, o)
+    logits = reference.input_edge(logits)
+    with engine.no_autocast(logits):
+        logits = reference.resize(logits, checked.shape[1:])
+    target = resolve_teacher(teacher, checked, given, logits, o, gpl_ignore)
+    cross_entropy = None
+    if ce_weight:
+        weight = None if class_weight is None else class_weight.to(logits.device)
+        cross_entropy = engine.CrossEntropy(checked, weight, label_smoothing)
+    weights = engine.Weights(taps if gpl_weight else {}, {})
+    terms = engine.weighted_terms(logits, target, net, o, weights, cross_entropy=cross_entropy)
+    if terms.cross_entropy is None or terms.normalizer is None:  # not computed, but connected
+        ce = _reduce(engine.nothing(logits), o.reduction)
+    else:
+        ce = _mean_cross_entropy(terms.cross_entropy, terms.normalizer, o.reduction)
+        ce = ce_weight * ce
+    gpl = _reduce(terms.feature, o.reduction)
+    return {"loss_ce": ce, "loss_gpl": gpl_weight * gpl if gpl_weight else gpl}
+
+
+def _mean_cross_entropy(total: Tensor, norm: Tensor, reduction: str) -> Tensor:
+    """Mean over valid pixels of the batch, or of each image and then their sum.
+
+    0 where the counted weights sum to 0: with label smoothing `total`, whose smoothed part weighs
+    every class, is none there.
+    """
+    if reduction == "mean":
+        total, norm = total.sum(), norm.sum()
+    nothing = norm == 0
+    mean = (total / norm.masked_fill(nothing, 1)).masked_fill(nothing, 0)
+    return mean.sum() if reduction == "sum" else mean
+
+
+def perceptual_parts(
+    pred: Tensor,
+    target: TargetLike,
+    net: LossNet,
+    o: Options,
+    *,
+    style_target: TargetLike | None,
+    mask: Tensor | None,
+    feature_layers: Mapping[str, float],
+    style_layers: Mapping[str, float],
+    tv_weight: float,
+) -> dict[str, Tensor]:
+    """The weighted terms of `functional.perceptual_loss`: ``{"loss_feature", "loss_style",
+    "loss_tv"}``."""
+    check_prediction(pred, net)
+    resolved = resolve_target(target, net.in_channels, o, mask=mask, pred=pred)
+    style = None if style_target is None else resolve_style(style_target, net, o, pred)
+    pred = reference.input_edge(pred)
+    weights = engine.Weights(
+        {k: w for k, w in feature_layers.items() if w},
+        {k: w for k, w in style_layers.items() if w},
+    )
+    terms = engine.weighted_terms(pred, resolved, net, o, weights, style_target=style)
+    feature = _reduce(terms.feature, o.reduction)
+    if tv_weight:
+        tv = total_variation(pred, resolved.valid, o)
+        tv = tv_weight * _reduce(tv, o.reduction)
+    else:
+        tv = torch.zeros_like(feature)
+    style_part = _reduce(terms.style, o.reduction)
+    return {"loss_feature": feature, "loss_style": style_part, "loss_tv": tv}
+
+
+def total_variation(pred: Tensor, valid: Tensor | None, o: Options) -> Tensor:
+    """Of the activated prediction (N, C, H, W), where valid (N, H, W): (N,)."""
+    with engine.no_autocast(pred):
+        wide = pred.to(engine.accumulation_dtype(pred.dtype))
+        y = reference.prediction_map(wide, o.activation, o.constant_temperature, valid)
+        return reference.total_variation(y, valid)
+
+
+def sum_of_parts(parts: Mapping[str, Tensor]) -> Tensor:
+    """The total, added in order."""
+    first, *rest = parts.values()
+    for part in rest:
+        first = first + part
+    return first
+
+
+@torch.inference_mode(False)  # a teacher's loop may be in it; its tensors cannot enter a graph
+@torch.no_grad()
+def encode_target(
+    target: TargetLike, mask: Tensor | None, net: LossNet, layers: Sequence[str], o: Options
+) -> TargetFeatures:
+    """`functional.encode`."""
+    o.check_channels(net.in_channels)
+    resolved = resolve_target(target, net.in_channels, o, mask=mask)
+    if resolved.stored is not None:
+        raise TypeError("encode: got TargetFeatures, which are encoded already")
+    net.shapes(*resolved.size)
+    data = resolved.data
+    dtype = o.compute_dtype or engine.accumulation_dtype(data.dtype)
+    features = engine.target_features(resolved, net, tuple(layers), o, dtype)
+    given = normalise_mask(mask, data.shape[0], resolved.size, data.device)
+    # Copies: the caller's mask may change, the features would not.
+    kept = [None if m is None else m.clone() for m in (given, resolved.valid)]
+    return TargetFeatures(features, feature_settings(net, o, resolved.size), *kept)
+
+
+def _reduce(values: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return values
+    total = values.sum()
+    return total / max(values.shape[0], 1) if reduction == "mean" else total
