@@ -15,9 +15,10 @@ import torch
 from gpl_fast.fast import chunks, memory, policy
 from gpl_fast.fast.call import Call
 from gpl_fast.fast.geometry import Geometry
-from gpl_fast.fast.policy import How, Policy, Role, Way
+from gpl_fast.fast.policy import How, Role, Way
 from gpl_fast.net.steps import Step
 from gpl_fast.net.weights import padded_channels
+from gpl_fast.precision import tf32_allowed
 
 
 class Plan(Geometry):
@@ -38,14 +39,12 @@ class Plan(Geometry):
         rooms: the named buffers of each walk, by segment.
     """
 
-    def __init__(
-        self, call: Call, n: int, h: int, w: int, *, tf32: bool = True, by: Policy | None = None
-    ) -> None:
+    def __init__(self, call: Call, n: int, h: int, w: int, *, tf32: bool | None = None) -> None:
         super().__init__(call, n, h, w)
-        self.policy = policy.named(call.policy) if by is None else by
+        self.policy = policy.named(call.policy)
+        self.allow_tf32 = tf32_allowed() if tf32 is None else tf32
         # True float32 is ATen's convolutions; TF32 is the kernels' too.
-        self.exact = call.dtype == torch.float32 and not tf32
-        self.allow_tf32 = tf32
+        self.exact = call.dtype == torch.float32 and not self.allow_tf32
         self.segments = self._segments()
         self.ends = tuple(_output(self.steps[segment[-1]]) for segment in self.segments)
         self.budget, self.hard = self.policy.workspace(call.workspace_mb)

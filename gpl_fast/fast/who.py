@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 from gpl_fast.fast.plan import Plan
 from gpl_fast.fast.policy import Way
 
@@ -53,13 +55,14 @@ def _step(plan: Plan, i: int) -> Runs:
     step, how = plan.steps[i], plan.how[i]
     there, back = _place(plan, "forward"), _place(plan, "backward")
     if how.block:
-        forward = [f"conv_block_fwd ({there}, {_dtype(how.prediction)})"]
+        tf32 = how.prediction.dtype == torch.float32
+        forward = [f"conv_block_fwd ({there}, {'TF32' if tf32 else _dtype(how.prediction)})"]
     else:
         forward = [_convolution(how.prediction)]
-        if not plan.call.plain and how.difference != how.prediction:
-            forward = [f"{forward[0]} of y', {_convolution(how.difference)} of δ"]
-        if i == 0 and plan.call.looked_up and not plan.call.front:
+        if i == 0 and plan.call.looked_up and not plan.call.front:  # of u alone
             forward.append(_look_up(plan))
+        elif not plan.call.plain and how.difference != how.prediction:
+            forward = [f"{forward[0]} of y', {_convolution(how.difference)} of δ"]
         form = "fwd" if plan.call.plain else "diff_fwd"
         if step.relu and (not step.pool or step.relu in plan.call.taps):
             forward.append(f"relu_{form} ({there})")
