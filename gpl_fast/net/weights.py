@@ -121,6 +121,8 @@ class Weights:
         if key not in self._casts:
             with torch.inference_mode(False), torch.no_grad(), streams.made_once(device, dtype):
                 made = {name: rounded(w, dtype).to(device) for name, w in self.tensors.items()}
+            for t in made.values():  # constants of a graph, whatever is dynamic in it
+                t._dynamo_static_indices = set(range(t.dim()))  # type: ignore[attr-defined]
             if active_fake_mode() is not None:  # fake tensors must not outlive it
                 return made
             self._casts.setdefault(key, made)  # of two threads, what the first has made
