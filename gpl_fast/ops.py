@@ -1,8 +1,9 @@
 """Loads the compiled operators. The only file that names ``torch.ops.gpl_fast``.
 
 Every operator writes into buffers that the caller owns, so that a workspace is used again without
-page faults; shapes, dtypes and layouts are checked in ``csrc/*.cpp``. Maps are NHWC. A strip is
-the rows ``[row0, row0 + rows)`` of every image; rows outside the image are written as zeros.
+page faults; ``csrc/operators`` declares and checks their arguments, of which optional ones may be
+left out. Maps are NHWC. A strip is the rows ``[row0, row0 + rows)`` of every image; rows outside
+the image are written as zeros.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def _first_cause(error: BaseException) -> BaseException:
 def _source_tree() -> Path | None:
     """Where the package lies beside the sources of the library."""
     root = LIBRARY.parents[1]
-    return root if (root / "csrc" / "ops.cpp").exists() else None
+    return root if (root / "csrc" / "operators").is_dir() else None
 
 
 def _way_out() -> str:
