@@ -21,7 +21,7 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
-CONVOLUTIONS = ("conv_block_bwd.cu", "conv_block_bwd_sm90.cu")
+CONVOLUTIONS = ("conv_block/conv_block_bwd.cu", "conv_block/conv_block_bwd_sm90.cu")
 ELEMENTWISE = ("relu.cu", "relu_pool.cu", "softmax_bwd.cu")
 MACHINE = ("-mavx2", "-mfma", "-mf16c")
 FLAGS = ("-O2", *MACHINE)
