@@ -19,7 +19,7 @@ $(shell mkdir -p "$(TMPDIR)")
 
 READY   := $(VENV)/.ready
 LIBRARY := gpl_fast/libgpl_fast.so
-CSRC    := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+CSRC    := $(foreach folder,csrc csrc/* csrc/*/*,$(wildcard $(addprefix $(folder)/*.,cpp h cu cuh)))
 BUILD   := $(CSRC) $(wildcard csrc/*.py) setup.py gpl_fast/environment.py gpl_fast/sources.py
 
 .PHONY: help venv build demo test test-cpu test-edges test-interpreter test-compile test-cuda sanitize lint

@@ -34,9 +34,9 @@ ENVIRONMENT = runpy.run_path(str(ROOT / "gpl_fast" / "environment.py"))
 SOURCES = runpy.run_path(str(ROOT / "gpl_fast" / "sources.py"))
 OLDEST_GLIBC = runpy.run_path(str(ROOT / "csrc" / "oldest_glibc.py"))
 LIBRARY = "libgpl_fast.so"
-KERNELS = ["softmax_pack", "label_conv", "winograd", "direct_conv", "relu", "relu_pool"]
-KERNELS += ["diff_reduce", "softmax_bwd"]
-# The same sources, once for each instruction set; dispatch.cpp picks one at run time.
+# Of csrc/cpu these once, all others once for each instruction set: dispatch.cpp picks one of them
+# at run time.
+ONCE = ("dispatch", "memory")
 X86_BUILDS = {
     # For CPUs from before 2013 (Intel) or 2015 (AMD), and yet the most work for the compiler, which
     # makes four registers of each vector: -O3 would take a third more of it.
@@ -248,19 +248,20 @@ def build_ninja(library: Path, libc: list[str] | None = None) -> str:
     if cuda:
         print(f"CUDA {cuda.version} at {cuda.toolkit}: {' '.join(cuda.architectures)}")
         torch_flags += f""" '-DGPL_FAST_CUDA="{cuda.description}"'"""
-    for source in sorted((csrc / "cuda").glob("*.cu")) if cuda else []:
+    for source in sorted((csrc / "cuda").rglob("*.cu")) if cuda else []:
         objects.append(f"{source.stem}.cuda.o")
         flags = " ".join(nvcc_targets(source, cuda.architectures))
         edges.append(f"build {objects[-1]}: compile_cuda {escape(source)}\n  flags = {flags}\n")
     compile_edge(csrc / "oldest_libstdcxx.cpp", "oldest_libstdcxx.o", "")
-    for name in ("ops", "convolutions"):
-        compile_edge(csrc / f"{name}.cpp", f"{name}.o", torch_flags)
-    for name in ("dispatch", "memory"):
+    for source in sorted((csrc / "operators").glob("*.cpp")):
+        compile_edge(source, f"{source.stem}.operator.o", torch_flags)
+    for name in ONCE:
         compile_edge(csrc / "cpu" / f"{name}.cpp", f"{name}.o", "")
     for build, march in builds.items():
-        for name in KERNELS:
-            flags = f"{march} {kernel} -DGPL_CPU_NAMESPACE=cpu_{build}"
-            compile_edge(csrc / "cpu" / f"{name}.cpp", f"{name}.{build}.o", flags)
+        for source in sorted((csrc / "cpu").glob("*.cpp")):
+            if source.stem not in ONCE:
+                flags = f"{march} {kernel} -DGPL_CPU_NAMESPACE=cpu_{build}"
+                compile_edge(source, f"{source.stem}.{build}.o", flags)
     edges.append(f"build {escape(library)}: link {' '.join(objects)}\n")
     linked = ["-Wl,--no-as-needed", *map(shlex.quote, libc or ())]
     linked += [f"-L{torch_dir / 'lib'}", "-ltorch"]

@@ -18,9 +18,9 @@ from pathlib import Path
 from gpl_fast import ops
 
 RESERVED = 1024  # bytes of shared memory that the system takes from sm_90 on
-ARITHMETIC = ("bf16", "fp16", "tf32", "fp32")  # csrc/cuda/conv_tile.cuh's Math, in order
+ARITHMETIC = ("bf16", "fp16", "tf32", "fp32")  # csrc/cuda/conv_block/conv_tile.cuh's Math, in order
 TYPES = {"__nv_bfloat16": "bf16", "__half": "fp16", "float": "fp32"}
-TILE_H, TILE_W, PIXEL_BYTES = 8, 16, 128  # of csrc/cuda/dz_tile.cuh
+TILE_H, TILE_W, PIXEL_BYTES = 8, 16, 128  # of csrc/cuda/conv_block/dz_tile.cuh
 LOGITS_SUMS = 12  # bytes that a lane keeps of a pixel
 
 
@@ -79,7 +79,7 @@ def short_name(demangled: str) -> str:
 
 
 def dynamic_shared(name: str, kernel_size: int, dz_tiles: int = 2) -> tuple[int, int]:
-    """(threads, bytes) of a launch of a conv_block kernel, as csrc/cuda's layouts have it."""
+    """(threads, bytes) of a launch of a conv_block kernel, as the kernels' layouts have it."""
     found = re.fullmatch(r"(\w+)<(\w+), (\d+)(?:, (\w+))?>", name)
     assert found is not None, name
     kernel, arithmetic, bn = found[1], found[2], int(found[3])

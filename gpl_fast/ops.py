@@ -1,7 +1,8 @@
 """Loads the compiled operators. The only file that names ``torch.ops.gpl_fast``.
 
 `gpl_fast.stages` has their arguments. Every operator writes into buffers that the caller owns, so
-that a workspace is used again without page faults; shapes, dtypes and layouts are checked in csrc.
+that a workspace is used again without page faults; shapes, dtypes and layouts are checked in
+``csrc/operators``.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def _first_cause(error: BaseException) -> BaseException:
 def _source_tree() -> Path | None:
     """Where the package lies beside the sources of the library."""
     root = LIBRARY.parents[1]
-    return root if (root / "csrc" / "ops.cpp").exists() else None
+    return root if (root / "csrc" / "operators").is_dir() else None
 
 
 def _way_out() -> str:

@@ -9,7 +9,7 @@
 #include <unistd.h>
 #endif
 
-#include "../launch.h"
+#include "../stages.h"
 
 namespace gpl_fast {
 

@@ -1,6 +1,6 @@
 // Fresh memory, before it is written in an order that the system's page faults do not like, and the
 // error where there is none.
-#include "../launch.h"
+#include "../stages.h"
 
 #include <stdexcept>
 #include <string>

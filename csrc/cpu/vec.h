@@ -9,7 +9,7 @@
 #include <immintrin.h>
 #endif
 
-#include "../launch.h"
+#include "../stages.h"
 
 #define GPL_INLINE inline __attribute__((always_inline))
 #define GPL_UNROLL _Pragma("GCC unroll 16")

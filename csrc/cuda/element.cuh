@@ -14,7 +14,7 @@
 #include <cuda_runtime.h>
 #endif
 
-#include "../launch.h"
+#include "../stages.h"
 
 #ifndef LAUNCH
 #define DYN_SMEM(name) extern __shared__ __align__(1024) unsigned char name[]
@@ -62,8 +62,6 @@ void with_dtype(DType dtype, const F& f) {
     f(__half{});
   }
 }
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Blocks lie along x alone, the one dimension that goes beyond 65535.
 inline dim3 grid_of(const char* stage, int64_t blocks) {

@@ -3,7 +3,7 @@
 //
 // A block takes 32 pixels of a row. Where all channels fit into shared memory everything is read
 // once; else the channels come in chunks, twice: for the sums, then, backwards, for the gradient.
-#include "element.cuh"
+#include "logits_gradient.cuh"
 
 namespace gpl_fast::cuda {
 namespace {
@@ -104,34 +104,6 @@ __device__ float class_weight_sum(const CrossEntropy& ce, int64_t C, double* par
   return (float)partial[0];
 }
 
-// The cross-entropy's part of a pixel's gradient:
-// s (p_c (w_t (1 - e) + e/C sum w) - e/C w_c) - [c = t] s (1 - e) w_t
-struct CrossEntropyGrad {
-  const float* class_weight;
-  int64_t label;  // -1 where the pixel is not counted
-  float on_p, on_weight, on_label;
-
-  __device__ CrossEntropyGrad(const SoftmaxBwd& a, int64_t n, int64_t px, float weights)
-      : class_weight(a.ce.class_weight), label(a.ce.labels[px]) {
-    if (label < 0 || label >= a.C) label = -1;
-    const float e = a.ce.label_smoothing, s = a.ce_scale[n];
-    const float w = label < 0 ? 0.0f : class_weight ? class_weight[label] : 1.0f;
-    on_p = s * fmaf(w, 1.0f - e, e / (float)a.C * weights);
-    on_weight = s * e / (float)a.C;
-    on_label = s * (1.0f - e) * w;
-  }
-
-  __device__ float at(float p, int64_t c) const {
-    if (label < 0) return 0.0f;
-    const float g = p * on_p - on_weight * (class_weight ? class_weight[c] : 1.0f);
-    return c == label ? g - on_label : g;
-  }
-};
-
-struct NetGrad {
-  float net, probability;  // the latter the cross-entropy's
-};
-
 // X: of x and dx; D: of dy.
 template <class X, class D>
 __global__ void __launch_bounds__(kThreads, 3)
@@ -168,42 +140,35 @@ __global__ void __launch_bounds__(kThreads, 3)
   const float inv_t = a.inv_t;
   const float lse = softmax && inside ? a.lse[px] : 0.0f, ce_lse = own && inside ? a.ce_lse[px] : 0;
 
-  // (1) sum y', sum y' dy and the cross-entropy's sum. The sum of the values is 1 up to the
-  // rounding of lse, which is absolute and so not small for large logits: dividing by it removes
-  // that.
-  float sum = 0.0f, dot = 0.0f, own_sum = 0.0f;
+  // (1) sum y', sum y' dy and the cross-entropy's sum
+  LogitsSums sums = {};
   for (int i = 0; i < chunks; ++i) {
     if (i) __syncthreads();
     load(i);
     __syncthreads();
     for (int c = group; inside && c < length(i); c += kGroups) {
       const float v = widen(x(p, c));
-      if (softmax) {
-        const float y = expf((v - lse) * inv_t);
-        sum += y;
-        dot = fmaf(y, widen(dy(p, c)), dot);
-      }
-      if (own) own_sum += expf(v - ce_lse);
+      if (softmax) sums.add(exponential(v, lse, inv_t), widen(dy(p, c)));
+      if (own) sums.p += exponential(v, ce_lse);
     }
   }
-  partial[0][group][p] = sum;
-  partial[1][group][p] = dot;
-  partial[2][group][p] = own_sum;
+  partial[0][group][p] = sums.y;
+  partial[1][group][p] = sums.y_dy;
+  partial[2][group][p] = sums.p;
   __syncthreads();
-  sum = dot = own_sum = 0.0f;
+  sums = {};
 #pragma unroll
   for (int k = 0; k < kGroups; ++k) {
-    sum += partial[0][k][p];
-    dot += partial[1][k][p];
-    own_sum += partial[2][k][p];
+    sums.y += partial[0][k][p];
+    sums.y_dy += partial[1][k][p];
+    sums.p += partial[2][k][p];
   }
-  const float inverse = 1.0f / sum, own_inverse = 1.0f / own_sum;
-  dot *= inverse;
+  const float inverse = 1.0f / sums.y, own_inverse = 1.0f / sums.p, y_dy = sums.y_dy * inverse;
 
-  // (2) scale y' (dy - sum y' dy) / T, from the last chunk, which is still there, to the first  (5)
+  // (2) the gradient, from the last chunk, which is still there, to the first
   const float weights = ce ? class_weight_sum(a.ce, a.C, weight_partial) : 0.0f;
   const bool keep = a.dy && inside && (!a.valid || a.valid[px]);
-  const float scale = a.dy ? a.scale[n] : 0.0f;
+  const ActivationGradient activation = {a.activation, inv_t, a.dy ? a.scale[n] : 0.0f};
   for (int i = chunks - 1; i >= 0; --i) {
     if (i < chunks - 1) {
       __syncthreads();
@@ -211,31 +176,23 @@ __global__ void __launch_bounds__(kThreads, 3)
       __syncthreads();
     }
     if (inside) {
-      auto gradient = [&](int c) {
-        const float v = widen(x(p, c));
-        float y = 0.0f, g = 0.0f;
-        if (softmax) y = expf((v - lse) * inv_t) * inverse;
-        if (keep) {
-          const float d = widen(dy(p, c));
-          if (softmax) {
-            g = scale * y * (d - dot);
-          } else if (a.activation == Activation::kSigmoid) {
-            g = scale * d * (sigmoid(v * inv_t) * sigmoid(-v * inv_t));
-          } else {
-            g = scale * d;
-          }
-          g *= inv_t;  // last: it may be huge where the rest is 0
-        }
-        return own ? NetGrad{g, expf(v - ce_lse) * own_inverse} : NetGrad{g, y};
+      auto y_of = [&](float v) { return softmax ? exponential(v, lse, inv_t) * inverse : 0.0f; };
+      auto gradient = [&](int c, float v, float y) {
+        return keep ? activation.at(v, y, y_dy, widen(dy(p, c))) : 0.0f;
       };
       if (ce) {
-        const CrossEntropyGrad label(a, n, px, weights);
+        const CrossEntropyGradient<int64_t> cross_entropy(a, n, px, weights);
         for (int c = group; c < length(i); c += kGroups) {
-          const NetGrad both = gradient(c);
-          x(p, c) = narrow<X>(both.net + label.at(both.probability, (int64_t)i * chunk + c));
+          const float v = widen(x(p, c)), y = y_of(v);
+          const float probability = own ? exponential(v, ce_lse) * own_inverse : y;
+          x(p, c) = narrow<X>(gradient(c, v, y) +
+                              cross_entropy.at(a.ce, probability, (int64_t)i * chunk + c));
         }
       } else {
-        for (int c = group; c < length(i); c += kGroups) x(p, c) = narrow<X>(gradient(c).net);
+        for (int c = group; c < length(i); c += kGroups) {
+          const float v = widen(x(p, c));
+          x(p, c) = narrow<X>(gradient(c, v, y_of(v)));
+        }
       }
     }
     __syncthreads();

@@ -352,7 +352,7 @@ def test_the_architectures_are_those_that_torch_would_read(monkeypatch, tmp_path
     wanted = [("80", "sm_80"), ("80", "compute_80"), ("80", "sm_86"), ("90a", "sm_90a")]
     assert pairs == [*wanted, ("100", "sm_100"), ("100", "sm_120")]
     # Beside kernels of sm_90's own.
-    beside = ROOT / "csrc" / "cuda" / "conv_block_bwd.cu"
+    beside = ROOT / "csrc" / "cuda" / "conv_block" / "conv_block_bwd.cu"
     assert targets(beside, ("80", "90a")) == [others[0], "-gencode=arch=compute_80,code=sm_90a"]
     assert targets(beside, ("90a+PTX",)) == hopper
     for wrong in ("Hopper", "9", "10.0", "7.0"):
@@ -364,7 +364,7 @@ def test_the_architectures_are_those_that_torch_would_read(monkeypatch, tmp_path
 def test_every_cuda_source_is_built(monkeypatch, tmp_path):
     script = build_script(monkeypatch, CUDACXX=fake_nvcc(tmp_path))
     ninja = script["build_ninja"](tmp_path / "lib.so")
-    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    sources = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
     assert sources
     for source in sources:
         assert f"compile_cuda {source}" in ninja

@@ -2,7 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "launch.h"
+#include "stages.h"
 
 namespace py = pybind11;
 using namespace gpl_fast;

@@ -21,7 +21,7 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
-CONVOLUTIONS = ("conv_block_bwd.cu", "conv_block_bwd_sm90.cu")
+CONVOLUTIONS = ("conv_block/conv_block_bwd.cu", "conv_block/conv_block_bwd_sm90.cu")
 ELEMENTWISE = ("relu.cu", "relu_pool.cu", "softmax_bwd.cu")
 MACHINE = ("-mavx2", "-mfma", "-mf16c")
 FLAGS = ("-O2", *MACHINE)
@@ -67,10 +67,15 @@ def compiled(source: Path, flags: tuple[str, ...], csrc: Path = CSRC) -> Path:
 
 
 def kernels(names: Iterable[str], flags: tuple[str, ...] = FLAGS, csrc: Path = CSRC) -> list[Path]:
-    """Sources of csrc/cuda as objects, side by side."""
+    """Sources of csrc/cuda as objects."""
+    return side_by_side([csrc / "cuda" / name for name in names], flags, csrc)
+
+
+def side_by_side(sources: Iterable[Path], flags: tuple[str, ...], csrc: Path = CSRC) -> list[Path]:
+    """Sources as objects, several compiled at a time."""
     scratch()  # made here: two threads would make two, and one of them would go
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(lambda name: compiled(csrc / "cuda" / name, flags, csrc), names))
+        return list(pool.map(lambda source: compiled(source, flags, csrc), sources))
 
 
 def link(objects: Iterable[Path], target: Path, *flags: str) -> Path:

@@ -1,6 +1,6 @@
-// The CPU's side of csrc/cuda/hopper.cuh. Descriptors are decoded bit by bit. TMA copies run when
-// every thread polls a barrier, wgmma at its wait: as late as the program allows. Until then a
-// copy's destination holds NaN, and wgmma's operands may still be overwritten.
+// The CPU's side of csrc/cuda/conv_block/hopper.cuh. Descriptors are decoded bit by bit. TMA copies
+// run when every thread polls a barrier, wgmma at its wait: as late as the program allows. Until
+// then a copy's destination holds NaN, and wgmma's operands may still be overwritten.
 #pragma once
 
 #include <deque>

@@ -3,7 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "cuda_on_cpu.h"
-#include "launch.h"
+#include "stages.h"
 
 namespace py = pybind11;
 using namespace gpl_fast;

@@ -1,4 +1,5 @@
-// The CPU's side of csrc/cuda/ptx.cuh: mma.sync, ldmatrix, cp.async with their fragment layouts.
+// The CPU's side of csrc/cuda/conv_block/ptx.cuh: mma.sync, ldmatrix, cp.async with their fragment
+// layouts.
 #pragma once
 
 #include "cuda_on_cpu.h"

@@ -1,7 +1,7 @@
 // In the place of csrc/cpu where only the CUDA stages are tested: none of these may be reached.
 #include <stdexcept>
 
-#include "launch.h"
+#include "stages.h"
 
 namespace gpl_fast::cpu {
 

@@ -1,4 +1,4 @@
-"""The CUDA side of csrc/ops.cpp: every operator takes its arguments to its kernel."""
+"""The CUDA side of csrc/operators: every operator takes its arguments to its kernel."""
 
 from __future__ import annotations
 

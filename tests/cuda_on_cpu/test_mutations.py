@@ -30,7 +30,9 @@ class Mutation:
     test: str
 
 
-DZ, TILE, SM80, SM90 = "dz_tile", "conv_tile", "conv_block_bwd", "conv_block_bwd_sm90"
+DZ, TILE, BLOCKS = "conv_block/dz_tile", "conv_block/conv_tile", "conv_block/conv_block"
+SM80, SM90 = "conv_block/conv_block_bwd", "conv_block/conv_block_bwd_sm90"
+PIXEL, GRADIENT = "conv_block/logits_pixel", "logits_gradient"
 PUT = "in_place ? px.put_dy(n0 + c, dy(c))"
 # fmt: off
 MUTATIONS = [
@@ -40,22 +42,22 @@ MUTATIONS = [
     Mutation("rows and columns of a tap swapped", SM80, "(t.rows.first + at.row * stride) * (int)a.conv.K", "(t.rows.first + at.column * stride) * (int)a.conv.K", BLOCK + "sizes[80-0-size4]"),  # noqa: E501
     Mutation("left and right winners swapped", DZ, "1u << (8 * winner + e)", "1u << (8 * (winner ^ 1) + e)", BLOCK + "sizes[80-0-size4]"),  # noqa: E501
     Mutation("no predicate at the left border", DZ, "j < 0 || ", "", BLOCK + "sizes[80-0-size4]"),
-    Mutation("no predicate at the right border", "conv_block", "p.in_strip = p.w < a.conv.W && ", "p.in_strip = ", BLOCK + "sizes[80-0-size4]"),  # noqa: E501
+    Mutation("no predicate at the right border", BLOCKS, "p.in_strip = p.w < a.conv.W && ", "p.in_strip = ", BLOCK + "sizes[80-0-size4]"),  # noqa: E501
     Mutation("no swizzle of dZ", DZ, "((unit ^ (pixel & 7)) << 4)", "(unit << 4)", BLOCK + "no_bank_conflicts[80-dtype1]"),  # noqa: E501
     Mutation("no swizzle of the weights", TILE, "((unit ^ (S::kUnit == 8 ? row & 7 : (row & 3) << 1)) << 4)", "(unit << 4)", BLOCK + "no_bank_conflicts[80-dtype1]"),  # noqa: E501
-    Mutation("no pitch of dx", "conv_block", "kLogits ? C : C + 8", "kLogits ? C : C + 4", BLOCK + "no_bank_conflicts[80-dtype1]"),  # noqa: E501
-    Mutation("no swizzle of the logits' dx", "conv_block", " | (pixel >> 4 & 1);", ";", LOGITS + "no_bank_conflicts[80-19-False]"),  # noqa: E501
-    Mutation("the halves of dx not swapped", "conv_block", "order ? second.v[e] : first.v[e]", "first.v[e]", BLOCK + "sizes[80-0-size4]"),  # noqa: E501
+    Mutation("no pitch of dx", BLOCKS, "kLogits ? C : C + 8", "kLogits ? C : C + 4", BLOCK + "no_bank_conflicts[80-dtype1]"),  # noqa: E501
+    Mutation("no swizzle of the logits' dx", BLOCKS, " | (pixel >> 4 & 1);", ";", LOGITS + "no_bank_conflicts[80-19-False]"),  # noqa: E501
+    Mutation("the halves of dx not swapped", BLOCKS, "order ? second.v[e] : first.v[e]", "first.v[e]", BLOCK + "sizes[80-0-size4]"),  # noqa: E501
     Mutation("a whole instead of a quarter", DZ, "scale(r, 0.25f)", "scale(r, 1.0f)", BLOCK + "sizes[80-1-size4]"),  # noqa: E501
     Mutation("the next chunk over this one", SM80, "(~at.chunk & 1)", "(at.chunk & 1)", BLOCK + "orders_agree_bit_for_bit[80-0-dtype0]"),  # noqa: E501
     Mutation("dx read before it is staged", SM80, "stage_rows<L>(warp, i, dx);\n    __syncthreads();", "stage_rows<L>(warp, i, dx);", BLOCK + "sizes[80-0-size4]"),  # noqa: E501
     Mutation("an old dZ for the next classes", SM80, "tile > 0 && one_chunk", "tile > 0", LOGITS + "orders_agree_bit_for_bit[80-0-257]"),  # noqa: E501
-    Mutation("sums of one lane", "conv_block", "for (int l = 1; l < lanes; ++l)", "for (int l = 1; l < 1; ++l)", LOGITS + "orders_agree_bit_for_bit[80-0-19]"),  # noqa: E501
+    Mutation("sums of one lane", BLOCKS, "for (int l = 1; l < lanes; ++l)", "for (int l = 1; l < 1; ++l)", LOGITS + "orders_agree_bit_for_bit[80-0-19]"),  # noqa: E501
     Mutation("sums of unrounded values", SM80, PUT, "in_place ? (px.put_dy(n0 + c, dy(c)), dy(c))", LOGITS + "sums_take_the_stored_gradient[80]"),  # noqa: E501
-    Mutation("a mask that multiplies", "logits_bwd", "if (!keep_) g = 0.0f;", "g *= keep_;", LOGITS + "masked_pixels_may_hold_nan[80-19-1]"),  # noqa: E501
-    Mutation("x / T alone", "logits_bwd", "(x - lse_) * inv_t_", "x * inv_t_ - lse_ * inv_t_", LOGITS + "any_temperature[80-0.3-19]"),  # noqa: E501
-    Mutation("1 / T first", "logits_bwd", "scale_ = a.scale[n];", "scale_ = a.scale[n] * inv_t_;", LOGITS + "any_temperature[80-1e-30-19]"),  # noqa: E501
-    Mutation("the label's neighbour", "logits_bwd", "c == label_ ?", "c == label_ + 1 ?", LOGITS + "cross_entropy_and_masks[80-False-1-19]"),  # noqa: E501
+    Mutation("a mask that multiplies", PIXEL, "if (!valid_) g = 0.0f;", "g *= valid_;", LOGITS + "masked_pixels_may_hold_nan[80-19-1]"),  # noqa: E501
+    Mutation("x / T alone", GRADIENT, "(x - lse) * inv_t", "x * inv_t - lse * inv_t", LOGITS + "any_temperature[80-0.3-19]"),  # noqa: E501
+    Mutation("1 / T first", PIXEL, "a.scale[n]}", "a.scale[n] * a.inv_t}", LOGITS + "any_temperature[80-1e-30-19]"),  # noqa: E501
+    Mutation("the label's neighbour", GRADIENT, "c == label ?", "c == label + 1 ?", LOGITS + "cross_entropy_and_masks[80-False-1-19]"),  # noqa: E501
     Mutation("the expected bytes of one slab", SM90, "bars.full + r.at, L::kStageBytes", "bars.full + r.at, kSlabBytes", BLOCK + "orders_agree_bit_for_bit[90-0-dtype0]"),  # noqa: E501
     Mutation("the wrong phase of the ring", SM90, "bars.empty + r.at, r.phase ^ 1", "bars.empty + r.at, r.phase", BLOCK + "sizes[90-0-size4]"),  # noqa: E501
     Mutation("no wait for the products", SM90, "ptx::wgmma_wait<0>();", "", BLOCK + "sizes[90-0-size4]"),  # noqa: E501
@@ -67,14 +69,14 @@ MUTATIONS = [
 
 # Only bfloat16 and the tiles that the named tests meet, so that a mutation compiles in seconds.
 FEWER = {
-    "conv_block_bwd.cu": [
+    "conv_block/conv_block_bwd.cu": [
         ("a.dtype == DType::kFloat16 ? launch_tile<Math::kFloat16>(a, stream)", "false ? false"),
         ("a.allow_tf32               ? launch_tile<Math::kTF32>(a, stream)", "false ? false"),
         ("launch_tile<Math::kFloat32>(a, stream);", "false;"),
         ("(a.C_in > 64 && launch<true, kMath, 160>(a, stream)) ||", ""),
         ("(a.C_in > 32 && launch<true, kMath, 64>(a, stream)) ||", ""),
     ],
-    "conv_block_bwd_sm90.cu": [
+    "conv_block/conv_block_bwd_sm90.cu": [
         ("if (a.dtype == DType::kFloat16) return launch_tile<__half>(a, stream);", ""),
         ("if (a.C_in <= 64) return launch<T, 64, true>(a, stream);", ""),
         ("return a.C_in <= 160 ? launch<T, 160, true>(a, stream) : ", "return "),

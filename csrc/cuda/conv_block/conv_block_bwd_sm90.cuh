@@ -1,6 +1,8 @@
 // conv_block_bwd for sm_90a. The first warpgroup produces: its first warp brings the weights by
 // TMA, the others expand dZ. The other two consume: half a tile of pixels each, a row of 16 to a
 // warp, dZ from registers and the weights from shared memory by wgmma.
+//
+// Opt-in: runs where conv_block_bwd_sm90.cu says.
 #pragma once
 
 #include "conv_block.cuh"

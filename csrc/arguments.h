@@ -1,4 +1,4 @@
-// What ops.cpp calls: plain pointers and sizes. Free of torch headers.
+// What the stages are given (stages.h): plain pointers and sizes. Free of torch headers.
 #pragma once
 
 #include <algorithm>
@@ -39,6 +39,12 @@ inline float inverse_of(double temperature) {
   return (float)(1.0 / std::clamp(temperature, 0x1p-126, 0x1p128));
 }
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline int64_t padded_to(int64_t channels, int64_t multiple) {
+  return ceil_div(channels, multiple) * multiple;
+}
+
 struct SoftmaxPackFwd {
   int64_t N, C, H, W, c_pad;
   Strip strip, core;
@@ -72,95 +78,6 @@ struct SoftmaxPackFwd {
   float* ce_lse;    // [N, H, W] or null: the same with T = 1, where ce.own_lse
   double* ce_rows;  // [N, H, 2]: sum of the losses, sum of the weights
 };
-
-struct SoftmaxBwd {
-  int64_t N, C, H, W, c_pad;
-  Strip strip;
-  Activation activation;
-  float inv_t;  // 1 / T
-  DType x_dtype, dtype;
-  const void* x;  // [N, C, H, W]
-  Strides x_strides;
-  const float* lse;  // [N, H, W], as in SoftmaxPackFwd
-  const void* dy;    // [N, rows, W, c_pad] or null
-  int64_t dy_image_stride;
-  const float* scale;    // [N]
-  const uint8_t* valid;  // [N, H, W], null = all
-  CrossEntropy ce;
-  const float* ce_lse;    // [N, H, W]
-  const float* ce_scale;  // [N]
-  void* dx;               // [N, C, H, W], x's dtype
-  Strides dx_strides;
-};
-
-// z and y belong to the target where its image is in from_target, else to the prediction; dz and
-// delta are the prediction's less the target's, null in the plain form. code is null where no
-// gradient will be asked for.
-struct ReluPoolFwd {
-  int64_t N, H, W, C;
-  Pool pool;
-  DType z_dtype, dtype;        // of z and dz: the same, or float32
-  const void* z;               // [N, H, W, C]
-  const void* dz;              // [N, H, W, C]
-  void* y;                     // [N, H / 2, W / 2, C] or null
-  void* delta;                 // [N, H / 2, W / 2, C]
-  uint8_t* code;               // max [N, H / 2, W / 2, ceil(C / 2)], avg [N, H, W, ceil(C / 8)]
-  const uint8_t* from_target;  // [N], with dz
-  int64_t z_image_stride, dz_image_stride, y_image_stride, delta_image_stride, code_image_stride;
-};
-
-struct ReluPoolBwd {
-  int64_t N, H, W, C;
-  Strip strip;
-  Pool pool;
-  DType dtype;
-  const void* dy;       // [N, H / 2, W / 2, C]
-  const uint8_t* code;  // as in ReluPoolFwd
-  void* dz;             // [N, rows, W, C]
-  int64_t dy_image_stride, code_image_stride, dz_image_stride;
-};
-
-struct ReluFwd {
-  int64_t pixels, image_pixels, C;
-  DType dtype;
-  const void* z;               // [pixels, C], as in ReluPoolFwd
-  const void* dz;              // [pixels, C] or null
-  void* y;                     // [pixels, C] or null
-  void* delta;                 // [pixels, C]
-  uint8_t* mask;               // [pixels, ceil(C / 8)] or null
-  const uint8_t* from_target;  // [N], with dz
-};
-
-struct ReluBwd {
-  int64_t pixels, C;
-  DType dtype;
-  const void* dy;       // [pixels, C]
-  const uint8_t* mask;  // [pixels, ceil(C / 8)]
-  void* dz;             // [pixels, C]
-};
-
-// The gradient of a block's last convolution and of what follows it: dx = conv_transpose(dZ, w)
-// with dZ made from dy by (3) while it is read.
-struct ConvBlockBwd {
-  int64_t N, H, W, C_in, C_out, K, stride;  // H, W: of dx
-  Strip strip;                              // rows of dx; all of them at stride 2
-  Strip dy_strip;                           // the rows of its grid that dy holds; others count as 0
-  Pool pool;
-  DType dtype;
-  bool allow_tf32;  // for float32
-  const void* dy;   // [N, dy_strip.rows, w, C_out], w: of the pool's or the convolution's output
-  const uint8_t* code;  // as in ReluPoolFwd; kNone [N, h, w, ceil(C_out / 8)], null = no ReLU
-  // [K * K, padded_to(C_out, 64), padded_to(C_in, 8)]: tap (i, j) holds w[:, :, K - 1 - i, K - 1 -
-  // j]
-  const void* w;
-  void* dx;  // [N, strip.rows, W, C_in], null with logits
-  int64_t dy_image_stride, code_image_stride, dx_image_stride;
-  const SoftmaxBwd* logits;  // null, or what dx goes on to; its dy, c_pad and dtype are not read
-};
-
-inline int64_t padded_to(int64_t channels, int64_t multiple) {
-  return (channels + multiple - 1) / multiple * multiple;
-}
 
 struct LabelConvFwd {
   int64_t N, C, H, W, K, c_out;
@@ -225,6 +142,33 @@ struct DirectConv {
   int64_t x_image_stride, z_image_stride;
 };
 
+struct ReluFwd {
+  int64_t pixels, image_pixels, C;
+  DType dtype;
+  const void* z;               // [pixels, C], as in ReluPoolFwd
+  const void* dz;              // [pixels, C] or null
+  void* y;                     // [pixels, C] or null
+  void* delta;                 // [pixels, C]
+  uint8_t* mask;               // [pixels, ceil(C / 8)] or null
+  const uint8_t* from_target;  // [N], with dz
+};
+
+// z and y belong to the target where its image is in from_target, else to the prediction; dz and
+// delta are the prediction's less the target's, null in the plain form. code is null where no
+// gradient will be asked for.
+struct ReluPoolFwd {
+  int64_t N, H, W, C;
+  Pool pool;
+  DType z_dtype, dtype;        // of z and dz: the same, or float32
+  const void* z;               // [N, H, W, C]
+  const void* dz;              // [N, H, W, C]
+  void* y;                     // [N, H / 2, W / 2, C] or null
+  void* delta;                 // [N, H / 2, W / 2, C]
+  uint8_t* code;               // max [N, H / 2, W / 2, ceil(C / 2)], avg [N, H, W, ceil(C / 8)]
+  const uint8_t* from_target;  // [N], with dz
+  int64_t z_image_stride, dz_image_stride, y_image_stride, delta_image_stride, code_image_stride;
+};
+
 struct DiffReduceFwd {
   int64_t N, M;
   DType dtype;
@@ -232,44 +176,62 @@ struct DiffReduceFwd {
   double* sum;        // [N]
 };
 
-// Calls body(begin, end, ctx) over [0, n) on torch's own threads; defined in ops.cpp.
-using ParallelBody = void (*)(int64_t begin, int64_t end, void* ctx);
-void parallel_for(int64_t n, int64_t grain, ParallelBody body, void* ctx);
+struct ReluPoolBwd {
+  int64_t N, H, W, C;
+  Strip strip;
+  Pool pool;
+  DType dtype;
+  const void* dy;       // [N, H / 2, W / 2, C]
+  const uint8_t* code;  // as in ReluPoolFwd
+  void* dz;             // [N, rows, W, C]
+  int64_t dy_image_stride, code_image_stride, dz_image_stride;
+};
 
-#define GPL_FAST_STAGES(STAGE)            \
-  STAGE(softmax_pack_fwd, SoftmaxPackFwd) \
-  STAGE(label_conv_fwd, LabelConvFwd)     \
-  STAGE(relu_fwd, ReluFwd)                \
-  STAGE(relu_pool_fwd, ReluPoolFwd)       \
-  STAGE(winograd_weight, WinogradWeight)  \
-  STAGE(winograd, Winograd)               \
-  STAGE(direct_weight, DirectWeight)      \
-  STAGE(direct_conv, DirectConv)          \
-  STAGE(diff_reduce_fwd, DiffReduceFwd)   \
-  STAGE(relu_pool_bwd, ReluPoolBwd)       \
-  STAGE(relu_bwd, ReluBwd)                \
-  STAGE(softmax_bwd, SoftmaxBwd)
+struct ReluBwd {
+  int64_t pixels, C;
+  DType dtype;
+  const void* dy;       // [pixels, C]
+  const uint8_t* mask;  // [pixels, ceil(C / 8)]
+  void* dz;             // [pixels, C]
+};
 
-namespace cpu {
-#define GPL_FAST_DECLARE(stage, Args) void stage(const Args& args);
-GPL_FAST_STAGES(GPL_FAST_DECLARE)
-#undef GPL_FAST_DECLARE
-const char* capability();
-// Maps the pages of memory that will be written all over, in a scattered order.
-void populate(void* data, int64_t bytes);
-// Where scratch memory is not to be had: throws what says so. Not in the kernels' own headers,
-// whose code is compiled for other instructions.
-[[noreturn]] void out_of_memory(int64_t bytes);
-// What multiplies bfloat16 faster than float32 here: pairs twice as fast, matrices many times.
-enum class Bfloat16Unit { kNone, kPairs, kMatrix };
-Bfloat16Unit bfloat16_unit();
-}  // namespace cpu
+struct SoftmaxBwd {
+  int64_t N, C, H, W, c_pad;
+  Strip strip;
+  Activation activation;
+  float inv_t;  // 1 / T
+  DType x_dtype, dtype;
+  const void* x;  // [N, C, H, W]
+  Strides x_strides;
+  const float* lse;  // [N, H, W], as in SoftmaxPackFwd
+  const void* dy;    // [N, rows, W, c_pad] or null
+  int64_t dy_image_stride;
+  const float* scale;    // [N]
+  const uint8_t* valid;  // [N, H, W], null = all
+  CrossEntropy ce;
+  const float* ce_lse;    // [N, H, W]
+  const float* ce_scale;  // [N]
+  void* dx;               // [N, C, H, W], x's dtype
+  Strides dx_strides;
+};
 
-namespace cuda {  // stream: a cudaStream_t
-void conv_block_bwd(const ConvBlockBwd& args, void* stream);
-void relu_pool_bwd(const ReluPoolBwd& args, void* stream);
-void relu_bwd(const ReluBwd& args, void* stream);
-void softmax_bwd(const SoftmaxBwd& args, void* stream);
-}  // namespace cuda
+// The gradient of a block's last convolution and of what follows it: dx = conv_transpose(dZ, w)
+// with dZ made from dy by (3) while it is read.
+struct ConvBlockBwd {
+  int64_t N, H, W, C_in, C_out, K, stride;  // H, W: of dx
+  Strip strip;                              // rows of dx; all of them at stride 2
+  Strip dy_strip;                           // the rows of its grid that dy holds; others count as 0
+  Pool pool;
+  DType dtype;
+  bool allow_tf32;  // for float32
+  const void* dy;   // [N, dy_strip.rows, w, C_out], w: of the pool's or the convolution's output
+  const uint8_t* code;  // as in ReluPoolFwd; kNone [N, h, w, ceil(C_out / 8)], null = no ReLU
+  // [K * K, padded_to(C_out, 64), padded_to(C_in, 8)]: tap (i, j) holds w[:, :, K - 1 - i, K - 1 -
+  // j]
+  const void* w;
+  void* dx;  // [N, strip.rows, W, C_in], null with logits
+  int64_t dy_image_stride, code_image_stride, dx_image_stride;
+  const SoftmaxBwd* logits;  // null, or what dx goes on to; its dy, c_pad and dtype are not read
+};
 
 }  // namespace gpl_fast

@@ -1,5 +1,7 @@
 // mbarrier, TMA and wgmma of sm_90a. The CPU's side of it, for the tests, is
 // tests/cuda_on_cpu/hopper_on_cpu.h.
+//
+// Opt-in: runs where conv_block_bwd_sm90.cu says.
 #pragma once
 
 #include "ptx.cuh"

@@ -1,5 +1,7 @@
 // A warp's part of dx = dZ w: one stage of the weights' ring times what the taps reach of the dZ
 // tile. Accumulators have mma's layout in every kind of arithmetic.
+//
+// Opt-in: runs in conv_block_bwd's kernels for sm_80 and later (conv_block_bwd.cuh says when).
 #pragma once
 
 #include "dz_tile.cuh"

@@ -1,8 +1,10 @@
 // dZ of eq. (3), a tile of pixels and a chunk of channels in shared memory, expanded from dy and
 // the code or mask while it is loaded. dZ itself is never in memory.
+//
+// Opt-in: runs in every kernel of conv_block_bwd; conv_block_bwd.cu says when that is.
 #pragma once
 
-#include "element.cuh"
+#include "../element.cuh"
 #include "ptx.cuh"
 
 namespace gpl_fast::cuda {

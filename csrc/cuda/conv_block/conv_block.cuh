@@ -1,9 +1,11 @@
 // What the kernels of conv_block_bwd share: their arguments, the place of a block, and the way of a
 // tile of dx from shared memory to global.
+//
+// Opt-in: runs in every kernel of conv_block_bwd; conv_block_bwd.cu says when that is.
 #pragma once
 
 #include "dz_tile.cuh"
-#include "logits_bwd.cuh"
+#include "logits_pixel.cuh"
 
 namespace gpl_fast::cuda {
 

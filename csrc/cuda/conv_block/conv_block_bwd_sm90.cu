@@ -1,4 +1,7 @@
 // The launch of conv_block_bwd's sm_90a version.
+//
+// Opt-in by a measured row of the layer (conv_block_bwd.cu): then it runs on GPUs of compute
+// capability 9.0 in bfloat16 and float16, kernels up to 7 x 7, unless GPL_FAST_SM90A=0.
 #include "conv_block_bwd_sm90.cuh"
 
 namespace gpl_fast::cuda {

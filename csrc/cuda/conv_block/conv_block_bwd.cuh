@@ -1,4 +1,8 @@
 // conv_block_bwd for sm_80 and later: cp.async ring for the weights, ldmatrix, mma.sync (or FMA).
+//
+// Opt-in by a measured row of the layer (conv_block_bwd.cu); on compute capability 9.0 it runs what
+// conv_block_bwd_sm90.cu leaves to it. True float32 (FMA) runs only where a caller asks for the
+// operator itself.
 #pragma once
 
 #include "conv_block.cuh"

@@ -1,5 +1,7 @@
 // Inline PTX of sm_80 and later: mma.sync, ldmatrix, cp.async. The CPU's side of it, for the tests,
 // is tests/cuda_on_cpu/ptx_on_cpu.h.
+//
+// Opt-in: runs in every kernel of conv_block_bwd; conv_block_bwd.cu says when that is.
 #pragma once
 
 #include <cstdint>

@@ -10,7 +10,7 @@
 #include <optional>
 #include <string>
 
-#include "launch.h"
+#include "../arguments.h"
 
 namespace gpl_fast {
 
@@ -91,6 +91,15 @@ inline int64_t image_stride(const MaybeTensor& t, const char* name, ScalarType d
   return t ? image_stride(*t, name, dtype, shape) : 0;
 }
 
+// Of the winners of a pool, two to a byte, or of a ReLU's mask, eight to a byte; H, W: of what the
+// convolution put out.
+inline int64_t code_image_stride(const MaybeTensor& code, Pool pool, int64_t N, int64_t H,
+                                 int64_t W, int64_t C) {
+  return pool == Pool::kMax
+             ? image_stride(code, "code", ScalarType::Byte, {N, H / 2, W / 2, ceil_div(C, 2)})
+             : image_stride(code, "code (a mask)", ScalarType::Byte, {N, H, W, ceil_div(C, 8)});
+}
+
 // [N, k, H, W] with each [H, W] contiguous: a slice of rows passes.
 inline void* planes(const Tensor& t, const char* name, ScalarType dtype, Shape shape) {
   check_shape(t, name, shape);
@@ -123,8 +132,6 @@ inline Pool pool_of(int64_t value) {
 inline void check_temperature(double temperature) {
   STD_TORCH_CHECK(temperature > 0, "gpl_fast: temperature must be positive, got ", temperature);
 }
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline const uint8_t* from_target_of(const MaybeTensor& t, int64_t N) {
   return contiguous<uint8_t>(t, "from_target", ScalarType::Bool, {N});

@@ -1,8 +1,10 @@
-// Eq. (5) and the cross-entropy's gradient where a block's dx is the gradient of a map of logits: a
-// thread's pixel and its sums.
+// The logits' gradient where it is a block's dx: what a thread has of its pixel.
+//
+// Opt-in: runs where a measured row (conv_block_bwd.cu) gives the first layer to the kernel and the
+// network has neither an adapter nor a normalisation before it.
 #pragma once
 
-#include "element.cuh"
+#include "../logits_gradient.cuh"
 
 namespace gpl_fast::cuda {
 
@@ -21,11 +23,6 @@ __device__ __forceinline__ float write_element(void* p, DType dtype, int64_t i, 
   return widen(((__half*)p)[i] = narrow<__half>(x));
 }
 
-// Sums over the channels of a pixel; y and p as computed again, so near 1.
-struct LogitsSums {
-  float y_dy, y, p;
-};
-
 class LogitsPixel {
  public:
   // weights: the sum of all class weights
@@ -35,52 +32,31 @@ class LogitsPixel {
     const int64_t at = ((int64_t)n * a.H + h) * a.W + w;
     x_ = n * a.x_strides.n + h * a.x_strides.h + w * a.x_strides.w;
     dx_ = n * a.dx_strides.n + h * a.dx_strides.h + w * a.dx_strides.w;
-    inv_t_ = a.inv_t;
+    activation_ = {a.activation, a.inv_t, a.scale[n]};
     lse_ = a.activation == Activation::kSoftmax ? a.lse[at] : 0.0f;
-    scale_ = a.scale[n];
-    keep_ = !a.valid || a.valid[at];
-    const int64_t label = a.ce.labels ? a.ce.labels[at] : -1;
-    if (label < 0 || label >= a.C) return;
-    // s (p_c (w_t (1 - e) + e/C sum w) - e/C w_c) - [c = t] s (1 - e) w_t
-    label_ = (int)label;
-    const float weight = a.ce.class_weight ? a.ce.class_weight[label] : 1.0f;
-    const float s = a.ce_scale[n], e = a.ce.label_smoothing;
+    valid_ = !a.valid || a.valid[at];
+    if (!a.ce.labels) return;
+    cross_entropy_ = {a, n, at, weights};
     ce_lse_ = a.ce_lse[at];
-    on_p_ = s * (weight * (1.0f - e) + e / (float)a.C * weights);
-    on_weight_ = s * e / (float)a.C;
-    on_label_ = s * (1.0f - e) * weight;
   }
 
   __device__ bool inside() const { return inside_; }
 
   __device__ void add(LogitsSums& sums, int c, float dy) const {
     const float x = this->x(c);
-    if (a_.activation == Activation::kSoftmax) {
-      const float y = expf((x - lse_) * inv_t_);
-      sums.y += y;
-      sums.y_dy = fmaf(y, dy, sums.y_dy);
-    }
-    if (label_ >= 0 && a_.ce.own_lse) sums.p += expf(x - ce_lse_);
+    if (softmax()) sums.add(exponential(x, lse_, activation_.inv_t), dy);
+    if (counts() && a_.ce.own_lse) sums.p += exponential(x, ce_lse_);
   }
 
-  // Writes channel c of the gradient.                                                        (5)
+  // Writes class c of the gradient.
   __device__ void finish(const LogitsSums& sums, int c, float dy) const {
     const float x = this->x(c);
-    float y = 0.0f, g = scale_ * dy;
-    if (a_.activation == Activation::kSoftmax) {
-      // The sum of the y is 1 up to the rounding of lse: dividing by it removes that.
-      y = expf((x - lse_) * inv_t_) / sums.y;
-      g = scale_ * y * (dy - sums.y_dy / sums.y);
-    } else if (a_.activation == Activation::kSigmoid) {
-      y = sigmoid(x * inv_t_);
-      g *= y * sigmoid(-x * inv_t_);  // 1 - y without its cancellation
-    }
-    g *= inv_t_;  // last: it may be huge where the rest is 0
-    if (!keep_) g = 0.0f;
-    if (label_ >= 0) {
-      const float p = a_.ce.own_lse ? expf(x - ce_lse_) / sums.p : y;
-      const float weight = a_.ce.class_weight ? a_.ce.class_weight[c] : 1.0f;
-      g += p * on_p_ - on_weight_ * weight - (c == label_ ? on_label_ : 0.0f);
+    const float y = softmax() ? exponential(x, lse_, activation_.inv_t) / sums.y : 0.0f;
+    float g = activation_.at(x, y, sums.y_dy / sums.y, dy);
+    if (!valid_) g = 0.0f;
+    if (counts()) {
+      const float p = a_.ce.own_lse ? exponential(x, ce_lse_) / sums.p : y;
+      g += cross_entropy_.at(a_.ce, p, c);
     }
     write_element(a_.dx, a_.x_dtype, dx_ + c * a_.dx_strides.c, g);
   }
@@ -97,12 +73,15 @@ class LogitsPixel {
   __device__ float x(int c) const {
     return read_element(a_.x, a_.x_dtype, x_ + c * a_.x_strides.c);
   }
+  __device__ bool softmax() const { return a_.activation == Activation::kSoftmax; }
+  __device__ bool counts() const { return cross_entropy_.label >= 0; }
 
   const SoftmaxBwd& a_;
-  bool inside_, keep_ = false;
-  int label_ = -1;
+  bool inside_, valid_ = false;
   int64_t x_ = 0, dx_ = 0;
-  float inv_t_ = 0, lse_ = 0, ce_lse_ = 0, scale_ = 0, on_p_ = 0, on_weight_ = 0, on_label_ = 0;
+  float lse_ = 0.0f, ce_lse_ = 0.0f;
+  ActivationGradient activation_ = {};
+  CrossEntropyGradient<int> cross_entropy_;
 };
 
 __device__ __forceinline__ bool needs_sums(const SoftmaxBwd& a) {
