@@ -1,7 +1,7 @@
 """The losses as plain functions: check the words, and compute (`gpl_fast.parts`).
 
 `gpl_fast.GenericPerceptualLoss`, `SegmentationLoss` and `PerceptualLoss` are thin modules that hold
-words which are checked once. Conventions: docs/derivation.md.
+words which are checked once. Conventions: docs/math.md.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def generic_perceptual_loss(
     level_weights: Iterable[SupportsFloat] | None = None,
     **options: Unpack[OptionWords],
 ) -> Tensor:
-    """Eq. (1) of docs/derivation.md: ``Σ_b w_b / (C_b H_b W_b) ‖E'_b − E_b‖²`` (Liu et al., eq. (1)
+    """Eq. (1) of docs/math.md: ``Σ_b w_b / (C_b H_b W_b) ‖E'_b − E_b‖²`` (Liu et al., eq. (1)
     and Section 3.1).
 
     Args:
