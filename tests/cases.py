@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from gpl_fast import TopK, ops, plan
+from gpl_fast import LossNet, TopK
+from gpl_fast.fast import policy
+from gpl_fast.fast.call import Call
 
 # (N, C, H, W)
 SHAPES = {
@@ -29,27 +34,6 @@ HALF_BOUND = {torch.bfloat16: (0.05, 0.45), torch.float16: (0.006, 0.2)}
 
 # Small nets: odd widths pad in packed arrays; the last level still has several channels.
 NARROW = (5, 8, 7, 6, 9)
-
-
-# How the CPU's convolutions are computed: "own", in the maps' dtype, as where a CPU multiplies its
-# matrices; "mixed", bfloat16 so on small maps and by Winograd's algorithm on larger ones;
-# "float32", by Winograd's algorithm where it pays; "winograd", wherever it can be.
-ARITHMETIC = ("own", "mixed", "float32", "winograd")
-
-
-def use_arithmetic(patch: pytest.MonkeyPatch, name: str) -> None:
-    """One of `ARITHMETIC`, whatever CPU this is."""
-
-    def arithmetic(dtype: torch.dtype) -> str:
-        if name == "own" or (name == "mixed" and dtype == torch.bfloat16):
-            return name
-        return "float32"
-
-    patch.setattr(ops, "cpu_arithmetic", arithmetic)
-    patch.setattr(plan, "MIXED_TILES", 100)
-    patch.setattr(plan, "MIXED_CHANNELS", 5)
-    if name in ("mixed", "winograd"):
-        patch.setattr(plan, "WINOGRAD_TILES", {2: 0, 4: 0})
 
 
 def every_way(test):
@@ -87,3 +71,27 @@ def make_target(kind: str, shape: tuple[int, int, int, int], loss=None) -> Tenso
     if kind == "topk":
         return TopK(*torch.softmax(dense, dim=1).topk(2, dim=1))
     return loss.encode(dense) if kind == "features" else dense
+
+
+def call_of(net: LossNet, features: Mapping[str, float] | None = None, **fields: Any) -> Call:
+    """The fast path's call of a network on float32 maps and a dense target, both softmax, by who
+    decides on the CPU now; up to the last layer.
+
+    Args:
+        features: weights of the tapped layers.
+        fields: of `Call`, in place of those.
+    """
+    features = {net.layers[-1].name: 1.0} if features is None else features
+    usual: dict[str, Any] = {
+        "policy": policy.current(torch.device("cpu")),
+        "styles": (),
+        "kind": "dense",
+        "activation": "softmax",
+        "target_activation": fields.get("activation", "softmax"),
+        "temperature": 1.0,
+        "dtype": torch.float32,
+        "workspace_mb": None,
+    }
+    return Call(
+        network=net.identity, chain=net.chain, features=tuple(features.items()), **usual | fields
+    )

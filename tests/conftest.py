@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import pytest
 import torch
-from cases import BACKENDS, use_arithmetic
+from cases import BACKENDS
 from hypothesis import settings
+from policies import decided
 
 # No deadline: the machine is shared. Derandomised: a failure is the code's, not the day's.
 settings.register_profile("gpl_fast", deadline=None, derandomize=True)
@@ -40,7 +43,14 @@ def one_thread():
 
 
 @pytest.fixture
-def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def decide() -> Iterator[Callable[..., str]]:
+    """`policies.decided` from here to the test's end; may be called again."""
+    with ExitStack() as held:
+        yield lambda **changes: held.enter_context(decided(**changes))
+
+
+@pytest.fixture
+def arithmetic(request: pytest.FixtureRequest, decide: Callable[..., str]) -> str:
     """See `cases.every_way`."""
-    use_arithmetic(monkeypatch, request.param)
+    decide(arithmetic=request.param)
     return str(request.param)

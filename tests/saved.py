@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpl_fast import reference
+from gpl_fast.fast import operator
+from gpl_fast.fast.call import read
+from gpl_fast.fast.plan import Plan
 from gpl_fast.net.lossnet import LossNet
-from gpl_fast.plan import Plan, load_spec
 
 NODE = "_PerceptualTermsBackward"
 
@@ -29,9 +31,9 @@ def left_by(value: Tensor) -> tuple[Plan, dict[str, Tensor]]:
     """The plan of the call that made `value` and what it saved, by the contract's names."""
     node = fast_node(value)
     x, *rest = node.saved_tensors
-    plan = Plan(load_spec(node.spec), x.shape[0], x.shape[2], x.shape[3])
-    names = list(plan.saved())
-    return plan, dict(zip(names, rest[len(rest) - len(names) :], strict=True))
+    plan = operator._plan(read(node.call), x)
+    saved = rest[len(rest) - len(plan.contract) :]
+    return plan, dict(zip(plan.contract, saved, strict=True))
 
 
 def log_sum_exp(x: Tensor, temperature: float = 1.0) -> Tensor:
@@ -117,7 +119,7 @@ class Walk:
                 out[step.pool] = y = self._max_pool(step, z)
             elif step.pool:
                 out[step.pool] = y = F.avg_pool2d(y, 2)
-        return {tap: out[tap] for tap in self.plan.taps}
+        return {tap: out[tap] for tap in self.plan.call.taps}
 
     def _relu(self, step, z: Tensor) -> Tensor:
         if self.plan.needs_mask(step):
@@ -146,15 +148,15 @@ class Walk:
 
 def network_input(plan: Plan, net: LossNet, x: Tensor, valid: Tensor | None) -> Tensor:
     """y' as it enters the first convolution."""
-    y = reference.prediction_map(x, plan.spec.activation, plan.spec.temperature, valid)
+    y = reference.prediction_map(x, plan.call.activation, plan.call.temperature, valid)
     return net.network_input(y, valid)
 
 
 def terms(plan: Plan, e_pred: dict[str, Tensor], e_target: dict[str, Tensor]) -> Tensor:
     """Feature and style distances of each image together, (N,); `e_target` may hold one image."""
     value = 0.0
-    for tap, weight in plan.spec.feature_weights.items():
+    for tap, weight in plan.call.features:
         value = value + weight * reference.feature_distance(e_pred[tap], e_target[tap])
-    for tap, weight in plan.spec.style_weights.items():
+    for tap, weight in plan.call.styles:
         value = value + weight * reference.style_distance(e_pred[tap], e_target[tap])
     return value

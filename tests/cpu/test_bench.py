@@ -15,7 +15,7 @@ import torch
 
 import gpl_fast
 from gpl_fast import cli, ops
-from gpl_fast.tools import batch, bench, measure, roofline, workload
+from gpl_fast.tools import batch, bench, launches, measure, roofline, workload
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_fast = pytest.mark.skipif(ops.load() is not None, reason=str(ops.load()))
@@ -223,8 +223,8 @@ def test_a_shape_is_four_positive_numbers(words, capsys):
 def test_every_workload_has_a_table(capsys):
     assert cli.main(["bench", "--roofline"]) == 0
     out = capsys.readouterr().out
-    for name, work in roofline.WORKLOADS.items():
-        forward, backward = roofline.launches(work)
+    for name, work in launches.WORKLOADS.items():
+        forward, backward = launches.launches(work)
         gflop = sum(v.flops for v in (*forward, *backward)) / 1e9
         table = out.split(f"### {name}: ")[1].split("###")[0]
         assert "| backward: softmax_bwd |" in table
@@ -235,7 +235,7 @@ def test_every_workload_has_a_table(capsys):
 @pytest.mark.parametrize("workspace_mb", [24, 256])
 def test_the_flops_counted_are_those_of_explain(kind, workspace_mb):
     shape = (2, 32, 128, 96)
-    forward, backward = roofline.launches(roofline.Workload(shape, kind), workspace_mb)
+    forward, backward = launches.launches(launches.Workload(shape, kind), workspace_mb)
     loss = gpl_fast.GenericPerceptualLoss(32, backend="fast")
     if ops.load() is not None:
         pytest.skip("explain of the fast backend needs the operators")
@@ -250,10 +250,10 @@ def test_the_flops_counted_are_those_of_explain(kind, workspace_mb):
 
 
 def test_strips_of_rows_move_whole_maps_once():
-    work = roofline.Workload((1, 40, 256, 128), "dense")
+    work = launches.Workload((1, 40, 256, 128), "dense")
     moved = []
-    for workspace_mb in (256, 16):
-        _, backward = roofline.launches(work, workspace_mb)
+    for workspace_mb in (256, 8):
+        _, backward = launches.launches(work, workspace_mb)
         codes = [v for v in backward if v.name == "relu_pool_bwd"]
         moved.append((len(codes), sum(v.bytes for v in codes)))
     assert moved[1][0] > moved[0][0]
@@ -262,8 +262,8 @@ def test_strips_of_rows_move_whole_maps_once():
 
 def test_the_floor_is_the_larger_of_arithmetic_and_memory():
     rates = roofline.Rates(100, 2.0, "here")
-    assert rates.seconds(roofline.Launch("a", 1e14, 1e9)) == 1.0
-    assert rates.seconds(roofline.Launch("b", 1e12, 4e12)) == 2.0
+    assert rates.seconds(launches.Launch("a", 1e14, 1e9)) == 1.0
+    assert rates.seconds(launches.Launch("b", 1e12, 4e12)) == 2.0
 
 
 def test_every_gpu_says_where_its_rates_are_from():

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import math
 import re
-from typing import get_args
 
 import pytest
 import torch
-from cases import ATOL, NARROW, error, every_way, value_and_grad
+from cases import ATOL, NARROW, call_of, error, every_way, value_and_grad
 from saved import Walk, fast_node, left_by, log_sum_exp, network_input, terms, unpack_code
 from torch import Tensor, nn
 
@@ -19,11 +18,15 @@ from gpl_fast import (
     PerceptualLoss,
     SegmentationLoss,
     TopK,
-    chain,
-    plan,
+    ops,
 )
+from gpl_fast.fast import operator
+from gpl_fast.fast.backward import Backward
+from gpl_fast.fast.chunk import Chunk
+from gpl_fast.fast.forward import Forward
+from gpl_fast.fast.plan import Plan
+from gpl_fast.net.weights import padded_channels
 from gpl_fast.ops import load
-from gpl_fast.plan import Plan, Role, load_spec, make_spec, padded_channels
 
 if (reason := load()) is not None:
     pytest.skip(reason, allow_module_level=True)
@@ -33,12 +36,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
 N, C, H, W = 2, 5, 19, 22
 POOLS = ("max", "avg", "stride")
-
-
-def force_strips(monkeypatch, rows):
-    if rows is not None:
-        monkeypatch.setattr(plan, "PREFERRED_STRIP_BYTES", 1)
-        monkeypatch.setattr(plan, "PREFERRED_ROWS", rows)
 
 
 def gpl(**options):
@@ -94,11 +91,11 @@ def seen_by_hooks(loss, pred, *args):
     x = pred.detach().requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         value = loss(x, *args)
-    net = loss.net
-    own = {t.data_ptr() for t in (x, *net.cached_tensors())}
+    weights = {t.data_ptr() for t in loss.net.cached_tensors()}
+    assert not weights & {t.data_ptr() for t in kept}
     assert sum(t.data_ptr() == x.data_ptr() for t in kept) == 1
     assert all(t.shape == x.shape for t in kept if t.data_ptr() == x.data_ptr())
-    return value, [t for t in kept if t.data_ptr() not in own and t.numel() > N]
+    return value, [t for t in kept if t.data_ptr() != x.data_ptr() and t.numel() > N]
 
 
 def described(tensors):
@@ -161,11 +158,11 @@ def reference_made(planned, net, pred, target, dtype):
         e_target = walk(network_input(planned, net, t, None))
         e_pred = walk(network_input(planned, net, x, None))
         made = dict(walk.made)
-        if planned.spec.activation == "softmax":
-            made["lse"] = log_sum_exp(x, planned.spec.temperature)
-        for tap in planned.spec.feature_weights:
+        if planned.call.activation == "softmax":
+            made["lse"] = log_sum_exp(x, planned.call.temperature)
+        for tap, _ in planned.call.features:
             made[f"diff.{tap}"] = (e_pred[tap] - e_target[tap]).permute(0, 2, 3, 1)
-        for tap in planned.spec.style_weights:
+        for tap, _ in planned.call.styles:
             made[f"phi.{tap}"] = e_pred[tap].permute(0, 2, 3, 1)
             flat = [e[tap].flatten(2) for e in (e_pred, e_target)]
             a, b = (f @ f.transpose(1, 2) / e_pred[tap][0].numel() for f in flat)
@@ -184,8 +181,8 @@ SAVING = {
 
 @pytest.mark.parametrize("rows", [None, 4])
 @pytest.mark.parametrize("name", SAVING)
-def test_what_the_forward_saves_is_the_references(name, rows, monkeypatch):
-    force_strips(monkeypatch, rows)
+def test_what_the_forward_saves_is_the_references(name, rows, decide):
+    decide(rows=rows)
     loss, (pred, target) = SAVING[name](), inputs("dense")
     planned, saved = left_by(loss(pred.requires_grad_(), target))
     made = reference_made(planned, loss.net, pred.detach(), target, torch.float64)
@@ -216,8 +213,8 @@ def whole_numbers(pool):
 @pytest.mark.parametrize("rows", [None, 2])
 @pytest.mark.parametrize("dtype", [FLOAT, BF16, HALF])
 @pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.AvgPool2d(2)], ids=("max", "avg"))
-def test_ties_and_zeros_bit_by_bit(pool, dtype, rows, monkeypatch):
-    force_strips(monkeypatch, rows)
+def test_ties_and_zeros_bit_by_bit(pool, dtype, rows, decide):
+    decide(rows=rows)
     net = whole_numbers(pool)
     features = {"conv1_1": 1.0, "relu1_2": 1.0, "pool1": 1.0}
     if dtype == FLOAT:
@@ -257,27 +254,24 @@ def test_log_sum_exp_of_both_terms(activation, temperature):
 # ------------------------------------------------------------------------------ both halves apart
 
 
-def halves(loss, pred, target, dtype=FLOAT):
+def halves(loss, pred, target):
     """Plan, targets and weights by name, as the walks take them."""
     planned, _ = left_by(loss(pred.clone().requires_grad_(), target))
-    dtype = FLOAT if chain.arithmetic(pred.device, dtype) == "float32" else dtype
-    packs = chain.pack_weights(loss.net, pred.device, dtype, False)
-    names = chain.pack_names(loss.net, pred.device, dtype, False)
-    return planned, {"dense": target}, dict(zip(names, packs, strict=True))
+    return planned, {"dense": target}, operator._packs(planned.call, pred)
 
 
 @every_way
 @pytest.mark.parametrize("rows", [None, 4])
 @pytest.mark.parametrize("name", SAVING)
-def test_backward_reads_reference_made_tensors(name, rows, monkeypatch):
-    force_strips(monkeypatch, rows)
+def test_backward_reads_reference_made_tensors(name, rows, decide):
+    decide(rows=rows)
     loss, (pred, target) = SAVING[name](), inputs("dense")
     planned, _, packs = halves(loss, pred, target)
     made = reference_made(planned, loss.net, pred, target, torch.float64)
     g = torch.tensor([[1.0, -2.0], [1.0, -2.0], [0.0, 0.0], [0.0, 0.0]])  # of each image
-    got = chain.Backward(planned, pred, {}, packs, made, g).run()
+    got = Backward(planned, pred, {}, packs, made, g).run()
     nhwc = pred.contiguous(memory_format=torch.channels_last)
-    got_nhwc = chain.Backward(planned, nhwc, {}, packs, made, g).run()
+    got_nhwc = Backward(planned, nhwc, {}, packs, made, g).run()
     assert got_nhwc.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(got_nhwc, got)
 
@@ -295,8 +289,8 @@ def test_forward_alone(name):
     """`keep` changes what is kept and not a bit of the terms."""
     loss, (pred, target) = SAVING[name](), inputs("dense")
     planned, tensors, packs = halves(loss, pred, target)
-    terms_kept, saved = chain.Forward(planned, pred, tensors, packs, True).run()
-    terms_alone, _ = chain.Forward(planned, pred, tensors, packs, False).run()
+    terms_kept, saved = Forward(planned, pred, tensors, packs, True).run()
+    terms_alone, _ = Forward(planned, pred, tensors, packs, False).run()
     assert torch.equal(terms_kept, terms_alone)
     made = reference_made(planned, loss.net, pred, target, torch.float64)
     for key in made:
@@ -308,7 +302,8 @@ def test_forward_alone(name):
 
 
 def poison(monkeypatch):
-    """Fresh memory holds NaN, or every bit set: what is not written shows."""
+    """Memory holds NaN, or every bit set, when it is taken: what is not written shows, and what is
+    still read shows too."""
 
     def filled(make):
         def wrapped(*args, **kwargs):
@@ -320,6 +315,7 @@ def poison(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", filled(torch.Tensor.new_empty))
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, filled(getattr(torch, name)))
+    monkeypatch.setattr(Chunk, "take", filled(Chunk.take))
 
 
 POISONED = {
@@ -339,8 +335,8 @@ POISONED = {
 @every_way
 @pytest.mark.parametrize("rows", [None, 4])
 @pytest.mark.parametrize("name", POISONED)
-def test_walks_write_all_that_they_read(name, rows, monkeypatch):
-    force_strips(monkeypatch, rows)
+def test_walks_write_all_that_they_read(name, rows, decide, monkeypatch):
+    decide(rows=rows)
     make, kind, args = POISONED[name]
     loss, (pred, target) = make(), inputs(kind.split()[0])
     if kind == "labels 0":
@@ -375,6 +371,9 @@ def test_opcheck(name, monkeypatch):
 
     class Recorder:
         def __getattr__(self, op):
+            if op not in ("perceptual_fwd", "perceptual_bwd"):
+                return getattr(operators, op)
+
             def call(*arguments):
                 calls[op] = arguments
                 return getattr(operators, op)(*arguments)
@@ -382,14 +381,15 @@ def test_opcheck(name, monkeypatch):
             return call
 
     monkeypatch.setattr(torch.ops, "gpl_fast", Recorder())
-    value_and_grad(make(), pred, target, *args)
+    loss = make()  # held: its network is not among the arguments
+    value_and_grad(loss, pred, target, *args)
     monkeypatch.undo()
-    assert set(calls) >= {"perceptual_fwd", "perceptual_bwd"}
-    for op in ("perceptual_fwd", "perceptual_bwd"):
+    assert set(calls) == {"perceptual_fwd", "perceptual_bwd"}
+    for op, called in calls.items():
         arguments = [
             a.detach() if isinstance(a, Tensor)
             else [t.detach() for t in a] if isinstance(a, list | tuple) else a
-            for a in calls[op]
+            for a in called
         ]  # fmt: skip
         torch.library.opcheck(getattr(operators, op).default, arguments)
 
@@ -423,12 +423,9 @@ def planned_bytes(
     net, features, styles=None, dtype=FLOAT, activation="softmax", size=(1, 64, 96)
 ):  # fmt: skip
     """Bytes a pixel of an input of N, H, W."""
-    spec = make_spec(
-        net, feature_weights=features, style_weights=styles or {}, kind="dense",
-        activation=activation, target_activation=activation, temperature=1.0, dtype=dtype,
-        workspace_mb=1024,
-    )  # fmt: skip
-    return Plan(load_spec(spec), *size).bytes_saved() / math.prod(size)
+    styles = tuple((styles or {}).items())
+    call = call_of(net, features, styles=styles, activation=activation, dtype=dtype)
+    return Plan(call, *size).bytes_saved() / math.prod(size)
 
 
 LEVELS = {f"pool{b}": 1.0 for b in range(1, 6)}
@@ -492,71 +489,59 @@ def test_the_least_workspace(pool, kind):
 def test_large_tiles_have_weights_that_fit(mb, most):
     """Winograd's weights for tiles of 4 x 4 results take an eighth of the workspace at most."""
     net = GenericPerceptualLoss(150, "vgg19").net
-    spec = load_spec(make_spec(
-        net, feature_weights={"pool5": 1.0}, style_weights={}, kind="dense", activation="softmax",
-        target_activation="softmax", temperature=1.0, dtype=FLOAT, arithmetic="float32",
-        workspace_mb=mb,
-    ))  # fmt: skip
-    planned = Plan(spec, 16, 512, 512)
-    for i, step in enumerate(planned.steps):
+    call = call_of(net, workspace_mb=mb)
+    planned = Plan(call, 16, 512, 512)
+    for step, how in zip(planned.steps, planned.how, strict=True):
         weight = padded_channels(step.in_channels) * step.out_channels
-        for role in ("difference", "gradient"):
-            assert planned.way(i, role).tile == (4 if weight <= most else 2), step.conv
-        assert planned.way(i, "prediction").tile == 2
-    one = Plan(spec, 1, 40, 40)  # 100 tiles of 4 x 4
-    assert [one.way(i, "difference").tile for i in one.segments[0]] == [2, 2]
+        for way in (how.difference, how.gradient):
+            assert way.tile == (4 if weight <= most else 2), step.conv
+        assert how.prediction.tile == 2
+    one = Plan(call, 1, 40, 40)  # 100 tiles of 4 x 4
+    assert [one.how[i].difference.tile for i in one.segments[0]] == [2, 2]
 
 
 @pytest.mark.parametrize(
-    ("arithmetic", "first", "rest"),
+    ("cpu", "first", "rest"),
     [
-        ("own", "1 1 1", ["1 1 1", "1 1 1", "1 1 1", "1 1 1"]),
-        ("mixed", "2 4. 4", ["1 4. 4", "1 1 2", "1 1 1", "1 1 1"]),
-        ("float32", "2. 4. 4.", ["2. 4. 4.", "2. 2. 2.", "0. 0. 0.", "0. 0. 0."]),
+        ("amx", "1 1 1", ["1 1 1", "1 1 1", "1 1 1", "1 1 1"]),
+        ("avx512_bf16", "2 4. 4", ["1 4. 4", "1 1 2", "1 1 1", "1 1 1"]),
+        ("avx512", "2. 4. 4.", ["2. 4. 4.", "2. 2. 2.", "0. 0. 0.", "0. 0. 0."]),
+        ("avx2", "2. 4. 4.", ["2. 4. 4.", "2. 2. 2.", "0. 0. 0.", "0. 0. 0."]),
     ],
 )
-def test_who_convolves_bfloat16(arithmetic, first, rest):
+def test_who_convolves_bfloat16(cpu, first, rest):
     """The prediction, the difference and the data gradient of 128 x 128 pixels and less, how many
     results together; with a point where float32 is multiplied."""
 
     def ways(channels=150, **net):
         made = GenericPerceptualLoss(channels, **net).net
-        spec = load_spec(make_spec(
-            made, feature_weights={made.layers[-1].name: 1.0}, style_weights={}, kind="dense",
-            activation="softmax", target_activation="softmax", temperature=1.0, dtype=BF16,
-            arithmetic=arithmetic, workspace_mb=256,
-        ))  # fmt: skip
-        planned = Plan(spec, 1, 128, 128)
+        planned = Plan(call_of(made, dtype=BF16, policy=cpu), 1, 128, 128)
         return [
             " ".join(
                 f"{way.tile}{'.' * (way.dtype == FLOAT)}"
-                for way in (planned.way(i, role) for role in get_args(Role))
+                for way in (how.prediction, how.difference, how.gradient)
             )
-            for i in range(len(planned.steps))
+            for how in planned.how
         ]
 
     assert ways() == [first, *rest]
-    if arithmetic == "mixed":  # few channels do not average the rounding of points
+    if cpu == "avx512_bf16":  # few channels do not average the rounding of points
         assert ways(19) == ["2. 4. 4", *rest]
-    definition = "0. 0. 0." if arithmetic == "float32" else "1 1 1"
+    definition = "1 1 1" if cpu in ("amx", "avx512_bf16") else "0. 0. 0."
     assert ways(kernel_size=5) == [definition] * 5
     assert ways(pool="stride")[-1] == definition.replace("1", "0")
 
 
-@pytest.mark.parametrize("arithmetic", ["own", "mixed", "float32"])
+@pytest.mark.parametrize("policy", ["amx", "avx512_bf16", "avx2", "sm_80"])
 @pytest.mark.parametrize("kind", ["dense", "labels", "features"])
 @pytest.mark.parametrize("size", [(3, 64, 96), (1, 512, 512), (16, 512, 683)])
 @pytest.mark.parametrize("mb", [64, 256, 2048])
 @pytest.mark.parametrize("blocks", ["1,1,1,1,1", "vgg19"])
-def test_chunks_fit_the_workspace(blocks, mb, size, kind, arithmetic):
+def test_chunks_fit_the_workspace(blocks, mb, size, kind, policy):
     net = GenericPerceptualLoss(150, blocks).net
-    spec = load_spec(make_spec(
-        net, feature_weights={"pool5": 1.0}, style_weights={}, kind=kind, activation="softmax",
-        target_activation="softmax", temperature=1.0, dtype=BF16, arithmetic=arithmetic,
-        workspace_mb=mb,
-    ))  # fmt: skip
+    call = call_of(net, kind=kind, dtype=BF16, policy=policy, workspace_mb=mb)
     try:
-        planned = Plan(spec, *size)
+        planned = Plan(call, *size)
     except ValueError as error:
         least = int(re.search(r"at least (\d+)", str(error)).group(1))
         assert least > mb
@@ -573,15 +558,12 @@ def test_chunks_fit_the_workspace(blocks, mb, size, kind, arithmetic):
     [(FLOAT, "own"), (FLOAT, "float32"), (BF16, "own"), (BF16, "mixed"), (BF16, "float32")],
 )
 @pytest.mark.parametrize("kind", ["dense", "labels"])
-def test_little_workspace_is_enough_for_many_classes(kind, dtype, arithmetic):
+def test_little_workspace_is_enough_for_many_classes(kind, dtype, arithmetic, decide):
     """64 MB for crops of 512 x 512, whatever the deep layers' weights take."""
+    decide(convolutions=arithmetic)
     for c in (19, 150, 1203):
-        spec = load_spec(make_spec(
-            GenericPerceptualLoss(c).net, feature_weights={"pool5": 1.0}, style_weights={},
-            kind=kind, activation="softmax", target_activation="softmax", temperature=1.0,
-            dtype=dtype, arithmetic=arithmetic, workspace_mb=64,
-        ))  # fmt: skip
-        assert Plan(spec, 2, 512, 512).bytes_transient() <= 64 * 2**20
+        call = call_of(GenericPerceptualLoss(c).net, kind=kind, dtype=dtype, workspace_mb=64)
+        assert Plan(call, 2, 512, 512).bytes_transient() <= 64 * 2**20
 
 
 def peak_bytes(call):
@@ -655,17 +637,25 @@ def test_transient_memory_of_the_total_is_planned(kind):
     assert transient <= 1.05 * planned.bytes_transient()
 
 
-def test_strips_share_their_memory(monkeypatch):
+class FirstMaps:
+    """The CPU's stages; keeps the maps that the logits became."""
+
+    def __init__(self):
+        self.made = []  # held: nothing else gets their addresses
+
+    def __getattr__(self, name):
+        return getattr(ops, name)
+
+    def softmax_pack_fwd(self, x, **arguments):
+        self.made.append(arguments["y"])
+        ops.softmax_pack_fwd(x, **arguments)
+
+
+def test_strips_share_their_memory(decide):
     """What the system's allocator maps anew at every call takes as long as the softmax."""
-    strips = []  # held: nothing else gets their addresses
-    shipped = chain.Forward._strip_of
-
-    def strip_of(self, shape):
-        strips.append((self.n0, shipped(self, shape)))
-        return strips[-1][1]
-
-    monkeypatch.setattr(chain.Forward, "_strip_of", strip_of)
+    strips = FirstMaps()
+    decide(stages={"compiled": strips})
     loss = GenericPerceptualLoss(19, "1,1", widths=(8, 16), backend="fast", workspace_mb=2)
     loss(*torch.randn(2, 2, 19, 128, 128))
-    assert len(strips) > 4
-    assert len({(n0, strip.data_ptr()) for n0, strip in strips}) == 2  # of each image
+    assert len(strips.made) > 4
+    assert len({y.data_ptr() for y in strips.made}) == 2  # of each image

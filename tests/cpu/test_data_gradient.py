@@ -4,12 +4,16 @@ gradient: measured rows decide."""
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from cases import call_of
 
-from gpl_fast import LossNet, chain, ops
-from gpl_fast.chain import data_gradient, stages
+from gpl_fast import LossNet, ops
+from gpl_fast.fast import policy
+from gpl_fast.net.steps import Step
+from gpl_fast.net.weights import Layout
 
 CUDA, BF16 = torch.device("cuda", 0), torch.bfloat16
 
@@ -23,30 +27,29 @@ def row(in_channels, kernel_ms, aten_ms=1.0, **changed):
 
 
 @pytest.fixture
-def hopper(monkeypatch):
-    """As if a GPU of sm_90 were there, and the library held CUDA operators for it."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(ops, "cuda_obstacle", lambda d: None if d.type == "cuda" else "a CPU")
-
-
-@pytest.fixture
 def measured(monkeypatch, tmp_path):
     """A file of the user's own, which goes before what is shipped."""
     found = [row(64, 0.5), row(96, 2.0), row(19, 0.5, first=True, out_channels=64)]
     (tmp_path / "rows.json").write_text(json.dumps(found))
     monkeypatch.setenv("GPL_FAST_DATA_GRADIENT", str(tmp_path / "rows.json"))
-    data_gradient.rows.cache_clear()
+    policy.rows.cache_clear()
     yield found
-    data_gradient.rows.cache_clear()
+    policy.rows.cache_clear()
 
 
 def test_shipped_rows_carry_their_measurement():
-    data_gradient.rows.cache_clear()
-    for found in data_gradient.rows():
-        assert set(found) == set(data_gradient.Row.__annotations__)
+    policy.rows.cache_clear()
+    for found in policy.rows():
+        assert set(found) == set(policy.Row.__annotations__)
         assert found["kernel_ms"] > 0
         assert found["aten_ms"] > 0
         assert found["measured"]
+
+
+def by_kernel(by, dtype, first, *layer):
+    """Whether one kernel makes the data gradient of a layer (C_in, C_out, K, stride)."""
+    call = call_of(LossNet.vgg(3, (1,), (4,)), dtype=dtype)
+    return policy.named(by).by_kernel(call, 0 if first else 1, Step("conv", *layer))
 
 
 @pytest.mark.parametrize(
@@ -63,31 +66,56 @@ def test_shipped_rows_carry_their_measurement():
         ((BF16, True, 21, 64, 3, 1), True),
     ],
 )
-def test_the_faster_of_two_measurements(hopper, measured, layer, kernel):
-    assert data_gradient.by_kernel(CUDA, *layer) is kernel
+def test_the_faster_of_two_measurements(measured, layer, kernel):
+    assert by_kernel("sm_90", *layer) is kernel
 
 
-def test_no_measurement_of_another_gpu_counts(hopper, measured, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert not data_gradient.by_kernel(CUDA, BF16, False, 64, 128, 3, 1)
+def test_no_measurement_of_another_gpu_counts(measured):
+    layer = BF16, False, 64, 128, 3, 1
+    assert not by_kernel("sm_80", *layer)
+    assert not by_kernel("avx512", *layer)
 
 
-def test_the_backwards_stages(hopper, monkeypatch):
-    assert stages.backward_stages_on(torch.device("cpu")) is ops
-    assert stages.backward_stages_on(CUDA) is ops
+def test_the_first_layer_behind_an_adapter_ends_in_no_logits(measured):
+    net = LossNet.vgg(21, (1,), (64,))
+    plain, behind = (call_of(n, dtype=BF16) for n in (net, net.with_input_adapter(21)))
+    sm_90 = policy.named("sm_90")
+    assert sm_90.by_kernel(plain, 0, net.chain.steps[0])
+    assert not sm_90.by_kernel(behind, 0, net.chain.steps[0])
+    assert sm_90.layout(plain, CUDA).backward == ("conv1_1",)
+    assert sm_90.layout(behind, CUDA).backward == ()
+
+
+def test_the_stages_of_a_gpu(measured, monkeypatch):
+    """By what the library holds: measured rows do not count where its operators cannot run."""
+    properties = SimpleNamespace(total_memory=24 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(ops, "cuda_obstacle", lambda device: None)
+    found = policy.ask(CUDA)
+    assert (found.device, found.arch, found.memory_mb) == ("cuda", 90, 24 * 1024)
+    assert (found.forward, found.backward) == ("triton", "compiled")
     monkeypatch.setattr(ops, "cuda_obstacle", lambda device: "it was built without nvcc")
+    found = policy.ask(CUDA)
+    assert (found.forward, found.backward) == ("triton", "triton")
+    net = LossNet.vgg(21, (1,), (64,))
+    assert not found.by_kernel(call_of(net, dtype=BF16), 0, net.chain.steps[0])
+    found = policy.ask(torch.device("cpu"))
+    assert (found.device, found.forward, found.backward) == ("cpu", "compiled", "compiled")
+
+
+def test_who_has_the_stages_of_an_implementation():
+    assert policy.implementation("cpu", "forward") is ops
+    assert policy.implementation("sm_90", "backward") is ops
     kernels = pytest.importorskip("gpl_fast.kernels")
-    assert stages.backward_stages_on(CUDA) is kernels
-    assert stages.stages_on(CUDA) is kernels
-    assert not data_gradient.by_kernel(CUDA, BF16, False, 64, 128, 3, 1)
+    assert policy.implementation("sm_90", "forward") is kernels
 
 
-def test_weights_for_the_kernel_are_flipped_and_padded(monkeypatch):
-    cpu, net = torch.device("cpu"), LossNet.vgg(5, (1, 1), widths=(6, 70))
-    monkeypatch.setattr(data_gradient, "by_kernel", lambda *layer: layer[2:] == (True, 5, 6, 3, 1))
-    names = chain.pack_names(net, cpu, torch.float32, False)
-    packs = dict(zip(names, chain.pack_weights(net, cpu, torch.float32, False), strict=True))
-    assert names == ("w.conv1_1", "bwd.conv1_1", "w.conv2_1")
+def test_weights_for_the_kernel_are_flipped_and_padded():
+    net = LossNet.vgg(5, (1, 1), widths=(6, 70))
+    layout = Layout(torch.device("cpu"), torch.float32, False, False, ("conv1_1",))
+    packs = net.packs(layout)
+    assert list(packs) == ["w.conv1_1", "bwd.conv1_1", "w.conv2_1"]
     packed, w = packs["bwd.conv1_1"].view(3, 3, 64, 8), net.weights["conv1_1"]
     assert packs["bwd.conv1_1"].is_contiguous()
     for i in range(3):

@@ -10,23 +10,15 @@ rounding, and the bound on the gradient is that of rounding alone.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import (
-    ARITHMETIC,
-    ATOL,
-    NARROW,
-    error,
-    every_way,
-    use_arithmetic,
-    value_and_grad,
-)
+from cases import ATOL, NARROW, call_of, error, every_way, value_and_grad
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from policies import ARITHMETIC, decided
 from saved import Walk, left_by, network_input, terms
 from strategies import Case, case
 from torch import Tensor, nn
@@ -38,10 +30,11 @@ from gpl_fast import (
     SegmentationLoss,
     TargetFeatures,
     TopK,
-    plan,
     reference,
 )
-from gpl_fast.chain.branch import carry_target
+from gpl_fast.fast.branch import carry_target
+from gpl_fast.fast.memory import peak
+from gpl_fast.fast.policy import MIB
 from gpl_fast.net import weights
 from gpl_fast.ops import load
 
@@ -102,13 +95,6 @@ hows = st.builds(
     k=st.integers(1, 3),
     arithmetic=st.sampled_from(ARITHMETIC),
 )
-
-
-def force_strips(patch: pytest.MonkeyPatch, rows: int | None) -> None:
-    """Strips of `rows` rows wherever the network allows any."""
-    if rows is not None:
-        patch.setattr(plan, "PREFERRED_STRIP_BYTES", 1)
-        patch.setattr(plan, "PREFERRED_ROWS", rows)
 
 
 def doubled(target: Any) -> Any:
@@ -212,9 +198,7 @@ def test_against_float64(kind, c: Case, how: How, wide):
     scale = 1 / float(grad64.abs().max()) if grad64.any() else 1.0
     plain = c.loss(compute_dtype=compute, backend="reference", **options)(pred, target, mask)
 
-    with pytest.MonkeyPatch.context() as patch:
-        force_strips(patch, how.rows)
-        use_arithmetic(patch, how.arithmetic)
+    with decided(rows=how.rows, arithmetic=how.arithmetic):
         loss = c.loss(compute_dtype=compute, backend="fast", **options)
         x = pred.detach().requires_grad_()
         value = loss(x, target, mask)
@@ -294,7 +278,7 @@ KINDS = ("dense", "resized", "labels", "topk", "features")
 @pytest.mark.parametrize("rows", [2, 4, 8, "images"])
 @pytest.mark.parametrize("pool", ["max", "avg", "stride"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_chunks_are_the_whole(kind, pool, rows, arithmetic, monkeypatch):
+def test_chunks_are_the_whole(kind, pool, rows, arithmetic, decide):
     kernel = 5 if arithmetic == "own" else 3
     loss = fast(3, "2,1,1", pool=pool, kernel_size=kernel, level_weights=(0.5, 1, 2))
     pred = 2 * torch.randn(3, 3, 29, 22)
@@ -302,10 +286,11 @@ def test_chunks_are_the_whole(kind, pool, rows, arithmetic, monkeypatch):
     mask = None if kind == "features" else mask
     whole = value_and_grad(loss, pred, target, mask)
     if rows == "images":
-        one = loss.explain(pred, target, mask).workspace_bytes // 3
-        monkeypatch.setattr(plan, "PREFERRED_STRIP_BYTES", one)
+        planned, _ = left_by(loss(pred.clone().requires_grad_(), target, mask))
+        decide(strip_mb=(peak(planned, 1, planned.rows) + 1) / MIB)
+        assert left_by(loss(pred.clone().requires_grad_(), target, mask))[0].images == 1
     else:
-        force_strips(monkeypatch, rows)
+        decide(rows=rows)
     chunked = value_and_grad(loss, pred, target, mask)
     close(chunked, whole, CLOSE[FLOAT])
     again = value_and_grad(loss, pred, target, mask)
@@ -315,13 +300,13 @@ def test_chunks_are_the_whole(kind, pool, rows, arithmetic, monkeypatch):
 @every_way
 @pytest.mark.parametrize("rows", [2, 8])
 @pytest.mark.parametrize("kind", ["dense", "labels"])
-def test_chunks_of_the_total_are_the_whole(kind, rows, monkeypatch):
+def test_chunks_of_the_total_are_the_whole(kind, rows, decide):
     total = SegmentationLoss(4, net="1,1", widths=NARROW, backend="fast", label_smoothing=0.1)
     logits, labels = torch.randn(2, 4, 23, 18), torch.randint(4, (2, 23, 18))
     labels[1, 5:12] = 255
     teacher = torch.randn(2, 4, 23, 18) if kind == "dense" else None
     whole = value_and_grad(total, logits, labels, teacher)
-    force_strips(monkeypatch, rows)
+    decide(rows=rows)
     close(value_and_grad(total, logits, labels, teacher), whole, CLOSE[FLOAT])
 
 
@@ -348,8 +333,8 @@ def test_threads_do_not_change_a_bit(kind, dtype):
 @pytest.mark.parametrize("dtype", [FLOAT, BF16, HALF])
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid", "none"])
 @pytest.mark.parametrize("pool", ["max", "avg", "stride"])
-def test_a_prediction_equal_to_its_target_gives_zero(pool, activation, dtype, rows, monkeypatch):
-    force_strips(monkeypatch, rows)
+def test_a_prediction_equal_to_its_target_gives_zero(pool, activation, dtype, rows, decide):
+    decide(rows=rows)
     loss = fast(5, "2,1", pool=pool, activation=activation, temperature=1.7, level_weights=(1, 1))
     pred = (5 * torch.randn(2, 5, 17, 14)).to(dtype)
     for target in (pred, LAYOUTS["channels_last"](pred), pred.float()):
@@ -482,10 +467,10 @@ def test_bfloat16_is_as_exact_as_with_weights_rounded_one_by_one(kind, monkeypat
 
 
 def test_the_target_is_carried_only_where_it_is_near_and_constant_in_regions():
-    spec = SimpleNamespace(activation="softmax", target_activation="softmax", temperature=1.0)
+    net = LossNet.vgg(19, (1,))
 
     def carried(logits: Tensor, dtype: torch.dtype = BF16, **target: Tensor) -> list[bool]:
-        return carry_target(spec, logits, target, slice(0, 2), dtype).tolist()
+        return carry_target(call_of(net, dtype=dtype), logits, target, slice(0, 2)).tolist()
 
     (near, labels), (flat, other) = peaked(19, 8.0, 8), peaked(19, 0.0, 8)
     both, all_labels = torch.cat([near, flat]), torch.cat([labels, other])
@@ -582,9 +567,7 @@ def test_total_against_float64(t: Total):
     x = logits.double().requires_grad_()
     same_kind = teacher if t.teacher in (None, "features") else doubled(teacher)
     parts = exact(x, labels, same_kind, mask, return_parts=True)
-    with pytest.MonkeyPatch.context() as patch:
-        force_strips(patch, t.rows)
-        use_arithmetic(patch, t.arithmetic)
+    with decided(rows=t.rows, arithmetic=t.arithmetic):
         leaf = logits.detach().requires_grad_()
         value = fast_total(leaf, labels, teacher, mask)
         walk = None
@@ -663,8 +646,8 @@ def _double(x: Any) -> Any:
 @pytest.mark.parametrize("rows", [None, 4])
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("taps", TAPS)
-def test_perceptual_family(taps, net, rows, monkeypatch):
-    force_strips(monkeypatch, rows)
+def test_perceptual_family(taps, net, rows, decide):
+    decide(rows=rows)
     features, styles = TAPS[taps]
     made = NETS[net]()
     pred, target = torch.rand(2, 2, 3, 21, 18)
@@ -680,8 +663,8 @@ def test_perceptual_family(taps, net, rows, monkeypatch):
 @pytest.mark.parametrize(
     "style", [None, (2, 3, 13, 30), (1, 3, 21, 18), (1, 3, 30, 9), "features"], ids=str
 )
-def test_style_targets(style, rows, monkeypatch):
-    force_strips(monkeypatch, rows)
+def test_style_targets(style, rows, decide):
+    decide(rows=rows)
     made = sequential()
     layers = {"relu1_2": 2.0, "relu2_2": 4.0}
     pred, target = torch.rand(2, 2, 3, 21, 18)
@@ -789,8 +772,8 @@ def test_no_images(kind, reduction):
 
 @pytest.mark.parametrize("rows", [None, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing_valid_is_zero_and_connected(kind, rows, monkeypatch):
-    force_strips(monkeypatch, rows)
+def test_nothing_valid_is_zero_and_connected(kind, rows, decide):
+    decide(rows=rows)
     loss, pred = fast(3), torch.full((2, 3, 9, 10), float("nan"))
     nothing = torch.zeros(2, 9, 10, dtype=torch.bool)
     if kind == "features":

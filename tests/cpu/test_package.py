@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import gpl_fast
 from gpl_fast import cli, ops
+from gpl_fast.fast import policy
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(gpl_fast.__file__).parent
@@ -246,8 +247,9 @@ def test_the_arithmetic_follows_from_the_systems_list():
         wanted = "pairs", "mixed"
     else:
         wanted = "none", "float32"
-    assert (ops.cpu_bfloat16(), ops.cpu_arithmetic(torch.bfloat16)) == wanted
-    assert ops.cpu_arithmetic(torch.float32) == ops.cpu_arithmetic(torch.float16) == "float32"
+    cpu = policy.named("cpu")
+    assert (cpu.bfloat16, cpu.arithmetic(torch.bfloat16)) == wanted
+    assert cpu.arithmetic(torch.float32) == cpu.arithmetic(torch.float16) == "float32"
 
 
 # ------------------------------------------------------------------------------------------- build
@@ -496,10 +498,10 @@ def test_explain_prints_what_a_user_asks_for():
 
 
 @pytest.mark.parametrize("arithmetic", ["own", "mixed", "float32"])
-def test_explain_says_where_half_precision_is_computed(arithmetic, monkeypatch):
+def test_explain_says_where_half_precision_is_computed(arithmetic, decide):
     if (reason := ops.load()) is not None:
         pytest.skip(reason)
-    monkeypatch.setattr(ops, "cpu_arithmetic", lambda dtype: arithmetic)
+    decide(convolutions=arithmetic)
     loss = gpl_fast.GenericPerceptualLoss(5, widths=NARROW)
     pred, target = torch.randn(1, 5, 32, 32).bfloat16(), torch.randint(5, (1, 32, 32))
     found = loss.explain(pred, target)

@@ -19,10 +19,9 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpl_fast
-from gpl_fast import LossNet, SegmentationLoss, backend, ops, streams
-from gpl_fast.chain import stages
-from gpl_fast.chain.convolution import conv_transpose
-from gpl_fast import tiles
+from gpl_fast import LossNet, SegmentationLoss, backend, ops, streams, tiles
+from gpl_fast.fast import policy
+from gpl_fast.fast.convolution import conv_transpose
 from gpl_fast.net import weights
 from gpl_fast.net.weights import Layout
 
@@ -73,7 +72,7 @@ def test_rows_of_a_users_own_do_not_bring_them_back(form, user_rows):
 @pytest.mark.parametrize("fences", [False, True])
 def test_unfenced_copies_are_not_pipelined(fences, monkeypatch):
     """Stages of loads by pointers, where Triton fences them and where it does not."""
-    monkeypatch.setattr(tiles, "FENCES_COPIES", fences)
+    monkeypatch.setattr(tiles, "fences_copies", lambda: fences)
     async_proxy = 3 if fences else 1
     for arch, stages_ in ((80, 3), (89, 3), (90, async_proxy), (100, async_proxy), (120, 3)):
         assert chosen(arch, "diff", stride=2).stages == stages_
@@ -212,6 +211,8 @@ def library(monkeypatch):
         monkeypatch.setattr(torch.ops, "gpl_fast", SimpleNamespace(cuda_build=lambda: text))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        properties = SimpleNamespace(total_memory=2**34)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
         monkeypatch.setattr(ops, "driver_version", lambda: driver)
 
     return use
@@ -239,7 +240,7 @@ def test_an_older_driver_is_an_obstacle(text, capability, driver, needed, librar
     said = ops.cuda_obstacle(CUDA)
     if needed is None:
         assert said is None
-        assert stages.compiled_on(CUDA) is ops
+        assert policy.ask(CUDA).backward == "compiled"
         return
     assert f"the driver knows CUDA up to {driver[0]}.{driver[1]}" in said
     assert f"need {needed} for sm_{capability[0]}{capability[1]}" in said
@@ -250,7 +251,7 @@ def test_with_an_older_driver_tritons_kernels_run_and_it_is_said(library, monkey
     library(BUILD, (9, 0), (12, 8))
     monkeypatch.setattr(backend, "_broken_library", lambda: None)
     monkeypatch.setattr(backend, "_warned", set())
-    assert stages.backward_stages_on(CUDA).__name__ == "gpl_fast.kernels"
+    assert policy.ask(CUDA).backward == "triton"
     with pytest.warns(UserWarning, match=r"Triton's kernels run.*CUDA up to 12\.8"):
         choice = backend.choose("auto", CUDA, torch.float32)
     assert choice.name == "fast"
@@ -296,7 +297,7 @@ class Inside(TorchDispatchMode):
 def data_gradient(during):
     dz, w = torch.rand(1, 5, 6, 4).as_subclass(OnDevice), torch.rand(4, 3, 3, 3)
     with Inside(during) as inside:
-        dx = conv_transpose(dz, w, 1, (1, 1), (0, 0))
+        dx = conv_transpose(dz, w, 1, (1, 1), (0, 0), allow_tf32=False)
     (call,) = inside.calls
     return dz, w, dx, call
 

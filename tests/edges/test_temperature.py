@@ -9,7 +9,8 @@ from extremes import LOWEST, TEMPERATURES, by_kind, logits_of_every_kind
 from saved import left_by
 from torch import Tensor
 
-from gpl_fast import GenericPerceptualLoss, SegmentationLoss, TopK, chain, reference
+from gpl_fast import GenericPerceptualLoss, SegmentationLoss, TopK, reference
+from gpl_fast.fast.branch import carry_target
 
 C, H, W = 5, 12, 20
 BF16 = torch.bfloat16
@@ -181,8 +182,9 @@ def test_the_branch_that_is_carried_sees_the_map_that_is_compared():
     y[:, 1, :, 10:], y[:, 0, :, :10] = 0.6, 0.6
     how = {"target_activation": "none", "temperature": 3.0, "compute_dtype": BF16}
     pred = (3.0 * y.log()).requires_grad_()
-    spec = left_by(gpl("fast", **how)(pred, y))[0].spec
-    assert chain.branch.carry_target(spec, pred, {"dense": y}, slice(0, 1), BF16).all()
+    call = left_by(gpl("fast", **how)(pred, y))[0].call
+    assert call.dtype == BF16
+    assert carry_target(call, pred, {"dense": y}, slice(0, 1)).all()
 
 
 # ---------------------------------------------------------------------------------- cross-entropy

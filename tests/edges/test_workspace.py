@@ -4,28 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import call_of
 
-from gpl_fast import GenericPerceptualLoss, autograd, plan
+from gpl_fast import GenericPerceptualLoss
+from gpl_fast.fast.plan import Plan
+from gpl_fast.fast.policy import CPU_WORKSPACE_MB, MIB, Policy
 
 
-def planned(shape, *, net="1,1,1,1,1", workspace_mb="auto", dtype=torch.float32, **options):
+def planned(shape, *, net="1,1,1,1,1", workspace_mb=None, **options):
     n, c, h, w = shape
     loss = GenericPerceptualLoss(c, net, **options)
-    megabytes, hard = autograd.workspace(torch.device("cpu"), workspace_mb)
-    spec = plan.make_spec(
-        loss.net,
-        feature_weights=loss.taps,
-        style_weights={},
-        kind="labels",
-        activation="softmax",
-        target_activation="softmax",
-        temperature=1.0,
-        dtype=dtype,
-        arithmetic="float32",
-        workspace_mb=megabytes,
-        hard=hard,
-    )
-    return plan.Plan(plan.load_spec(spec), n, h, w)
+    call = call_of(loss.net, loss.taps, kind="labels", workspace_mb=workspace_mb, policy="avx2")
+    return Plan(call, n, h, w)
 
 
 LARGE = {
@@ -43,14 +33,13 @@ def test_auto_takes_every_input(case):
     p = planned(shape, **options)
     assert p.images >= 1
     # What is not a strip cannot shrink; a number below it is refused, the needed one is taken.
-    needed = p.bytes_transient() / plan.MIB
-    assert needed <= p.budget / plan.MIB
-    if p.budget > plan.CPU_WORKSPACE_MB * plan.MIB:
+    needed = p.bytes_transient() / MIB
+    assert needed <= p.budget / MIB
+    if p.budget > CPU_WORKSPACE_MB * MIB:
         with pytest.raises(ValueError, match=r"workspace_mb: got 256, .*or 'auto'"):
-            planned(shape, workspace_mb=plan.CPU_WORKSPACE_MB, **options)
+            planned(shape, workspace_mb=CPU_WORKSPACE_MB, **options)
     assert (
-        planned(shape, workspace_mb=needed + 1, **options).bytes_transient()
-        <= (needed + 1) * plan.MIB
+        planned(shape, workspace_mb=needed + 1, **options).bytes_transient() <= (needed + 1) * MIB
     )
 
 
@@ -72,18 +61,14 @@ def test_a_large_input_runs_and_is_right():
     torch.testing.assert_close(value.double(), want, rtol=1e-5, atol=0)
     value.backward()
     assert x.grad.isfinite().all()
-    assert loss.explain(x, y).workspace_bytes <= plan.CPU_WORKSPACE_MB * plan.MIB * 4
+    assert loss.explain(x, y).workspace_bytes <= CPU_WORKSPACE_MB * MIB * 4
 
 
-def test_a_gpus_share_is_of_its_memory_and_at_least_a_cpus(monkeypatch):
-    class Properties:
-        total_memory = 0
-
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+def test_a_gpus_share_is_of_its_memory_and_at_least_a_cpus():
     for total, share in ((139 * 1024, 139 * 16), (24 * 1024, 384), (8 * 1024, 256)):
-        Properties.total_memory = total * plan.MIB
-        assert autograd.workspace(torch.device("cuda"), "auto") == (share, False)
-    assert autograd.workspace(torch.device("cuda"), 64.0) == (64.0, True)
+        gpu = Policy("cuda", memory_mb=total)
+        assert gpu.workspace(None) == (share * MIB, False)
+        assert gpu.workspace(64.0) == (64 * MIB, True)
 
 
 @pytest.mark.parametrize("word", ["256", "Auto", 0, -1, float("nan"), None, True, [256]])
