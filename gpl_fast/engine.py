@@ -5,8 +5,8 @@ What comes in is checked (`gpl_fast.parts`); what goes out is not reduced yet.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,37 +18,7 @@ from gpl_fast.graphs import constant_in_graphs
 from gpl_fast.net.lossnet import LossNet
 from gpl_fast.options import Options
 from gpl_fast.targets import Target
-
-
-class Weights(NamedTuple):
-    """The weight of each layer that is compared, by name; none of them is 0."""
-
-    features: Mapping[str, float]
-    styles: Mapping[str, float]
-
-
-class CrossEntropy(NamedTuple):
-    """The one that is computed beside the perceptual terms.
-
-    ``labels`` (N, H, W) int64 with -1 = does not count, ``class_weight`` (C,) float32 or None.
-    """
-
-    labels: Tensor
-    class_weight: Tensor | None
-    label_smoothing: float
-
-
-class Terms(NamedTuple):
-    """Of each image, (N,) float32, float64 for a float64 prediction.
-
-    ``cross_entropy`` is the sum over the pixels that count, ``normalizer`` that of their weights;
-    None where none was asked for.
-    """
-
-    feature: Tensor
-    style: Tensor
-    cross_entropy: Tensor | None = None
-    normalizer: Tensor | None = None
+from gpl_fast.terms import CrossEntropy, Terms, Weights
 
 
 def weighted_terms(

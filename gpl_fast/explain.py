@@ -28,6 +28,7 @@ from gpl_fast.targets import (
     resolve_target,
     resolve_teacher,
 )
+from gpl_fast.terms import Weights
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,7 @@ class Planned:
 
     def _fast(self, dtype: torch.dtype, choice: Choice) -> Explanation:
         o, target = self.o, self.target
-        weights = engine.Weights(self.features, self.styles)
+        weights = Weights(self.features, self.styles)
         names = tuple(target.tensors(dtype))
         if self.label_smoothing is not None and "labels" not in names:
             names += ("ce_labels",)

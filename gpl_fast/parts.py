@@ -21,6 +21,7 @@ from gpl_fast.targets import (
     resolve_target,
     resolve_teacher,
 )
+from gpl_fast.terms import CrossEntropy, Weights
 
 
 def generic_value(
@@ -35,7 +36,7 @@ def generic_value(
     check_prediction(pred, net)
     resolved = resolve_target(target, net.in_channels, o, mask=mask, pred=pred)
     pred = reference.input_edge(pred)
-    terms = engine.weighted_terms(pred, resolved, net, o, engine.Weights(taps, {}))
+    terms = engine.weighted_terms(pred, resolved, net, o, Weights(taps, {}))
     return _reduce(terms.feature, o.reduction)
 
 
@@ -63,8 +64,8 @@ def segmentation_parts(
     cross_entropy = None
     if ce_weight:
         weight = None if class_weight is None else class_weight.to(logits.device)
-        cross_entropy = engine.CrossEntropy(checked, weight, label_smoothing)
-    weights = engine.Weights(taps if gpl_weight else {}, {})
+        cross_entropy = CrossEntropy(checked, weight, label_smoothing)
+    weights = Weights(taps if gpl_weight else {}, {})
     terms = engine.weighted_terms(logits, target, net, o, weights, cross_entropy=cross_entropy)
     if terms.cross_entropy is None or terms.normalizer is None:  # not computed, but connected
         ce = _reduce(engine.nothing(logits), o.reduction)
@@ -106,7 +107,7 @@ def perceptual_parts(
     resolved = resolve_target(target, net.in_channels, o, mask=mask, pred=pred)
     style = None if style_target is None else resolve_style(style_target, net, o, pred)
     pred = reference.input_edge(pred)
-    weights = engine.Weights(
+    weights = Weights(
         {k: w for k, w in feature_layers.items() if w},
         {k: w for k, w in style_layers.items() if w},
     )

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
+from gpl_fast.fast.geometry import Segments
 from gpl_fast.fast.memory import Rows, peak, segment_peak, strip_peak
 from gpl_fast.fast.policy import MIB
-
-if TYPE_CHECKING:
-    from gpl_fast.fast.plan import Plan
 
 # A workspace that grows becomes so many times what two rows a strip need.
 ENOUGH = 1.25
 
 
-def chunks(plan: Plan) -> tuple[int, Rows] | None:
+def chunks(plan: Segments) -> tuple[int, Rows] | None:
     """Images a chunk, and rows a strip for each segment; None where not one strip fits."""
     heights = tuple(plan.sizes[segment[0]].h for segment in plan.segments)
     preferred = plan.budget if plan.policy.strip_mb is None else int(plan.policy.strip_mb * MIB)
@@ -29,17 +26,17 @@ def chunks(plan: Plan) -> tuple[int, Rows] | None:
     return next(((1, r) for r in _cut(plan, rows) if peak(plan, 1, r) <= plan.budget), None)
 
 
-def least(plan: Plan) -> int:
+def least(plan: Segments) -> int:
     """Bytes of the smallest strips."""
     return peak(plan, 1, _least_rows(plan))
 
 
-def _least_rows(plan: Plan) -> Rows:
+def _least_rows(plan: Segments) -> Rows:
     heights = ((plan.steps[s[0]].stride, plan.sizes[s[0]].h) for s in plan.segments)
     return tuple(h if stride == 2 else min(2, h) for stride, h in heights)
 
 
-def _preferred_rows(plan: Plan, i: int, heights: Rows, preferred: int) -> int:
+def _preferred_rows(plan: Segments, i: int, heights: Rows, preferred: int) -> int:
     height = heights[i]
     if plan.steps[plan.segments[i][0]].stride == 2:
         return height  # all rows at once
@@ -54,7 +51,7 @@ def _preferred_rows(plan: Plan, i: int, heights: Rows, preferred: int) -> int:
     return height if rows >= height else rows // 2 * 2
 
 
-def _cut(plan: Plan, rows: Rows) -> Iterator[Rows]:
+def _cut(plan: Segments, rows: Rows) -> Iterator[Rows]:
     """Ever lower strips: only the segment that needs most is cut; more launches, smaller ones."""
     smallest = _least_rows(plan)
     yield rows

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from gpl_fast.fast.call import Call
+from gpl_fast.fast.policy import How, Policy
 from gpl_fast.net.steps import Step
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -98,3 +99,54 @@ class Geometry:
             out[f"phi.{tap}"] = (shape, self.dtype)
             out[f"gram.{tap}"] = ((n, shape[3], shape[3]), torch.float32)
         return out
+
+
+class Segments(Geometry):
+    """Of numbers, cut into segments; `Plan` fills in who computes, and with how much memory.
+
+    Attributes:
+        segments: ranges of steps.
+        halos: rows that each segment's strips need beyond their own on each side.
+        last: the steps that end segments; ends: the layers that these put out.
+        coefficients: ``w_b / (C_b H_b W_b)`` of each feature tap, twice that of each style tap.
+    """
+
+    policy: Policy
+    how: tuple[How, ...]
+    budget: int
+
+    def __init__(self, call: Call, n: int, h: int, w: int) -> None:
+        super().__init__(call, n, h, w)
+        self.segments = self._segments()
+        self.halos = tuple(self._halo(segment) for segment in self.segments)
+        self.last = frozenset(segment[-1] for segment in self.segments)
+        self.ends = tuple(_output(self.steps[segment[-1]]) for segment in self.segments)
+        self.coefficients = self._coefficients()
+
+    def _segments(self) -> tuple[range, ...]:
+        ends = [
+            i + 1
+            for i, step in enumerate(self.steps)
+            if step.pool or step.stride == 2 or i + 1 == len(self.steps)
+            or self.steps[i + 1].stride == 2
+        ]  # fmt: skip
+        return tuple(range(a, b) for a, b in zip([0, *ends], ends, strict=False))
+
+    def _halo(self, segment: range) -> int:
+        return sum(self.steps[i].kernel_size // 2 for i in segment)
+
+    def _coefficients(self) -> dict[str, float]:
+        out = {}
+        for prefix, weights, factor in (
+            ("feature", self.call.features, 1.0),
+            ("style", self.call.styles, 2.0),
+        ):
+            for tap, weight in weights:
+                _, h, w, c = self.tap_shape(tap)
+                out[f"{prefix}.{tap}"] = factor * weight / (c * h * w)
+        return out
+
+
+def _output(step: Step) -> str:
+    """The layer whose output is the step's."""
+    return step.pool or step.relu or step.conv

@@ -7,15 +7,12 @@ planned fails.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 
+from gpl_fast.fast.geometry import Segments
 from gpl_fast.fast.policy import Way
 from gpl_fast.net.weights import padded_channels
-
-if TYPE_CHECKING:
-    from gpl_fast.fast.plan import Plan
 
 # The weights for tiles of 4 x 4 take at most this part of the workspace.
 WINOGRAD_SHARE = 8
@@ -38,7 +35,7 @@ class Buffers(dict[str, int]):
 class Strip:
     """Shapes of a strip of segment i: of ``rows[i]`` rows, of `images` images."""
 
-    def __init__(self, plan: Plan, i: int, images: int, rows: Rows) -> None:
+    def __init__(self, plan: Segments, i: int, images: int, rows: Rows) -> None:
         self.plan, self.i, self.n, self.rows = plan, i, images, rows[i]
         self.segment = plan.segments[i]
         self.first, self.last = plan.sizes[self.segment[0]], plan.sizes[self.segment[-1]]
@@ -59,7 +56,7 @@ class Strip:
         return rows, rows - 2 * (self.plan.steps[j].kernel_size // 2)
 
 
-def forward(plan: Plan, i: int, images: int, rows: Rows) -> Buffers:
+def forward(plan: Segments, i: int, images: int, rows: Rows) -> Buffers:
     """What the forward walk holds in segment i besides what it saves."""
     s, call, dtype, n = Strip(plan, i, images, rows), plan.call, plan.dtype, images
     both = 1 if call.plain else 2
@@ -127,7 +124,7 @@ def _style(out: Buffers, s: Strip, j: int, tap: str) -> None:
     out.need("style", (4, s.n, rows, width, step.out_channels), torch.float32)
 
 
-def backward(plan: Plan, i: int, images: int, rows: Rows) -> Buffers:
+def backward(plan: Segments, i: int, images: int, rows: Rows) -> Buffers:
     """What the backward walk holds in segment i besides what was saved and the gradient."""
     s, call, dtype, n = Strip(plan, i, images, rows), plan.call, plan.dtype, images
     out = Buffers(weights=_weights(plan, i, backward=True))
@@ -173,29 +170,29 @@ def backward(plan: Plan, i: int, images: int, rows: Rows) -> Buffers:
     return out
 
 
-def alone(plan: Plan, i: int) -> bool:
+def alone(plan: Segments, i: int) -> bool:
     """Whether segment i's gradient is one kernel from end to end."""
     segment = plan.segments[i]
     return len(segment) == 1 and plan.how[segment[0]].block_bwd and not (i == 0 and plan.call.front)
 
 
-def _padded_in(plan: Plan, j: int) -> int:
+def _padded_in(plan: Segments, j: int) -> int:
     """Channels of step j's input as it lies in memory."""
     c = plan.steps[j].in_channels
     return padded_channels(c) if j == 0 and not plan.call.front else c
 
 
-def peak(plan: Plan, images: int, rows: Rows) -> int:
+def peak(plan: Segments, images: int, rows: Rows) -> int:
     """Bytes of a chunk: of the segment that needs most."""
     return max(segment_peak(plan, i, images, rows) for i in range(len(plan.segments)))
 
 
-def segment_peak(plan: Plan, i: int, images: int, rows: Rows) -> int:
+def segment_peak(plan: Segments, i: int, images: int, rows: Rows) -> int:
     """Bytes of segment i, of the walk that needs more."""
     return max(sum(walk(plan, i, images, rows).values()) for walk in (forward, backward))
 
 
-def strip_peak(plan: Plan, i: int, rows: Rows) -> int:
+def strip_peak(plan: Segments, i: int, rows: Rows) -> int:
     """Bytes of one image's strip alone, without what is of its whole height."""
     whole = ("weights", "level.in", "level.out", "seed", "labels")
 
@@ -208,14 +205,14 @@ def strip_peak(plan: Plan, i: int, rows: Rows) -> int:
 # ------------------------------------------------------------------------------------------ weights
 
 
-def large_weights_fit(plan: Plan, i: int) -> bool:
+def large_weights_fit(plan: Segments, i: int) -> bool:
     """Whether the weights for step i's tiles of 4 x 4 leave the workspace to the maps."""
     small, large = (Way(tile, torch.float32) for tile in (2, 4))
     weight = max(_weight(plan, i, {small, large}, False), _weight(plan, i, {large}, True))
     return WINOGRAD_SHARE * weight <= plan.budget
 
 
-def _weights(plan: Plan, i: int, backward: bool) -> int:
+def _weights(plan: Segments, i: int, backward: bool) -> int:
     """Of one of segment i's convolutions, one for each way it is computed."""
 
     def ways(j: int) -> set[Way]:
@@ -225,7 +222,7 @@ def _weights(plan: Plan, i: int, backward: bool) -> int:
     return max(_weight(plan, j, ways(j), backward) for j in plan.segments[i])
 
 
-def _weight(plan: Plan, j: int, ways: set[Way], transposed: bool) -> int:
+def _weight(plan: Segments, j: int, ways: set[Way], transposed: bool) -> int:
     k = plan.steps[j].kernel_size
     c_in, c_out = padded_channels(plan.steps[j].in_channels), plan.steps[j].out_channels
     if transposed:

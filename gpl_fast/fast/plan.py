@@ -14,26 +14,22 @@ import torch
 
 from gpl_fast.fast import chunks, memory, policy
 from gpl_fast.fast.call import Call
-from gpl_fast.fast.geometry import Geometry
+from gpl_fast.fast.geometry import Segments
 from gpl_fast.fast.policy import How, Role, Way
 from gpl_fast.net.steps import Step
 from gpl_fast.net.weights import padded_channels
 from gpl_fast.precision import tf32_allowed
 
 
-class Plan(Geometry):
+class Plan(Segments):
     """A call at a shape, planned.
 
     Attributes:
         policy: who decides.
         how: who computes each step.
-        segments: ranges of steps.
         budget: bytes of transient memory.
-        coefficients: ``w_b / (C_b H_b W_b)`` of each feature tap, twice that of each style tap.
         images: of a chunk: so many go through together.
         rows: of a strip, for each segment; its whole height = no strips (`in_strips`).
-        halos: rows that each segment's strips need beyond their own on each side.
-        last: the steps that end segments; ends: the layers that these put out.
         contract: `saved`; codes: of each step, the codes of its max pool or the mask of its ReLU.
         alone: whether one kernel makes a segment's gradient from end to end.
         rooms: the named buffers of each walk, by segment.
@@ -45,12 +41,7 @@ class Plan(Geometry):
         self.allow_tf32 = tf32_allowed() if tf32 is None else tf32
         # True float32 is ATen's convolutions; TF32 is the kernels' too.
         self.exact = call.dtype == torch.float32 and not self.allow_tf32
-        self.segments = self._segments()
-        self.ends = tuple(_output(self.steps[segment[-1]]) for segment in self.segments)
         self.budget, self.hard = self.policy.workspace(call.workspace_mb)
-        self.halos = tuple(self._halo(segment) for segment in self.segments)
-        self.last = frozenset(segment[-1] for segment in self.segments)
-        self.coefficients = self._coefficients()
         self.contract = self.saved()
         self.images, self.rows = self._fit()
         heights = (self.sizes[segment[0]].h for segment in self.segments)
@@ -65,18 +56,6 @@ class Plan(Geometry):
             walk: [walk(self, i, self.images, self.rows) for i in range(len(self.segments))]
             for walk in (memory.forward, memory.backward)
         }
-
-    def _segments(self) -> tuple[range, ...]:
-        ends = [
-            i + 1
-            for i, step in enumerate(self.steps)
-            if step.pool or step.stride == 2 or i + 1 == len(self.steps)
-            or self.steps[i + 1].stride == 2
-        ]  # fmt: skip
-        return tuple(range(a, b) for a, b in zip([0, *ends], ends, strict=False))
-
-    def _halo(self, segment: range) -> int:
-        return sum(self.steps[i].kernel_size // 2 for i in segment)
 
     # ------------------------------------------------------------------------------ who, how much
 
@@ -129,17 +108,6 @@ class Plan(Geometry):
 
     # ------------------------------------------------------------------------------------- counts
 
-    def _coefficients(self) -> dict[str, float]:
-        out = {}
-        for prefix, weights, factor in (
-            ("feature", self.call.features, 1.0),
-            ("style", self.call.styles, 2.0),
-        ):
-            for tap, weight in weights:
-                _, h, w, c = self.tap_shape(tap)
-                out[f"{prefix}.{tap}"] = factor * weight / (c * h * w)
-        return out
-
     def bytes_saved(self) -> int:
         """Of all of `saved`."""
         return sum(memory.bytes_of(shape, dtype) for shape, dtype in self.saved().values())
@@ -161,8 +129,3 @@ class Plan(Geometry):
 def plan_of(call: Call, n: int, h: int, w: int, tf32: bool) -> Plan:
     """The Plan of a call and a shape, made once."""
     return Plan(call, n, h, w, tf32=tf32)
-
-
-def _output(step: Step) -> str:
-    """The layer whose output is the step's."""
-    return step.pool or step.relu or step.conv
