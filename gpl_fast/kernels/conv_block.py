@@ -49,17 +49,16 @@ def _conv_block_fwd_kernel(
     code_ptr,  # max: (N, rows // 2, W // 2, ⌈C/2⌉), else the mask (N, code_rows, W, ⌈C/8⌉)
     partial_ptr,  # (N, programs of an image): Σ δ²
     labels_ptr, values_ptr, indices_ptr, rest_ptr, valid_ptr, taken_ptr,
-    table_ptr, interior_ptr, rest_table_ptr, list_sizes, k, taken_row0,  # as `listed`
+    table_ptr, interior_ptr, rest_table_ptr,
     H_IN, W_IN, C_IN, C_OUT,
-    rows, W_OUT, image_rows, row0, pad_h,  # of the convolution: row0 is its first in the image
-    code_row0, code_rows,
+    rows, W_OUT, image_rows, row0, pad_h, code_row0, code_rows,  # of the convolution, its mask
+    list_size, k, list_strides, taken_row0, taken_rows,  # with what is before: as `listed`
     map_strides,  # from one image to the next: of a, d, y, delta, code
     FORM: tl.constexpr,  # "plain": a alone; "diff": a and d; "labels", "topk": a and a list
-    K: tl.constexpr, STRIDE: tl.constexpr, RELU: tl.constexpr,
-    POOL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_Y: tl.constexpr, HAS_DELTA: tl.constexpr,
-    HAS_CODE: tl.constexpr, HAS_PARTIAL: tl.constexpr, HAS_VALID: tl.constexpr,
-    HAS_REST: tl.constexpr, DESCRIPTORS: tl.constexpr, EIGHTS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    K: tl.constexpr, STRIDE: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_Y: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_CODE: tl.constexpr,
+    HAS_PARTIAL: tl.constexpr, HAS_VALID: tl.constexpr, HAS_REST: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, EIGHTS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     a_n, d_n, y_n, delta_n, code_n = map_strides
@@ -122,7 +121,8 @@ def _conv_block_fwd_kernel(
         z, dz = listed(
             z, n, row0 + h, w, inside, c, from_target, labels_ptr, values_ptr, indices_ptr,
             rest_ptr, valid_ptr, taken_ptr, table_ptr, interior_ptr, rest_table_ptr,
-            list_sizes, k, taken_row0, C_OUT, FORM == "labels", HAS_VALID, HAS_REST, K,
+            list_size, k, list_strides, taken_row0, taken_rows, C_OUT, FORM == "labels",
+            HAS_VALID, HAS_REST, K,
         )  # fmt: skip
     if HAS_BIAS:
         z += tl.load(bias_ptr + c, mask=c < C_OUT, other=0.0)[None, :]
@@ -205,6 +205,7 @@ def conv_block_fwd(
     form = "plain" if d is None else "diff"
     if target is not None:
         form = "topk" if target.labels is None else "labels"
+    lists, numbers = list_arguments(target, a)
     blocks = cdiv(rows, tile.block_h) * cdiv(w_out, tile.block_w) * cdiv(c_out, tile.block_n)
     partial = a.new_empty((n, blocks), dtype=torch.float32) if reduce else None
     launch(
@@ -212,9 +213,9 @@ def conv_block_fwd(
         (blocks, n),
         a, a if d is None else d, weight,
         *pointers(a, bias, from_target, y, delta, code, partial),
-        *list_arguments(target, a),
+        *lists,
         h_in, w_in, c_in, c_out, rows, w_out, image_rows, row0, pad_h, code_row0,
-        0 if code is None else code.shape[1], image_strides(a, d, y, delta, code),
+        0 if code is None else code.shape[1], *numbers, image_strides(a, d, y, delta, code),
         K=kernel_size, STRIDE=stride, FORM=form, RELU=relu, POOL=POOL_NAMES[pool],
         HAS_BIAS=bias is not None, HAS_Y=y is not None, HAS_DELTA=delta is not None,
         HAS_CODE=code is not None, HAS_PARTIAL=reduce,

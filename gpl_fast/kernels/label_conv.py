@@ -57,12 +57,13 @@ def listed(
     from_target,
     labels_ptr, values_ptr, indices_ptr, rest_ptr, valid_ptr, taken_ptr,
     table_ptr, interior_ptr, rest_table_ptr,  # (K², C, C_OUT), (C, C_OUT), (K², C_OUT)
-    sizes, k, taken_row0,  # of `list_arguments`
+    size, k, strides, taken_row0, taken_rows,  # (H, W, C); of an image, of a rank
     C_OUT,
     LABELS: tl.constexpr, HAS_VALID: tl.constexpr, HAS_REST: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """(z of the carried branch, dz)."""
-    H, W, C, topk_n, topk_k, taken_rows = sizes
+    H, W, C = size
+    topk_n, topk_k = strides
     z = tl.where(from_target, 0.0, q)
     dz = q
     channel = c < C_OUT
@@ -123,13 +124,14 @@ def _label_conv_fwd_kernel(
     z_ptr, dz_ptr,  # (N, rows, W, C_OUT)
     from_target_ptr,
     labels_ptr, values_ptr, indices_ptr, rest_ptr, valid_ptr, taken_ptr,
-    table_ptr, interior_ptr, rest_table_ptr, sizes, k, taken_row0,  # as `listed`
+    table_ptr, interior_ptr, rest_table_ptr,
+    size, k, strides, taken_row0, taken_rows,  # as `listed`
     C_OUT, row0, rows, z_n, dz_n,
     LABELS: tl.constexpr, HAS_VALID: tl.constexpr, HAS_REST: tl.constexpr, K: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_P pixels of a strip; zeros in a row outside the image."""
-    H, W = sizes[0], sizes[1]
+    H, W, _ = size
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     n = tl.program_id(2).to(tl.int64)
@@ -142,27 +144,25 @@ def _label_conv_fwd_kernel(
     from_target = tl.load(from_target_ptr + n) != 0
     z, dz = listed(
         q, n, h, w, in_image, c, from_target, labels_ptr, values_ptr, indices_ptr,
-        rest_ptr, valid_ptr, taken_ptr, table_ptr, interior_ptr, rest_table_ptr, sizes, k,
-        taken_row0, C_OUT, LABELS, HAS_VALID, HAS_REST, K,
+        rest_ptr, valid_ptr, taken_ptr, table_ptr, interior_ptr, rest_table_ptr, size, k,
+        strides, taken_row0, taken_rows, C_OUT, LABELS, HAS_VALID, HAS_REST, K,
     )  # fmt: skip
     z, dz = tl.where(live, z, 0.0), tl.where(live, dz, 0.0)
     tl.store(z_ptr + n * z_n + at, z.to(z_ptr.dtype.element_ty), mask=in_map)
     tl.store(dz_ptr + n * dz_n + at, dz.to(dz_ptr.dtype.element_ty), mask=in_map)
 
 
-def list_arguments(target: Listed | None, x: Tensor) -> list[Any]:
-    """`listed`'s arguments from labels_ptr to taken_row0, `x` for a tensor that is missing. Sizes:
-    H, W, C, the strides of an image and of a rank, the rows of `taken`."""
+def list_arguments(target: Listed | None, x: Tensor) -> tuple[list[Tensor], tuple[Any, ...]]:
+    """`listed`'s pointers, `x` for a tensor that is missing, and its size … taken_rows."""
     if target is None:
-        return [x] * 9 + [(0,) * 6, 0, 0]
+        return [x] * 9, ((0, 0, 0), 0, (0, 0), 0, 0)
     held = pointers(
         x, target.labels, target.values, target.indices, target.rest, target.valid, target.taken,
         target.table, target.interior, target.rest_table,
     )  # fmt: skip
-    k, strides = ranks(target.values)
     height, width = held[0 if target.values is None else 1].shape[-2:]
-    sizes = (height, width, target.table.shape[1], *strides, target.taken.shape[1])
-    return [*held, sizes, k, target.taken_row0]
+    size = (height, width, target.table.shape[1])
+    return held, (size, *ranks(target.values), target.taken_row0, target.taken.shape[1])
 
 
 def label_conv_fwd(
@@ -191,12 +191,12 @@ def _launch(target: Listed, from_target: Tensor, row0: int, z: Tensor, dz: Tenso
     n, rows, w, c_out = z.shape
     if z.numel() == 0:
         return
+    lists, numbers = list_arguments(target, z)
     block_c = min(triton.next_power_of_2(c_out), 64)
     launch(
         _label_conv_fwd_kernel,
         (cdiv(rows * w, PIXELS), cdiv(c_out, block_c), n),
-        z, dz, from_target, *list_arguments(target, z),
-        c_out, row0, rows, *image_strides(z, dz),
+        z, dz, from_target, *lists, *numbers, c_out, row0, rows, *image_strides(z, dz),
         LABELS=target.labels is not None, HAS_VALID=target.valid is not None,
         HAS_REST=target.rest is not None, K=round(target.table.shape[0] ** 0.5),
         BLOCK_P=PIXELS, BLOCK_C=block_c, num_warps=4,
