@@ -14,13 +14,6 @@ settings.register_profile("gpl_fast", deadline=None, derandomize=True)
 settings.load_profile("gpl_fast")
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--implementation", action="append", choices=("cpu", "triton", "cuda", "gpu"),
-        help="of tests/stages: who computes them; several times for several",
-    )  # fmt: skip
-
-
 def pytest_collection_finish() -> None:
     """What the imports and the collection made stays: no garbage collection has to look at it."""
     gc.collect()

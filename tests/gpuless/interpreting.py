@@ -20,8 +20,8 @@ def repaired() -> None:
     """
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
         raise pytest.UsageError(
-            "these tests need a process of their own, in which Triton interprets, but it is "
-            "already imported to compile: run their folder alone"
+            "what interprets Triton's kernels needs a process of its own, but Triton is already "
+            "imported to compile: run the folder alone"
         )
     os.environ["TRITON_INTERPRET"] = "1"
     import repairs

@@ -8,7 +8,7 @@ pytest tests/stages --implementation gpu     on a GPU
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import emulate
@@ -17,6 +17,13 @@ import pytest
 import torch
 
 from gpl_fast import ops
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--implementation", action="append", choices=("cpu", "triton", "cuda", "gpu"),
+        help="who computes the stages; several times for several",
+    )  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -60,9 +67,27 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out what nobody here has, twins, and of what Triton takes seconds for all but the
     diagonal."""
-    left_out = [i for i in items if "stages" in getattr(i, "fixturenames", ()) and _left_out(i)]
+    ours = [item for item in items if "stages" in getattr(item, "fixturenames", ())]
+    left_out = {item for item in ours if _left_out(item)}
     items[:] = [item for item in items if item not in left_out]
-    config.hook.pytest_deselected(items=left_out)
+    config.hook.pytest_deselected(items=list(left_out))
+    _mark(item for item in ours if item not in left_out)
+
+
+def _mark(items: Iterable[pytest.Item]) -> None:
+    """The first case of each test is of the cross-section. A GPU's Triton does the others slowly,
+    each by kernels of its own to compile."""
+    seen = set()
+    for item in items:
+        name = item.callspec.params["stages"].name
+        on_gpu, first = name.startswith("gpu"), (item.function, name) not in seen
+        seen.add((item.function, name))
+        if first:
+            item.add_marker(pytest.mark.check)
+        elif name == "gpu-triton":
+            item.add_marker(pytest.mark.slow)
+        if on_gpu:
+            item.add_marker(pytest.mark.gpu)
 
 
 def _left_out(item: pytest.Item) -> bool:
@@ -94,6 +119,12 @@ def stages(request: pytest.FixtureRequest) -> Iterator[Any]:
     """An implementation: `stages.<name>(first, keyword=...)`."""
     with request.param.playing():
         yield request.param
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Also where tests/conftest.py is not loaded: by tests/gpu/pytest.ini."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

@@ -7,9 +7,11 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any
 
+import emulate
+import operators
 import torch
 from definitions import same_bits
 from shim import by_keyword
@@ -98,10 +100,13 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def compiled(stage: str) -> Callable[..., Any]:
+    return by_keyword(getattr(ops, stage))
+
+
 def cpu() -> list[Implementation]:
     orders = {f"{n} threads": lambda n=n: threads(n) for n in (1, 2, 3)}
-    find = lambda stage: by_keyword(getattr(ops, stage))  # noqa: E731
-    return [Implementation("cpu", frozenset(STAGES + CPU_ALONE), find, orders)]
+    return [Implementation("cpu", frozenset(STAGES + CPU_ALONE), compiled, orders)]
 
 
 def launchers(stage: str) -> Callable[..., Any]:
@@ -131,7 +136,6 @@ def variable(name: str, value: object) -> Iterator[None]:
 
 def cuda_on_cpu() -> list[Implementation]:
     """Of the kernels of a convolution's block there are two, by the GPU."""
-    import operators
 
     def find(stage: str) -> Callable[..., Any]:
         return by_keyword(getattr(operators.load().operators, stage).default)
@@ -157,25 +161,20 @@ def gpu() -> list[Implementation]:
     """GPL_FAST_TEST_DEVICE=cpu: what stands for it where there is none, to prove the tests."""
     device = torch.device(os.environ.get("GPL_FAST_TEST_DEVICE", "cuda"))
     if device.type != "cuda":
-        return [_elsewhere(i, device) for i in cuda_on_cpu()]
+        others = cpu() if emulate.missing() else cuda_on_cpu()
+        return [replace(one, name=f"gpu-{one.name}", device=device) for one in others]
     orders = {f"run {n}": contextlib.nullcontext for n in range(20)}
     found = [Implementation("gpu-triton", frozenset(OF_TRITON), launchers, orders, device=device)]
     if ops.cuda_obstacle(device) is None:
-        find = lambda stage: by_keyword(getattr(ops, stage))  # noqa: E731
-        hopper = torch.cuda.get_device_capability(device)[0] == 9
         found.append(
-            Implementation("gpu-cuda", frozenset(ELEMENTWISE), find, orders, device=device)
+            Implementation("gpu-cuda", frozenset(ELEMENTWISE), compiled, orders, device=device)
         )
+        hopper = torch.cuda.get_device_capability(device)[0] == 9
         for capability in (80, 90) if hopper else (80,):
             way = lambda c=capability: variable("GPL_FAST_SM90A", int(c == 90))  # noqa: E731
-            name, has = f"gpu-cuda-{capability}", frozenset(OF_CUDA)
-            found.append(Implementation(name, has, find, orders, way, device))
+            name = f"gpu-cuda-{capability}"
+            found.append(Implementation(name, frozenset(OF_CUDA), compiled, orders, way, device))
     return found
-
-
-def _elsewhere(one: Implementation, device: torch.device) -> Implementation:
-    name = f"gpu-{one.name}"
-    return Implementation(name, one.has, one.find, one.orders, one.playing, device)
 
 
 MAKERS = {"cpu": cpu, "triton": triton, "cuda": cuda_on_cpu, "gpu": gpu}

@@ -10,11 +10,12 @@ import emulate
 import operators
 import pytest
 
+STAGES = ("conv_block_bwd", "conv_block_logits_bwd", "conv_block_counts", "relu", "relu_pool",
+          "softmax_bwd")  # fmt: skip
 # Of blocks the border cases, of both sizes of elements; whole logits of bfloat16 alone.
 BLOCKS = "test_sizes or test_strip or test_stride_2 or shared_memory or test_channels"
-CASES = f"({BLOCKS} or (test_softmax and dtype1) or relu or softmax_bwd) and not dtype2"
-# What would take long, once more.
-CASES += " and not orders and not large"
+BLOCKS += " or (test_softmax and dtype1)"
+CASES = f"(not conv_block or {BLOCKS}) and not dtype2 and not orders"
 
 
 def library(name: str) -> str:
@@ -35,8 +36,9 @@ def test_borders(tmp_path):
         "ASAN_OPTIONS": "detect_stack_use_after_return=0:detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
-    command = [sys.executable, "-m", "pytest", "-x", "-s", "-p", "no:cacheprovider",
-               "tests/stages", "--implementation", "cuda", "-k", CASES]  # fmt: skip
+    files = [f"tests/stages/test_{stage}.py" for stage in STAGES]
+    command = [sys.executable, "-m", "pytest", "-x", "-s", "-p", "no:cacheprovider", *files,
+               "--implementation", "cuda", "-k", CASES]  # fmt: skip
     done = subprocess.run(
         command, capture_output=True, text=True, env=environment, cwd=emulate.ROOT, check=False
     )
