@@ -139,6 +139,7 @@ def test_a_hopeless_dtype_of_plain_pytorch_is_timed_once(named, monkeypatch, tmp
     assert all(row["value_error"] < 0.2 for row in rows)
 
 
+@pytest.mark.slow
 def test_a_hopeless_dtype_of_plain_pytorch_still_judges_ours(monkeypatch, tmp_path):
     monkeypatch.setattr(run, "HOPELESS", 0)
     monkeypatch.setitem(gate.LIMITS, "gpl_fast-bf16", (0.0, 1.0))  # wrong but for the comparison

@@ -193,6 +193,7 @@ def test_every_operator_has_a_test():
 # --------------------------------------------------------------------------------- builds, memory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_narrower_builds(capability):
     """The builds for older machines pass the same tests of values."""

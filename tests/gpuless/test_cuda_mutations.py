@@ -13,7 +13,8 @@ import emulate
 import operators
 import pytest
 
-pytestmark = pytest.mark.timeout(1800)  # minutes of compiling on a machine that has other work too
+# Minutes of compiling on a machine that has other work too.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 FLAGS = ("-O1", *emulate.MACHINE)
 # Importing torch and what the tests need takes longer than most of them: once, then by fork.
 FORKS = multiprocessing.get_context("forkserver")

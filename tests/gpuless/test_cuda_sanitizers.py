@@ -23,6 +23,7 @@ def library(name: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)  # minutes on a machine that has other work too
 def test_borders(tmp_path):
     """Out of bounds, misaligned and undefined accesses."""

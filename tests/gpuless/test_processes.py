@@ -23,6 +23,7 @@ def collect(*folders, **environment):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folders", [("interpreter", "compile"), ("compile", "interpreter")])
 def test_one_process_cannot_do_both(folders):
     run = collect(*(f"tests/{folder}" for folder in folders))
