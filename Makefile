@@ -22,14 +22,21 @@ LIBRARY := gpl_fast/libgpl_fast.so
 CSRC    := $(foreach folder,csrc csrc/* csrc/*/*,$(wildcard $(addprefix $(folder)/*.,cpp h cu cuh)))
 BUILD   := $(CSRC) $(wildcard csrc/*.py) setup.py gpl_fast/environment.py gpl_fast/sources.py
 
-.PHONY: help venv build demo test test-cpu test-edges test-interpreter test-compile test-cuda sanitize lint
+.PHONY: help venv build demo check check-cpu check-interpreter
+.PHONY: test test-cpu test-edges test-stages test-interpreter test-compile test-cuda sanitize lint
 .PHONY: bench bench-gpu gpu-report toy wheel clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo   train with and without the loss; pictures and a report in demo_out/"
-	@echo "make test   the test suite"
-	@echo "make test-cpu, test-edges, test-interpreter, test-compile, test-cuda  its parts"
+	@echo "make check  lint, types and a cross-section of the tests, within two minutes"
+	@echo "make test   all tests that need no GPU; -j2 runs two parts at a time:"
+	@echo "  test-cpu          the package on the CPU"
+	@echo "  test-edges        ordinary use that goes wrong silently or crashes"
+	@echo "  test-stages       every stage, whoever computes it: CPU, Triton, CUDA run on the CPU"
+	@echo "  test-interpreter  the whole loss by Triton's kernels, interpreted"
+	@echo "  test-compile      what Triton and nvcc made of the kernels, for every GPU"
+	@echo "  test-cuda         backward walks by CUDA's kernels on the CPU; faults put into these"
 	@echo "make sanitize  the CPU kernels under AddressSanitizer and UBSan"
 	@echo "make lint   ruff, mypy, clang-format"
 	@echo "make bench  time and memory on this machine, ten minutes on two cores"
@@ -60,27 +67,40 @@ $(LIBRARY): $(BUILD) | $(READY)
 demo: $(LIBRARY)
 	$(PY) -m gpl_fast demo --out demo_out
 
-# Five processes: Triton either interprets or compiles in one. `make -j2 test` runs two at a time.
-test: test-cpu test-edges test-interpreter test-compile test-cuda
+# Triton either interprets or compiles in a process.
+INTERPRETING := test-stages test-interpreter test-cuda check-interpreter
+$(INTERPRETING): export TRITON_INTERPRET = 1
+# One thread plays a kernel; those of the reference beside it would take the other core in vain.
+$(INTERPRETING): export OMP_NUM_THREADS = 1
+OF_CUDA := $(wildcard tests/gpuless/test_cuda_*.py)
+
+check: lint check-cpu check-interpreter
+
+check-cpu: $(LIBRARY)
+	$(PY) -m pytest -m check tests/cpu tests/edges tests/compile tests/gpuless
+
+check-interpreter: $(LIBRARY)
+	$(PY) -m pytest -m check tests/stages tests/interpreter tests/cuda_on_cpu tests/gpuless
+
+test: test-cpu test-edges test-stages test-interpreter test-compile test-cuda
 
 test-cpu: $(LIBRARY)
 	$(PY) -m pytest
 
-# Ordinary use that goes wrong silently or crashes: each case's right value or right words.
 test-edges: $(LIBRARY)
 	$(PY) -m pytest tests/edges
 
-# One thread plays a kernel; those of the reference beside it would take the other core in vain.
-test-interpreter test-cuda: export OMP_NUM_THREADS = 1
+test-stages: $(LIBRARY)
+	$(PY) -m pytest tests/stages
 
 test-interpreter: $(LIBRARY)
-	$(PY) -m pytest tests/interpreter
+	$(PY) -m pytest tests/interpreter tests/gpuless $(OF_CUDA:%=--ignore=%)
 
 test-compile: $(LIBRARY)
-	$(PY) -m pytest tests/compile
+	$(PY) -m pytest tests/compile tests/gpuless $(OF_CUDA:%=--ignore=%)
 
 test-cuda: $(LIBRARY)
-	$(PY) -m pytest tests/cuda_on_cpu
+	$(PY) -m pytest tests/cuda_on_cpu $(OF_CUDA)
 
 # A build of its own, anew each time: the library that the package has would take its place.
 sanitize: export PYTHONSAFEPATH = 1
@@ -93,8 +113,8 @@ sanitize: | $(READY)
 	GPL_FAST_FORCE_CUDA=0 $(PY) setup.py -q build --build-lib build/sanitized --build-temp build/sanitized.temp
 	grep -q __asan_init build/sanitized/gpl_fast/$(notdir $(LIBRARY))
 	LD_PRELOAD="$(foreach l,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(l).so))" \
-	$(PY) -m pytest -s tests/cpu/test_ops.py tests/cpu/test_fast.py tests/cpu/test_invariants.py \
-	  -k "test_ops or float64 or (test_invariants and fast)"
+	$(PY) -m pytest -s tests/stages tests/cpu/test_fast.py tests/cpu/test_invariants.py \
+	  --implementation cpu -k "stages or float64 or (test_invariants and fast)"
 
 lint: | $(READY)
 	$(PY) -m ruff check .

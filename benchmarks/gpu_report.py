@@ -46,9 +46,10 @@ LIMITS = {
 }
 BENCHMARK = 150.0  # which is left at least
 QUERY = "name,driver_version,memory.total,clocks.sm"
-SMALL = "small"  # in the names of the tests of a dry run
-SANITIZED = "small and not small_loss"  # of those that a sanitizer runs: slow, so of few kernels
-BLOCKS = "tests/gpu/test_conv_block_bwd.py"
+SMALL = "gpu and check"  # tests of a dry run, and of a sanitizer, which is slow
+SANITIZED = ("-k", "not small_loss")  # of few kernels
+SUITE = ("tests/stages", "--implementation", "gpu")
+BLOCKS = [f"tests/stages/test_conv_block_{name}.py" for name in ("bwd", "logits_bwd")]
 
 
 @dataclass
@@ -121,11 +122,12 @@ class Report:
         if "check" in names:
             self.run("check", [python, "-m", "gpl_fast", "info", "--check"])
         # Both kernels of conv_block_bwd, whose layouts no emulation can confirm, go first.
-        right = "layouts" not in names or self._tests("layouts", BLOCKS).status == "ok"
+        right = "layouts" not in names or self._tests("layouts", *BLOCKS, *SUITE[1:]).status == "ok"
         if "choices" in names:
             self._choices(right)
         if "tests" in names:
-            self._tests("tests", "tests/gpu", f"--ignore={BLOCKS}")
+            others = [f"--ignore={path}" for path in BLOCKS]
+            self._tests("tests", "tests/gpu", *SUITE, *others)
         for tool in ("memcheck", "racecheck"):
             if tool in names:
                 self._sanitizer(tool)
@@ -150,15 +152,15 @@ class Report:
         build = ["setup.py", "-q", "build_ext", "--inplace"]
         self.run("build", [sys.executable, *(["-c", loads] if self.dry else build)])
 
-    def _pytest(self, *arguments: str) -> list[str]:
+    def _pytest(self, chosen: str, *arguments: str) -> list[str]:
         # By the folder's own settings: nothing but pytest has to be installed.
         settings = ["-c", "tests/gpu/pytest.ini", "-p", "no:cacheprovider"]
-        return [sys.executable, "-m", "pytest", "-m", "gpu", *settings, *arguments]
+        return [sys.executable, "-m", "pytest", "-m", chosen, *settings, *arguments]
 
     def _tests(self, name: str, *which: str) -> Stage:
         xml = self.folder / f"{name}.xml"
-        few = ["-k", SMALL] if self.dry else []
-        stage = self.run(name, self._pytest(*which, f"--junitxml={xml}", *few))
+        chosen = SMALL if self.dry else "gpu and not slow"
+        stage = self.run(name, self._pytest(chosen, *which, f"--junitxml={xml}"))
         if xml.exists():
             counts, failed = outcomes(xml)
             stage.detail = ", ".join(f"{n} {what}" for what, n in counts.items())
@@ -187,7 +189,7 @@ class Report:
             check = [sanitizer, "--tool", tool, "--error-exitcode", "9"]
             # Each tensor an allocation of its own: what is behind its end is nobody's.
             alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {}
-            self.run(tool, [*check, *self._pytest("tests/gpu", "-k", SANITIZED)], alone)
+            self.run(tool, [*check, *self._pytest(SMALL, "tests/gpu", *SUITE, *SANITIZED)], alone)
 
     def _benchmark(self) -> dict[str, Any]:
         out = self.folder / "rows.json"

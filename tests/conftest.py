@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,19 @@ from policies import decided
 # No deadline: the machine is shared. Derandomised: a failure is the code's, not the day's.
 settings.register_profile("gpl_fast", deadline=None, derandomize=True)
 settings.load_profile("gpl_fast")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The cross-section of `make check`: of each file the first test and every sixth after it, the
+    first of its cases; tests/stages chooses its own. What is slow is left out."""
+    functions: dict[Path, dict[object, None]] = collections.defaultdict(dict)
+    for item in items:
+        of_file, function = functions[item.path], getattr(item, "function", item)
+        first_case = function not in of_file
+        of_file[function] = None
+        chosen = first_case and (len(of_file) - 1) % 6 == 0
+        if chosen and item.path.parent.name != "stages" and not item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.check)
 
 
 def pytest_collection_finish() -> None:

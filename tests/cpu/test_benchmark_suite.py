@@ -131,6 +131,7 @@ def test_a_hopeless_dtype_of_plain_pytorch_is_left_out(named, monkeypatch, tmp_p
     assert ("plain PyTorch's bfloat16 is left out" in capsys.readouterr().out) is not named
 
 
+@pytest.mark.slow
 def test_a_hopeless_dtype_of_plain_pytorch_still_judges_ours(monkeypatch, tmp_path):
     monkeypatch.setattr(run, "HOPELESS", 0)
     monkeypatch.setitem(gate.LIMITS, "gpl_fast-bf16", (0.0, 1.0))  # wrong but for the comparison

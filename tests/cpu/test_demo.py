@@ -204,6 +204,7 @@ def _demo(out: Path, *options: str) -> int:
     return demo.run(parser.parse_args([*options, "--out", str(out)]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenes", [12, 1])
 def test_a_tiny_run_writes_the_whole_report(
     scenes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]

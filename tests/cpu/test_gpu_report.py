@@ -26,6 +26,7 @@ def gpu_report(monkeypatch):
     return gpu_report
 
 
+@pytest.mark.slow
 def test_a_dry_run_goes_through_every_stage(tmp_path):
     command = [sys.executable, "benchmarks/gpu_report.py", "--dry", "--out", str(tmp_path)]
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])

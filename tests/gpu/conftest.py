@@ -21,6 +21,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.gpu)
+            if "small" in item.name:
+                item.add_marker(pytest.mark.check)
             if missing:
                 item.add_marker(pytest.mark.skip(reason="torch finds no CUDA device"))
 

@@ -8,11 +8,11 @@ import threading
 import pytest
 import torch
 from cases import make_target
+from gpl_fast.chain import forward
 from test_loss import SMALL, loss_of, run
 
 import gpl_fast
 from gpl_fast import ops, tiles
-from gpl_fast.chain import forward
 
 LARGE = (4, 19, 256, 384)
 

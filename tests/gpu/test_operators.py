@@ -1,243 +1,199 @@
-"""Every operator on the device against the CPU's, which tests/cpu holds against float64.
+"""What only a device has: streams, graphs, other devices, sizes beyond 2^31, many blocks at once.
 
-Routing and packed arrays are compared bit for bit, what is computed to twice the CPU's rounding.
+What the stages compute there is tests/stages' with `--implementation gpu`.
 """
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
-from operands import codes, huge, implementation, nan, to
+from conv_block_backward import Block, Logits, nhwc, pack_weights
+from definitions import BF16, FLOAT, HALF, MAX, SOFTMAX, codes, masks, poisoned_like
 
 from gpl_fast import ops
 
 if (reason := ops.load()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-RTOL = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
-BACKWARD = ("relu_bwd", "relu_pool_bwd", "softmax_bwd")
-SOFTMAX, SIGMOID, MAX, AVG = 1, 2, 0, 1
-NO_CE = dict.fromkeys(("ce_labels", "ce_lse", "ce_scale", "class_weight")) | {
-    "label_smoothing": 0.0
-}
+BLOCKS = ("conv_block_bwd", "conv_block_logits_bwd")
+BACKWARD = ("relu_bwd", "relu_pool_bwd", "softmax_bwd", *BLOCKS)
 
 
-def byte(*shape):
-    return torch.full(shape, 255, dtype=torch.uint8)
+@pytest.fixture(params=["sm_90a", "sm_80"])
+def architecture(request, device, monkeypatch):
+    """On sm_90 a block has two kernels: GPL_FAST_SM90A=0 takes the other."""
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    if request.param == "sm_90a" and not hopper:
+        pytest.skip("it needs sm_90")
+    if hopper:
+        monkeypatch.setenv("GPL_FAST_SM90A", str(int(request.param == "sm_90a")))
+    return request.param
 
 
-def calls(dtype, n=2, h=13, w=27, c=19):
-    """name -> (arguments, the names of the outputs among them)."""
-    x, target = 3 * torch.randn(n, c, h, w), 3 * torch.randn(n, c, h, w)
-    labels, valid = torch.randint(-1, c, (n, h, w)), torch.rand(n, h, w) > 0.2
-    weight, scale, branch = torch.rand(c), torch.rand(n) + 0.5, torch.arange(n) % 2 == 1
-    z, dz, dy = (torch.randn(n, h, w, c).to(dtype) for _ in range(3))
-    small = torch.randn(n, h // 2, w // 2, c).to(dtype)
-    mask = torch.randint(256, (n, h, w, (c + 7) // 8)).byte()
-    pooled = functools.partial(nan, n, h // 2, w // 2, c, dtype=dtype)
-    full = functools.partial(nan, n, h, w, c, dtype=dtype)
-    code = functools.partial(byte, n, h // 2, w // 2, (c + 1) // 2)
-    table = torch.randn(9, c, 24).to(dtype)
-    q, taken = torch.randn(n, h, w, 24).to(dtype), (torch.rand(n, h, w) > 0.5).byte()
-    look_up = {
-        "table": table, "from_target": branch, "taken": taken, "taken_row0": 0, "row0": 0,
-        "valid": valid, "z": torch.full_like(q, float("nan")), "dz": q,
-    }  # fmt: skip
-    values, indices = torch.rand(n, 3, h, w), torch.randint(c, (n, 3, h, w))
-    ce = {"ce_labels": labels, "class_weight": weight, "label_smoothing": 0.1}
-    lse, rows = x.logsumexp(1), {"row0": 0, "rows": h}
-    last = x.contiguous(memory_format=torch.channels_last)
-    poison = functools.partial(torch.full_like, fill_value=float("nan"))
-    pack = functools.partial(nan, n, h + 2, w, c + 5, dtype=dtype)
-    codes_of = codes(n, h // 2, w // 2, c)
-    return {
-        "softmax_pack_fwd": (
-            {"x": x, "valid": valid, "target": target, "from_target": branch,
-             "activation": SOFTMAX, "target_activation": SOFTMAX, "temperature": 1.0, **ce,
-             "row0": -1, "rows": h + 2, "core0": 0, "core_rows": h, "y": pack(), "delta": pack(),
-             "taken": None, "labels": None, "topk_values": None, "topk_indices": None,
-             "topk_rest": None, "lse": nan(n, h, w), "ce_lse": None,
-             "ce_rows": nan(n, h, 2, dtype=torch.float64)},
-            ("y", "delta", "lse", "ce_rows"),
-        ),
-        "label_conv_fwd": (
-            {"labels": labels, "interior": table.float().sum(0), **look_up}, ("z", "dz"),
-        ),
-        "topk_conv_fwd": (
-            {"topk_values": values, "topk_indices": indices, "topk_rest": None,
-             "rest_table": None, **look_up},
-            ("z", "dz"),
-        ),
-        "relu_fwd": ({"z": z, "y": full(), "mask": torch.full_like(mask, 255)}, ("y", "mask")),
-        "relu_diff_fwd": (
-            {"z": z, "dz": dz, "from_target": branch, "y": full(), "delta": full(),
-             "mask": torch.full_like(mask, 255)},
-            ("y", "delta", "mask"),
-        ),
-        "relu_pool_fwd": ({"z": z, "pool": MAX, "y": pooled(), "code": code()}, ("y", "code")),
-        "relu_pool_diff_fwd": (
-            {"z": z, "dz": dz, "from_target": branch, "pool": MAX, "y": pooled(),
-             "delta": pooled(), "code": code()},
-            ("y", "delta", "code"),
-        ),
-        "relu_bwd": ({"dy": dy, "mask": mask, "dz": full()}, ("dz",)),
-        "relu_pool_bwd": (
-            {"dy": small, "code": codes_of, "pool": MAX, "height": h, "width": w, "row0": -3,
-             "dz": nan(n, h + 5, w, c, dtype=dtype)},
-            ("dz",),
-        ),
-        "relu_pool_bwd average": (
-            {"dy": small, "code": mask, "pool": AVG, "height": h, "width": w, "row0": 0,
-             "dz": full()},
-            ("dz",),
-        ),
-        "softmax_bwd": (
-            {"x": x, "lse": lse, "dy": dy, "scale": scale, "valid": valid, "activation": SOFTMAX,
-             "temperature": 1.0, **ce, "ce_lse": None, "ce_scale": scale + 1, **rows,
-             "dx": poison(x)},
-            ("dx",),
-        ),
-        "softmax_bwd channels_last": (
-            {"x": last.to(dtype), "lse": lse, "dy": dy, "scale": scale, "valid": None,
-             "activation": SOFTMAX, "temperature": 2.0, **NO_CE, **rows,
-             "dx": poison(last, dtype=dtype)},
-            ("dx",),
-        ),
-        "softmax_bwd sigmoid": (
-            {"x": x, "lse": None, "dy": dy, "scale": scale, "valid": valid,
-             "activation": SIGMOID, "temperature": 1.5, **NO_CE, **rows, "dx": poison(x)},
-            ("dx",),
-        ),
-    }  # fmt: skip
+def operator(name, device):
+    if device.type == "cuda" and (why := ops.cuda_obstacle(device)) is not None:
+        pytest.fail(why)
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"gpl_fast::{name}", device.type.upper()):
+        pytest.skip(f"{name} has no compiled kernel for {device.type}")
+    return getattr(ops, name)
 
 
-CALLS = sorted(calls(torch.float32))
+def to(device, value):
+    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
-def compare(name, got, want):
-    got = got.cpu()
-    if want.dtype == torch.uint8 or name.split()[0] in ("relu_bwd", "relu_pool_bwd"):
-        assert torch.equal(got, want)
-    elif want.dtype == torch.float64:
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+def case(name, device, dtype=BF16, size=(13, 27), n=2, c=19):
+    """(first, other arguments, output) of a stage on a device."""
+    h, w = size
+    dy = torch.randn(n, h, w, c).to(dtype)
+    if name == "relu_bwd":
+        options = {"mask": masks(n, h, w, c), "dz": dy}
+    elif name == "relu_pool_bwd":
+        options = {"code": codes(n, h // 2, w // 2, c), "pool": MAX, "height": h, "width": w,
+                   "row0": 0, "dz": dy}  # fmt: skip
+        dy = dy[:, : h // 2, : w // 2].contiguous()
+    elif name == "softmax_bwd":
+        x = 3 * torch.randn(n, c, h, w)
+        options = {"activation": SOFTMAX, "temperature": 1.0, "row0": 0, "rows": h, "dx": x,
+                   "lse": x.logsumexp(1), "dy": dy, "scale": torch.rand(n) + 0.5}  # fmt: skip
+        dy = x
     else:
-        rtol = RTOL[want.dtype]
-        torch.testing.assert_close(got.float(), want.float(), rtol=rtol, atol=rtol)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("kind", ["compiled", "triton"])
-def test_small_operator_equals_the_cpu(device, kind, call, dtype):
-    name = call.split()[0]
-    run = implementation(kind, name, device)
-    for sizes in ({}, {"c": 64}, {"n": 1, "h": 2, "w": 70, "c": 3}):
-        arguments, outputs = calls(dtype, **sizes)[call]
-        given = to(device, arguments)
-        before = {k: a.clone() if isinstance(a, torch.Tensor) else a for k, a in given.items()}
-        getattr(ops, name)(**arguments)
-        run(**given)
-        for argument, now in given.items():
-            if argument in outputs:
-                compare(call, now, arguments[argument])
-            elif isinstance(now, torch.Tensor):
-                assert torch.equal(now, before[argument])  # inputs are never written
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["compiled", "triton"])
-def test_small_diff_reduce(device, kind, dtype):
-    run = implementation(kind, "diff_reduce_fwd", device)
-    for shape in ((3, 1), (2, 9001), (1, 3, 5, 64)):
-        delta = torch.randn(shape).to(dtype)
-        truth = delta.double().square().flatten(1).sum(1)
-        got = run(delta.to(device)).cpu().double()
-        torch.testing.assert_close(got, truth, rtol=1e-5, atol=0)
+        logits = Logits(Block(n=n, c_in=c, h=h, w=w, dtype=dtype), cross_entropy=True)
+        options = logits.block.arguments() | {"dx": dy, "height": h, "row0": 0}
+        if name == "conv_block_logits_bwd":
+            del options["height"]
+            options |= {
+                "x": logits.x, "scale": logits.scale, "activation": SOFTMAX, "temperature": 1.0,
+                "rows": h, "dx": logits.x, "lse": logits.x.logsumexp(1),
+                "ce_labels": logits.labels, "ce_scale": logits.ce_scale,
+            }  # fmt: skip
+        dy = nhwc(logits.block.dy)
+    out = "dx" if "dx" in options else "dz"
+    options[out] = torch.full_like(options[out], float("nan"))
+    options = {key: to(device, value) for key, value in options.items()}
+    return dy.to(device), options, options[out]
 
 
 @pytest.mark.parametrize("name", BACKWARD)
-def test_opcheck(device, name):
-    implementation("compiled", name, device)
-    torch.library.opcheck(getattr(ops, name), (), to(device, calls(torch.float32)[name][0]))
+def test_small_opcheck(device, name):
+    operator(name, device)
+    first, options, _ = case(name, device, FLOAT)
+    function = getattr(ops, name)
+    torch.library.opcheck(function, (first,), options)
 
 
 @pytest.mark.parametrize("name", BACKWARD)
-def test_twenty_runs_give_the_same_bits(device, name):
-    run = implementation("compiled", name, device)
-    arguments, (out,) = calls(torch.bfloat16, h=130, w=257)[name]
-    given = to(device, arguments)
-    run(**given)
-    first = given[out].clone()
+def test_twenty_runs_give_the_same_bits(device, architecture, name):
+    run = operator(name, device)
+    first, options, out = case(name, device, size=(130, 257), c=70)
+    run(first, **options)
+    wanted = out.clone()
     for _ in range(20):
-        given[out].fill_(float("nan"))
-        run(**given)
-        assert torch.equal(given[out], first)
+        out.fill_(float("nan"))
+        run(first, **options)
+        assert torch.equal(out, wanted)
 
 
 @pytest.mark.parametrize("name", BACKWARD)
-def test_small_operators_run_on_the_current_stream(cuda, name):
+def test_small_operators_run_on_the_current_stream(cuda, architecture, name):
     """Inputs that the side stream makes late are waited for, as on that stream alone."""
-    run = implementation("compiled", name, cuda)
-    arguments, (out,) = calls(torch.float32)[name]
-    getattr(ops, name)(**arguments)
-    given = to(cuda, arguments)
-    late = {k: a.clone() if isinstance(a, torch.Tensor) else a for k, a in given.items()}
-    first = next(k for k, a in late.items() if isinstance(a, torch.Tensor))
-    late[first].zero_()
+    run = operator(name, cuda)
+    first, options, out = case(name, cuda)
+    run(first, **options)
+    wanted, late = out.clone(), torch.zeros_like(first)
+    out.fill_(float("nan"))
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         torch.cuda._sleep(50_000_000)
-        late[first].copy_(given[first])
-        run(**late)
+        late.copy_(first)
+        run(late, **options)
     torch.cuda.current_stream().wait_stream(side)
-    compare(name, late[out], arguments[out])
+    assert torch.equal(out, wanted)
+
+
+@pytest.mark.parametrize("name", BACKWARD)
+def test_small_operators_run_in_a_graph(cuda, architecture, name):
+    run = operator(name, cuda)
+    first, options, out = case(name, cuda, c=150)
+    run(first, **options)
+    wanted, graph = out.clone(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(first, **options)
+    out.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(out, wanted)
 
 
 @pytest.mark.parametrize("name", BACKWARD)
 def test_operators_run_on_their_tensors_device(second_device, name):
-    run = implementation("compiled", name, second_device)
-    arguments, (out,) = calls(torch.float32)[name]
-    getattr(ops, name)(**arguments)
-    given = to(second_device, arguments)
-    run(**given)  # the current device is another one
-    compare(name, given[out], arguments[out])
+    here, there = torch.device("cuda", 0), second_device
+    run = operator(name, there)
+    first, options, out = case(name, here)
+    moved = {key: to(there, value) for key, value in options.items()}
+    run(first, **options)
+    run(first.to(there), **moved)  # the current device is another one
+    assert torch.equal(moved["dx" if "dx" in moved else "dz"].to(here), out)
 
 
 def test_small_tensors_of_two_devices_are_refused(cuda):
-    arguments, _ = calls(torch.float32)["relu_bwd"]
-    dy, mask, dz = to(cuda, arguments).values()
+    first, options, _ = case("relu_bwd", cuda)
+    options["mask"] = options["mask"].cpu()
     with pytest.raises(RuntimeError, match="mask must be on the device of dz, cuda:0, got cpu"):
-        ops.relu_bwd(dy, mask=mask.cpu(), dz=dz)
+        operator("relu_bwd", cuda)(first, **options)
+
+
+@pytest.mark.parametrize("dtype", [BF16, HALF])
+def test_main_layers(device, architecture, dtype):
+    """The default network's channels, over many tiles; a strip of rows has the same bits."""
+    run = operator("conv_block_bwd", device)
+    block = Block(c_in=256, c_out=512, h=66, w=129, dtype=dtype)
+    options = {key: to(device, value) for key, value in block.arguments().items()}
+    dy = nhwc(block.dy).to(device)
+    dx, strip = (torch.full((1, rows, 129, 256), float("nan")).to(dtype).to(device)
+                 for rows in (66, 9))  # fmt: skip
+    run(dy, **options, height=66, row0=0, dx=dx)
+    block.check(dx.cpu().permute(0, 3, 1, 2))
+    run(dy, **options, height=66, row0=5, dx=strip)
+    assert torch.equal(strip, dx[:, 5:14])
 
 
 # ------------------------------------------------------------------------------- beyond 2^31
 
 
+def huge(device, big, small, bytes_needed):
+    """`big` on a GPU with room for it, `small` on the CPU."""
+    if device.type != "cuda":
+        return small
+    free = torch.cuda.mem_get_info(device)[0]
+    if free < bytes_needed:
+        pytest.skip(f"needs {bytes_needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free")
+    return big
+
+
 def test_relu_bwd_beyond_2_31_elements(device):
-    pixels = huge(device, 2**26 + 3, 300, 12e9)
-    dy = torch.randn(1, 1, pixels, 40, device=device, dtype=torch.bfloat16)
+    pixels, run = huge(device, 2**26 + 3, 300, 12e9), operator("relu_bwd", device)
+    dy = torch.randn(1, 1, pixels, 40, device=device, dtype=BF16)
     mask = torch.randint(256, (1, 1, pixels, 5), device=device).byte()
-    dz = torch.full_like(dy, float("nan"))
-    ops.relu_bwd(dy, mask=mask, dz=dz)
+    (dz,) = poisoned_like(dy)
+    run(dy, mask=mask, dz=dz)
     tail = slice(pixels - 100, pixels)
-    want = torch.full_like(dy[:, :, tail], float("nan"))
-    ops.relu_bwd(dy[:, :, tail].contiguous(), mask=mask[:, :, tail].contiguous(), dz=want)
-    assert torch.equal(dz[:, :, tail], want)
+    alone = torch.full_like(dy[:, :, tail], float("nan"))
+    run(dy[:, :, tail].contiguous(), mask=mask[:, :, tail].contiguous(), dz=alone)
+    assert torch.equal(dz[:, :, tail], alone)
     assert not dz.isnan().any()
 
 
 def test_relu_pool_bwd_beyond_2_31_elements(device):
     n = huge(device, 140, 3, 12e9)
     size = 512 if n > 3 else 6
-    dy = torch.randn(n, size // 2, size // 2, 64, device=device, dtype=torch.bfloat16)
+    dy = torch.randn(n, size // 2, size // 2, 64, device=device, dtype=BF16)
     code = torch.zeros(n, size // 2, size // 2, 32, dtype=torch.uint8, device=device)
     code[-1] = 0x31
-    dz = torch.full((n, size, size, 64), float("nan"), device=device, dtype=torch.bfloat16)
-    ops.relu_pool_bwd(dy, code=code, pool=MAX, height=size, width=size, row0=0, dz=dz)
+    dz = torch.full((n, size, size, 64), float("nan"), device=device, dtype=BF16)
+    operator("relu_pool_bwd", device)(
+        dy, code=code, pool=MAX, height=size, width=size, row0=0, dz=dz
+    )
     assert torch.equal(dz[-1, ::2, 1::2, ::2], dy[-1, ..., ::2])  # winner 1
     assert torch.equal(dz[-1, 1::2, 1::2, 1::2], dy[-1, ..., 1::2])  # winner 3
     assert torch.equal(dz[-2, ::2, ::2], dy[-2])
@@ -248,18 +204,39 @@ def test_relu_pool_bwd_beyond_2_31_elements(device):
 def test_softmax_bwd_beyond_2_31_elements(device, kind):
     n, c, size = huge(device, (16, 1203, 512), (2, 200, 6), 36e9)
     layout = torch.channels_last if kind == "channels_last" else torch.contiguous_format
-    x = torch.empty(n, c, size, size, device=device, dtype=torch.bfloat16, memory_format=layout)
-    dx = torch.full_like(x, float("nan"))
-    dy = torch.empty(n, size, size, c, device=device, dtype=torch.bfloat16)
-    x.normal_()
-    dy.normal_()
+    x = torch.empty(n, c, size, size, device=device, dtype=BF16, memory_format=layout).normal_()
+    dy = torch.empty(n, size, size, c, device=device, dtype=BF16).normal_()
     lse = torch.stack([image.float().logsumexp(0) for image in x])
-    scale = torch.rand(n, device=device)
-    whole = {"activation": SOFTMAX, "temperature": 1.0, "row0": 0, "rows": size}
-    ops.softmax_bwd(x, lse=lse, dy=dy, scale=scale, dx=dx, **whole)
-    alone = torch.full_like(x[-1:], float("nan"))
-    ops.softmax_bwd(x[-1:], lse=lse[-1:], dy=dy[-1:], scale=scale[-1:], dx=alone, **whole)
+    scale, (dx,) = torch.rand(n, device=device), poisoned_like(x)
+    how = {"activation": SOFTMAX, "temperature": 1.0, "row0": 0, "rows": size}
+    run = operator("softmax_bwd", device)
+    run(x, dx=dx, lse=lse, dy=dy, scale=scale, **how)
+    (alone,) = poisoned_like(x[-1:])
+    run(x[-1:], dx=alone, lse=lse[-1:], dy=dy[-1:], scale=scale[-1:], **how)
     assert torch.equal(dx[-1:], alone)
     y, d = x[-1].float().softmax(0), dy[-1].permute(2, 0, 1).float()
-    want = scale[-1] * y * (d - (y * d).sum(0))
-    torch.testing.assert_close(alone[0].float(), want, rtol=2**-7, atol=1e-6)
+    wanted = scale[-1] * y * (d - (y * d).sum(0))
+    torch.testing.assert_close(alone[0].float(), wanted, rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("classes", [150, 1203])
+def test_conv_block_logits_beyond_2_31_elements(device, architecture, classes):
+    """The last image's gradient is what that image alone gives."""
+    run = operator("conv_block_logits_bwd", device)
+    n, (h, w) = huge(device, (60 if classes == 150 else 8, (512, 512)), (2, (10, 18)), 30e9)
+    block = Block(c_in=classes, h=2, w=2)  # its weight; maps of this size are made there
+    x = torch.empty(n, classes, h, w, device=device).normal_(std=3)
+    dy = torch.randn(n, h // 2, w // 2, 64, device=device).to(BF16)
+    code = codes(1, h // 2, w // 2, 64).to(device).expand(n, -1, -1, -1).contiguous()
+    options = {
+        "w": pack_weights(block.weight).to(device), "pool": MAX, "stride": 1, "dy_row0": 0,
+        "allow_tf32": False, "activation": SOFTMAX, "temperature": 1.0, "row0": 0, "rows": h,
+        "lse": x.logsumexp(1), "scale": torch.rand(n, device=device) + 0.5, "code": code,
+    }  # fmt: skip
+    dx, last = torch.full_like(x, float("nan")), slice(n - 1, n)
+    run(dy, x=x, dx=dx, **options)
+    (alone,) = poisoned_like(x[last])
+    cut = {key: options[key][last] for key in ("lse", "scale", "code")}
+    run(dy[last], x=x[last], dx=alone, **options | cut)
+    assert torch.equal(dx[last], alone)
+    assert alone.isfinite().all()

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 import triton
+from gpl_fast.chain import stages
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from gpl_fast import LossNet, chain, plan
-from gpl_fast.chain import stages
 from gpl_fast.kernels import conv_block, launch
 
 FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16

@@ -14,6 +14,8 @@ import cpu_tests
 import pytest
 import torch
 from cases import error, value_and_grad
+from gpl_fast.chain import stages
+from gpl_fast.chain.branch import GRID
 from program_order import ORDERS, backward, program_order, shuffled
 from saved import left_by, unpack_code, unpack_mask
 from strategies import Case
@@ -29,8 +31,6 @@ from gpl_fast import (
     chain,
     plan,
 )
-from gpl_fast.chain import stages
-from gpl_fast.chain.branch import GRID
 from gpl_fast.kernels import conv_block
 from gpl_fast.tiles import Tile
 

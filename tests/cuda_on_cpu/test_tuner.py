@@ -1,38 +1,20 @@
-"""What waits for a GPU, once on the CPU's emulation of one: tests/gpu and the tuner."""
+"""The tuner of the backward, which waits for a GPU, once on the CPU's emulation of one."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from gpl_fast.chain import data_gradient
 
 from gpl_fast import ops
-from gpl_fast.chain import data_gradient
 
 if (reason := ops.load()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
 ROOT = Path(__file__).resolve().parents[2]
-CHOSEN = "not dtype0 and not dtype2"  # bfloat16
-
-
-@pytest.mark.timeout(1800)
-def test_the_tests_of_a_gpu(emulated):
-    (library,) = [path for path in torch.ops.loaded_libraries if "emulated" in path]
-    command = [sys.executable, "-m", "pytest", "-c", "tests/gpu/pytest.ini", "-m", "gpu", "-p",
-               "no:cacheprovider", "tests/gpu/test_conv_block_bwd.py", "-k", CHOSEN]  # fmt: skip
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    given = {"GPL_FAST_TEST_DEVICE": "cpu", "GPL_FAST_TEST_OPERATORS": library, "PYTHONPATH": paths}
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env=os.environ | given, check=False
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert int(done.stdout.split(" passed")[0].split()[-1]) >= 30, done.stdout[-2000:]
 
 
 @pytest.fixture

@@ -1,23 +1,19 @@
-"""A block's backward: random saved tensors, the kernels on them, and the truth in float64."""
+"""A block's backward: random saved tensors, the call on them, and the truth in float64."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from definitions import BF16, FLOAT, MAX, NO_POOL, SOFTMAX, activate, check, poisoned, poisoned_like
 from saved import log_sum_exp, pack_code, pack_mask
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX, AVG, NO_POOL = 0, 1, 2
-NONE, SOFTMAX, SIGMOID = 0, 1, 2
-# Added to twice PyTorch's own error, relative to the result's largest value.
-ATOL = {torch.float32: 1e-6, torch.bfloat16: 1e-5, torch.float16: 1e-6}
-
 
 def pack_weights(w: Tensor) -> Tensor:
-    """(C_out, C_in, K, K) -> [K * K, padded C_out, padded C_in], flipped."""
+    """(C_out, C_in, K, K) -> (K * K, padded C_out, padded C_in), flipped."""
     packed = w.flip(2, 3).permute(2, 3, 0, 1).flatten(0, 1)
     return F.pad(packed, (0, -w.shape[1] % 8, 0, -w.shape[0] % 64)).contiguous()
 
@@ -38,7 +34,7 @@ class Block:
     k: int = 3
     stride: int = 1
     pool: int = MAX
-    dtype: torch.dtype = torch.bfloat16
+    dtype: torch.dtype = BF16
     tf32: bool = False
     relu: bool = True
     weight: Tensor = field(init=False)
@@ -81,27 +77,30 @@ class Block:
         size = (self.n, self.c_in, self.h, self.w)
         return torch.nn.grad.conv2d_input(size, w, dz, stride=self.stride, padding=self.k // 2)
 
-    def arguments(self) -> dict:
-        """What every call needs; the tensors behind the addresses stay with the caller."""
-        dy = nhwc(self.dy)
-        self.held = [dy, self.code, pack_weights(self.weight)]
+    def arguments(self) -> dict[str, Any]:
+        """All but the first and the output, of both stages."""
         return {
-            "N": self.n, "H": self.h, "W": self.w, "C_in": self.c_in, "C_out": self.c_out,
-            "K": self.k, "stride": self.stride, "strip": (0, self.h),
-            "dy_strip": (0, dy.shape[1]), "pool": self.pool, "dtype": DTYPES.index(self.dtype),
-            "allow_tf32": self.tf32, "dy": dy.data_ptr(),
-            "code": None if self.code is None else self.code.data_ptr(),
-            "w": self.held[2].data_ptr(), "dy_image_stride": dy.stride(0),
-            "code_image_stride": 0 if self.code is None else self.code.stride(0),
+            "code": self.code, "w": pack_weights(self.weight), "pool": self.pool,
+            "stride": self.stride, "dy_row0": 0, "allow_tf32": self.tf32,
         }  # fmt: skip
 
-    def run(self, kernels, **changed) -> Tensor:
-        """The kernel's dx, (N, C_in, rows, W), from memory poisoned beforehand."""
-        arguments = self.arguments() | changed
-        rows = arguments["strip"][1]
-        dx = torch.full((self.n, rows, self.w, self.c_in), float("nan"), dtype=self.dtype)
-        kernels.conv_block_bwd(arguments | {"dx": dx.data_ptr(), "dx_image_stride": dx.stride(0)})
+    def run(
+        self,
+        stages: Any,
+        strip: tuple[int, int] | None = None,
+        dy: Tensor | None = None,
+        **changed: Any,
+    ) -> Tensor:
+        """dx, (N, C_in, rows, W), from memory poisoned beforehand."""
+        row0, rows = strip or (0, self.h)
+        dx = poisoned(self.n, rows, self.w, self.c_in, dtype=self.dtype)
+        arguments = self.arguments() | {"height": self.h, "row0": row0, "dx": dx} | changed
+        stages.conv_block_bwd(nhwc(self.dy) if dy is None else dy, **arguments)
         return dx.permute(0, 3, 1, 2)
+
+    def check(self, ours: Tensor) -> None:
+        """Against float64."""
+        check(ours, self.dx(self.dtype), self.dx(torch.float64), self.dtype)
 
 
 @dataclass
@@ -111,7 +110,7 @@ class Logits:
     block: Block
     activation: int = SOFTMAX
     temperature: float = 1.0
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype = FLOAT
     channels_last: bool = False
     peak: float = 0.0  # raises one class of each pixel
     masked: bool = False
@@ -140,9 +139,7 @@ class Logits:
     def dx(self, dy: Tensor) -> Tensor:
         """Eq. (5) and the cross-entropy's gradient by autograd, in dy's dtype."""
         x = self.x.to(dy.dtype).requires_grad_()
-        y = x / self.temperature
-        y = y.softmax(1) if self.activation == SOFTMAX else y
-        y = y.sigmoid() if self.activation == SIGMOID else y
+        y = activate(x, self.activation, self.temperature)
         seed = self.scale.to(dy.dtype).view(-1, 1, 1, 1) * dy
         (dx,) = torch.autograd.grad(y, x, seed)
         if self.valid is not None:
@@ -158,26 +155,23 @@ class Logits:
         total = (each * self.ce_scale.to(dy.dtype).view(-1, 1, 1)).sum()
         return dx + torch.autograd.grad(total, x)[0]
 
-    def run(self, kernels, **changed) -> Tensor:
-        """The kernel's gradient, from memory poisoned beforehand, in x's layout."""
-        dx = torch.full_like(self.x, float("nan"))
+    def run(self, stages: Any, strip: tuple[int, int] | None = None) -> Tensor:
+        """The gradient, from memory poisoned beforehand, in x's layout."""
+        (dx,), (row0, rows) = poisoned_like(self.x), strip or (0, self.block.h)
         own_lse = self.activation != SOFTMAX or self.temperature != 1.0
         lse, ce_lse = (log_sum_exp(self.x, t).float() for t in (self.temperature, 1.0))
-        logits = {
-            "activation": self.activation, "temperature": self.temperature,
-            "x_dtype": DTYPES.index(self.dtype), "x": self.x.data_ptr(),
-            "x_strides": self.x.stride(), "lse": lse.data_ptr(), "scale": self.scale.data_ptr(),
-            "valid": None if self.valid is None else self.valid.data_ptr(),
-            "own_lse": own_lse, "dx": dx.data_ptr(), "dx_strides": dx.stride(),
-        }  # fmt: skip
+        options = {"lse": lse, "valid": self.valid}
         if self.labels is not None:
-            logits |= {
-                "ce_labels": self.labels.data_ptr(),
-                "class_weight": None if self.weight is None else self.weight.data_ptr(),
-                "label_smoothing": self.label_smoothing, "ce_scale": self.ce_scale.data_ptr(),
-                "ce_lse": (ce_lse if own_lse else lse).data_ptr(),
+            options |= {
+                "ce_labels": self.labels, "ce_lse": ce_lse if own_lse else None,
+                "ce_scale": self.ce_scale, "class_weight": self.weight,
+                "label_smoothing": self.label_smoothing,
             }  # fmt: skip
-        kernels.conv_block_bwd(self.block.arguments() | changed | {"logits": logits})
+        stages.conv_block_logits_bwd(
+            nhwc(self.block.dy), **self.block.arguments(), x=self.x, scale=self.scale,
+            activation=self.activation, temperature=self.temperature, row0=row0, rows=rows, dx=dx,
+            **options,
+        )  # fmt: skip
         return dx
 
     def check(self, ours: Tensor) -> None:
@@ -186,9 +180,3 @@ class Logits:
         plain = self.dx(self.block.dx(dtype).float()).to(self.dtype)
         coarse = max(dtype, self.dtype, key=lambda d: torch.finfo(d).eps)
         check(ours, plain, self.dx(self.block.dx(torch.float64)), coarse)
-
-
-def check(ours: Tensor, plain: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
-    """err(ours) <= 2 err(plain) + atol in the largest error; NaN anywhere fails."""
-    bound = 2 * (plain.double() - truth).abs().max() + ATOL[dtype] * max(1, truth.abs().max())
-    assert (ours.double() - truth).abs().max() <= bound

@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 import torch
 import triton
 from hazards import overwritten, unfenced
@@ -44,6 +45,11 @@ INSTRUCTIONS = {
     "float atomic": r"\b(?:atom|red)\.[\w.]*\.f(?:16|16x2|32|64)\b|\bglobal_atomic_add_f",
 }
 
+if triton.knobs.runtime.interpret:
+    raise pytest.UsageError(
+        "what compiles Triton's kernels needs a process of its own, but TRITON_INTERPRET is set to "
+        "interpret: run the folder alone and without it"
+    )
 
 _RUN = JITFunction.run
 

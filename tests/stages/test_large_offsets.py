@@ -11,11 +11,17 @@ import importlib
 
 import pytest
 import torch
-from program_order import program_order
 from torch import Tensor
 
-from gpl_fast import kernels
+pytest.importorskip("triton")
+from program_order import program_order
+
 from gpl_fast.tiles import Tile
+
+pytestmark = [
+    pytest.mark.only("triton"),
+    pytest.mark.needs("conv_block_fwd"),  # Triton's own, which has the others, too
+]
 
 FAR = 2**31
 BF16, FLOAT, BYTE = torch.bfloat16, torch.float32, torch.uint8
@@ -57,14 +63,14 @@ def far_images(sparse, *shape: int, dtype: torch.dtype) -> Tensor:
 LONG, WIDE, DEEP = 2**14, 64, 2304  # a bit more than 2^31 elements
 
 
-def test_softmax_pack_within_an_image(sparse):
+def test_softmax_pack_within_an_image(stages, sparse):
     x, target, y, delta = (sparse(1, LONG, WIDE, DEEP, dtype=BF16) for _ in range(4))
     assert x.numel() > FAR
     x, target = x.permute(0, 3, 1, 2), target.permute(0, 3, 1, 2)
     x[0, -3:, -1] = 4 * torch.randn(3, WIDE).to(BF16)
     target[0, -2, -1] = 6
     lse = torch.zeros(1, LONG, WIDE)
-    kernels.softmax_pack_fwd(
+    stages.softmax_pack_fwd(
         x, activation=1, target_activation=1, temperature=1.0, row0=0, rows=LONG, core0=0,
         core_rows=LONG, target=target, from_target=BRANCH, y=y, delta=delta, lse=lse,
     )  # fmt: skip
@@ -77,13 +83,13 @@ def test_softmax_pack_within_an_image(sparse):
     assert y[0, -1, :, -3:].ne(y[0, -1, :, :1]).any()
 
 
-def test_softmax_bwd_within_an_image(sparse):
+def test_softmax_bwd_within_an_image(stages, sparse):
     x, dx, dy = (sparse(1, LONG, WIDE, DEEP, dtype=BF16) for _ in range(3))
     x, dx = x.permute(0, 3, 1, 2), dx.permute(0, 3, 1, 2)
     x[0, -3:, -1], dy[0, -1, :, -4:] = 8.0, torch.randn(WIDE, 4).to(BF16)
     lse = torch.zeros(1, LONG, WIDE)
     lse[0, -1] = x[0, :, -1].float().logsumexp(0)
-    kernels.softmax_bwd(
+    stages.softmax_bwd(
         x, activation=1, temperature=1.0, row0=0, rows=LONG, dx=dx, lse=lse, dy=dy,
         scale=torch.ones(1),
     )  # fmt: skip
@@ -94,7 +100,7 @@ def test_softmax_bwd_within_an_image(sparse):
 
 
 @pytest.mark.parametrize("descriptors", [False, True])
-def test_conv_block_within_an_image(descriptors, sparse):
+def test_conv_block_within_an_image(stages, descriptors, sparse):
     """1 x 1, so that the last rows depend on themselves alone; δ doubles the first channels."""
     h, w, c = 2**14, 2**11, 72
     assert h * w * c > FAR
@@ -102,9 +108,9 @@ def test_conv_block_within_an_image(descriptors, sparse):
     a, d, y, delta = (sparse(1, h, w, c, dtype=BF16) for _ in range(4))
     a[0, -1, -64:], d[0, -1, -64:] = torch.randn(64, c).to(BF16), torch.randn(64, c).to(BF16)
     mask = sparse(1, h, w, 9, dtype=BYTE)
-    kernels.conv_block_fwd(
-        a, d=d, weight=torch.eye(c).to(BF16), from_target=BRANCH, kernel_size=1, stride=1,
-        relu=True, pool=2, pad_h=0, row0=0, image_rows=h, tile=tile, y=y, delta=delta, code=mask,
+    stages.conv_block_fwd(
+        a, weight=torch.eye(c).to(BF16), kernel_size=1, stride=1, relu=True, pool=2, pad_h=0,
+        row0=0, image_rows=h, tile=tile, d=d, from_target=BRANCH, y=y, delta=delta, code=mask,
     )  # fmt: skip
     here, less = a[0, -1, -64:].float(), d[0, -1, -64:].float()
     assert torch.equal(y[0, -1, -64:], a[0, -1, -64:].relu())
@@ -114,35 +120,35 @@ def test_conv_block_within_an_image(descriptors, sparse):
     assert torch.equal(bits.flatten(1).bool(), here > 0)
 
 
-def test_pools_within_an_image(sparse):
+def test_pools_within_an_image(stages, sparse):
     h, w, c = 2**13, 2**7, 2304
     z, back = (sparse(1, h, w, c, dtype=BF16) for _ in range(2))
     assert z.numel() > FAR
     y = sparse(1, h // 2, w // 2, c, dtype=BF16)
     code = sparse(1, h // 2, w // 2, c // 2, dtype=BYTE)
     z[0, -2:, :, -256:] = torch.randn(2, w, 256).to(BF16)
-    kernels.relu_pool_fwd(z, pool=0, y=y, code=code)
+    stages.relu_pool_fwd(z, pool=0, y=y, code=code)
     corner = z[0, -2:, -2:, -128:].flatten(0, 1)
     assert torch.equal(y[0, -1, -1, -128:], corner.amax(0).relu())
-    kernels.relu_pool_bwd(y, code=code, pool=0, height=h, width=w, row0=0, dz=back)
+    stages.relu_pool_bwd(y, code=code, pool=0, height=h, width=w, row0=0, dz=back)
     won = (corner == corner.amax(0)) & (corner > 0)
     assert torch.equal(back[0, -1, -1, -128:], corner[3].where(won[3], 0.0))
 
 
-def test_relu_of_flat_elements(sparse):
+def test_relu_of_flat_elements(stages, sparse):
     rows, c = 2**13, 2**18 + 64
     z, y, back = (sparse(1, 1, rows, c, dtype=BF16) for _ in range(3))
     assert z.numel() > FAR
     mask = sparse(1, 1, rows, c // 8, dtype=BYTE)
     z[0, 0, -16:, -64:] = torch.randn(16, 64).to(BF16)
-    kernels.relu_fwd(z, y=y, mask=mask)
+    stages.relu_fwd(z, y=y, mask=mask)
     assert torch.equal(y[0, 0, -16:, -64:], z[0, 0, -16:, -64:].relu())
-    kernels.relu_bwd(z, mask=mask, dz=back)
+    stages.relu_bwd(z, mask=mask, dz=back)
     assert torch.equal(back[0, 0, -16:, -64:], z[0, 0, -16:, -64:].relu())
     assert back[0, 0, -16:, -64:].any()
 
 
-def test_label_conv_in_a_large_table(sparse):
+def test_label_conv_in_a_large_table(stages, sparse):
     """One pixel has a neighbour with a class: the last tap's row of the last class."""
     classes, c_out = 2**18, 1024
     table = sparse(9, classes, c_out, dtype=BF16)
@@ -153,14 +159,14 @@ def test_label_conv_in_a_large_table(sparse):
     z, dz = torch.zeros(1, 1, 2, c_out), torch.zeros(1, 1, 2, c_out)
     interior = torch.zeros(1, c_out).expand(classes, c_out)
     taken = torch.zeros(1, 2, 2, dtype=BYTE)
-    kernels.label_conv_fwd(
+    stages.label_conv_fwd(
         labels, table=table, interior=interior, from_target=BRANCH, taken=taken, taken_row0=0,
         row0=0, z=z, dz=dz,
     )  # fmt: skip
     assert torch.equal(dz[0, 0, 0, -64:], -table[-1, -1, -64:].float())
 
 
-def test_diff_reduce_of_a_long_image(sparse, monkeypatch):
+def test_diff_reduce_of_a_long_image(stages, sparse, monkeypatch):
     module, partials = importlib.import_module("gpl_fast.kernels.diff_reduce"), []
     shipped = module.launch
 
@@ -171,14 +177,14 @@ def test_diff_reduce_of_a_long_image(sparse, monkeypatch):
     monkeypatch.setattr(module, "launch", launch)
     delta = sparse(1, FAR + 9000, dtype=BF16)
     delta[0, -5:] = torch.arange(1, 6)
-    kernels.diff_reduce_fwd(delta)
+    stages.diff_reduce_fwd(delta)
     assert partials[0][0, -1] == 55
 
 
 # ------------------------------------------------------------------------------ image to image
 
 
-def test_maps_whose_images_are_far_apart(sparse):
+def test_maps_whose_images_are_far_apart(stages, sparse):
     """The last row of the last image of every map and code, against the same of one image alone."""
     a, d, back = (far_images(sparse, 4, 4, 8, dtype=BF16) for _ in range(3))
     y, delta = (far_images(sparse, 2, 2, 8, dtype=BF16) for _ in range(2))
@@ -186,14 +192,14 @@ def test_maps_whose_images_are_far_apart(sparse):
     a[2], d[2] = torch.randn(2, 4, 4, 8).to(BF16)
 
     def block(a, d, y, delta, code):
-        kernels.conv_block_fwd(
-            a, d=d, weight=torch.eye(8).to(BF16), from_target=BRANCH.expand(len(a)).contiguous(),
-            kernel_size=1, stride=1, relu=True, pool=0, pad_h=0, row0=0, image_rows=4,
-            tile=Tile(8, 8, 16, 8, 4, 1, False), y=y, delta=delta, code=code,
+        stages.conv_block_fwd(
+            a, weight=torch.eye(8).to(BF16), kernel_size=1, stride=1, relu=True, pool=0, pad_h=0,
+            row0=0, image_rows=4, tile=Tile(8, 8, 16, 8, 4, 1, False), d=d,
+            from_target=BRANCH.expand(len(a)).contiguous(), y=y, delta=delta, code=code,
         )  # fmt: skip
 
     def pool(a, d, y, delta, code):
-        kernels.relu_pool_diff_fwd(
+        stages.relu_pool_diff_fwd(
             a, dz=d, from_target=BRANCH.expand(len(a)).contiguous(), pool=0, y=y, delta=delta,
             code=code,
         )  # fmt: skip
@@ -209,15 +215,14 @@ def test_maps_whose_images_are_far_apart(sparse):
             far[2, -1] = 0
     for far, near in zip((y, code), (one[0], one[2]), strict=True):
         far[2] = near[0]
-    rows = {"pool": 0, "height": 4, "width": 4, "row0": 0}
-    kernels.relu_pool_bwd(y, code=code, **rows, dz=back)
+    stages.relu_pool_bwd(y, code=code, pool=0, height=4, width=4, row0=0, dz=back)
     near_back = torch.zeros(1, 4, 4, 8, dtype=BF16)
     with program_order(lambda programs: programs):
-        kernels.relu_pool_bwd(one[0], code=one[2], **rows, dz=near_back)
+        stages.relu_pool_bwd(one[0], code=one[2], pool=0, height=4, width=4, row0=0, dz=near_back)
     assert torch.equal(back[2, -1], near_back[0, -1])
 
 
-def test_logits_whose_images_and_channels_are_far_apart(sparse):
+def test_logits_whose_images_and_channels_are_far_apart(stages, sparse):
     x, dx = (
         sparse(2, 3, 1, 8, dtype=BF16, image_stride=3 * FAR // 2).as_strided(
             (2, 3, 1, 8), (8, FAR // 2, 8, 1)
@@ -226,13 +231,13 @@ def test_logits_whose_images_and_channels_are_far_apart(sparse):
     )
     x[1] = torch.randn(3, 1, 8).to(BF16)
     y, lse = far_images(sparse, 1, 8, 8, dtype=BF16), torch.zeros(3, 1, 8)
-    kernels.softmax_pack_fwd(
+    stages.softmax_pack_fwd(
         x, activation=1, target_activation=1, temperature=1.0, row0=0, rows=1, core0=0,
         core_rows=1, y=y[1:], lse=lse[:2],
     )  # fmt: skip
     probabilities = x[1, :, 0].float().softmax(0).t()
     torch.testing.assert_close(y[2, 0, :, :3].float(), probabilities, rtol=0.01, atol=1e-6)
-    kernels.softmax_bwd(
+    stages.softmax_bwd(
         x, activation=1, temperature=1.0, row0=0, rows=1, dx=dx, lse=lse[:2], dy=y[1:],
         scale=torch.ones(2),
     )  # fmt: skip
@@ -241,18 +246,18 @@ def test_logits_whose_images_and_channels_are_far_apart(sparse):
     torch.testing.assert_close(dx[1, :, 0].float(), row.grad, rtol=0.02, atol=1e-3)
 
 
-def test_look_ups_into_images_that_are_far_apart(sparse):
+def test_look_ups_into_images_that_are_far_apart(stages, sparse):
     z, dz = (far_images(sparse, 2, 2, 8, dtype=BF16) for _ in range(2))
     table, taken = torch.randn(1, 3, 8), torch.zeros(3, 2, 2, dtype=BYTE)
     labels = torch.randint(3, (3, 2, 2))
-    kernels.label_conv_fwd(
+    stages.label_conv_fwd(
         labels, table=table, interior=table[0], from_target=BRANCH.expand(3).contiguous(),
         taken=taken, taken_row0=0, row0=0, z=z, dz=dz,
     )  # fmt: skip
     assert torch.equal(dz[2, -1], -table[0][labels[2, -1]].to(BF16))
 
 
-def test_lists_whose_ranks_are_far_apart(sparse):
+def test_lists_whose_ranks_are_far_apart(stages, sparse):
     """The third value and index of a pixel begin at 2^31."""
 
     def listed(dtype: torch.dtype) -> Tensor:
@@ -263,7 +268,7 @@ def test_lists_whose_ranks_are_far_apart(sparse):
     values[0, 2], indices[0, 2] = torch.rand(2, 4), torch.randint(3, (2, 4))
     table, taken = torch.randn(1, 3, 8), torch.zeros(1, 2, 4, dtype=BYTE)
     z, dz = torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 4, 8)
-    kernels.topk_conv_fwd(
+    stages.topk_conv_fwd(
         values, topk_indices=indices, table=table, from_target=BRANCH, taken=taken, taken_row0=0,
         row0=0, z=z, dz=dz,
     )  # fmt: skip
@@ -272,7 +277,7 @@ def test_lists_whose_ranks_are_far_apart(sparse):
     assert want.any()
 
     x, y = torch.randn(1, 3, 2, 4), torch.zeros(1, 2, 4, 8)
-    kernels.softmax_pack_fwd(
+    stages.softmax_pack_fwd(
         x, activation=0, target_activation=0, temperature=1.0, row0=0, rows=2, core0=0,
         core_rows=2, topk_values=values, topk_indices=indices, y=y, taken=taken,
     )  # fmt: skip
