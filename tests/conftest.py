@@ -21,15 +21,16 @@ settings.load_profile("gpl_fast")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The cross-section of `make check`: of each file the first test and every sixth after it, the
-    first of its cases; tests/stages chooses its own. What is slow is left out."""
-    functions: dict[Path, dict[object, None]] = collections.defaultdict(dict)
+    last of its cases, which is the fast path's. tests/stages chooses its own; what is slow is left
+    out."""
+    last_cases: dict[Path, dict[object, pytest.Item]] = collections.defaultdict(dict)
     for item in items:
-        of_file, function = functions[item.path], getattr(item, "function", item)
-        first_case = function not in of_file
-        of_file[function] = None
-        chosen = first_case and (len(of_file) - 1) % 6 == 0
-        if chosen and item.path.parent.name != "stages" and not item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.check)
+        if item.path.parent.name != "stages":
+            last_cases[item.path][getattr(item, "function", item)] = item
+    for of_file in last_cases.values():
+        for item in list(of_file.values())[::6]:
+            if not item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.check)
 
 
 def pytest_collection_finish() -> None:

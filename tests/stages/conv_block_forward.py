@@ -234,7 +234,7 @@ def run(stages: Any, case: Case, given: Inputs, **options: Any) -> Output:
     }
     options = {
         "pad_h": case.kernel // 2, "row0": 0, "image_rows": rows, **out,
-        "reduce": case.reduce and case.form != "plain", **options,
+        "reduce": case.reduce and case.form != "plain", "allow_tf32": False, **options,
     }  # fmt: skip
     partial = stages.conv_block_fwd(
         given.a, d=given.d, weight=given.weight, bias=given.bias, from_target=given.from_target,

@@ -68,11 +68,6 @@ def test_every_pair_occurs():
                 assert open_pairs >= len(of_a) * len(of_b) - 3
 
 
-@pytest.fixture(autouse=True)
-def _true_float32(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-
-
 def name(case: pairwise.Case) -> str:
     return "-".join(str(v).removeprefix("torch.") for v in case.values())
 
@@ -116,15 +111,13 @@ def test_corners(stages, corner):
 
 
 @pytest.mark.parametrize("form", ["diff", "labels"])
-def test_tf32(stages, form, monkeypatch):
+def test_tf32(stages, form):
     """What TF32 drops is dropped from the operands beforehand; the rest is float32."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     case = replace(PLAIN, dtype=FLOAT, form=form)
     given = inputs(case, images=2, precision="tf32")
-    check_all(case, given, run(stages, case, given))
+    check_all(case, given, run(stages, case, given, allow_tf32=True))
     given.a += 2**-13  # lost in the product
-    lossy = run(stages, case, given)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    lossy = run(stages, case, given, allow_tf32=True)
     assert not torch.equal(lossy.y, run(stages, case, given).y)
 
 
