@@ -11,7 +11,7 @@ import torch
 from cases import call_of
 
 from gpl_fast import LossNet, ops
-from gpl_fast.fast import policy
+from gpl_fast.fast import measured, policy
 from gpl_fast.net.steps import Step
 from gpl_fast.net.weights import Layout
 
@@ -27,20 +27,20 @@ def row(in_channels, kernel_ms, aten_ms=1.0, **changed):
 
 
 @pytest.fixture
-def measured(monkeypatch, tmp_path):
+def user_rows(monkeypatch, tmp_path):
     """A file of the user's own, which goes before what is shipped."""
     found = [row(64, 0.5), row(96, 2.0), row(19, 0.5, first=True, out_channels=64)]
     (tmp_path / "rows.json").write_text(json.dumps(found))
     monkeypatch.setenv("GPL_FAST_DATA_GRADIENT", str(tmp_path / "rows.json"))
-    policy.rows.cache_clear()
+    measured.rows.cache_clear()
     yield found
-    policy.rows.cache_clear()
+    measured.rows.cache_clear()
 
 
 def test_shipped_rows_carry_their_measurement():
-    policy.rows.cache_clear()
-    for found in policy.rows():
-        assert set(found) == set(policy.Row.__annotations__)
+    measured.rows.cache_clear()
+    for found in measured.rows():
+        assert set(found) == set(measured.Row.__annotations__)
         assert found["kernel_ms"] > 0
         assert found["aten_ms"] > 0
         assert found["measured"]
@@ -66,17 +66,17 @@ def by_kernel(by, dtype, first, *layer):
         ((BF16, True, 21, 64, 3, 1), True),
     ],
 )
-def test_the_faster_of_two_measurements(measured, layer, kernel):
+def test_the_faster_of_two_measurements(user_rows, layer, kernel):
     assert by_kernel("sm_90", *layer) is kernel
 
 
-def test_no_measurement_of_another_gpu_counts(measured):
+def test_no_measurement_of_another_gpu_counts(user_rows):
     layer = BF16, False, 64, 128, 3, 1
     assert not by_kernel("sm_80", *layer)
     assert not by_kernel("avx512", *layer)
 
 
-def test_the_first_layer_behind_an_adapter_ends_in_no_logits(measured):
+def test_the_first_layer_behind_an_adapter_ends_in_no_logits(user_rows):
     net = LossNet.vgg(21, (1,), (64,))
     plain, behind = (call_of(n, dtype=BF16) for n in (net, net.with_input_adapter(21)))
     sm_90 = policy.named("sm_90")
@@ -86,7 +86,7 @@ def test_the_first_layer_behind_an_adapter_ends_in_no_logits(measured):
     assert sm_90.layout(behind, CUDA).backward == ()
 
 
-def test_the_stages_of_a_gpu(measured, monkeypatch):
+def test_the_stages_of_a_gpu(user_rows, monkeypatch):
     """By what the library holds: measured rows do not count where its operators cannot run."""
     properties = SimpleNamespace(total_memory=24 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))

@@ -18,7 +18,7 @@ import pytest
 import gpl_fast
 from gpl_fast import backend, cli, demo, environment, ops, tiles
 from gpl_fast.demo import experiment
-from gpl_fast.fast import policy
+from gpl_fast.fast import measured
 from gpl_fast.tools import bench, info, launches, measure, roofline, workload
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -411,9 +411,9 @@ def test_an_empty_variable_is_an_unset_one(empty, capsys, monkeypatch):
         monkeypatch.setenv(name, empty)
         assert environment.value(name) is None
     assert backend.requested_backend("auto") == "auto"
-    policy.rows.cache_clear()
-    assert isinstance(policy.rows(), list)
-    policy.rows.cache_clear()
+    measured.rows.cache_clear()
+    assert isinstance(measured.rows(), list)
+    measured.rows.cache_clear()
     status, found = shown(capsys)
     assert status == 0
     assert {state["value"] for state in found["environment"].values()} == {None}
@@ -434,12 +434,12 @@ def test_rows_of_one_s_own_are_read_and_their_file_is_named(monkeypatch, tmp_pat
     for text in ('{"arch": 80}', "[1, 2]", "[{", ""):
         path.write_text(text)
         monkeypatch.setenv("GPL_FAST_DATA_GRADIENT", str(path))
-        policy.rows.cache_clear()
+        measured.rows.cache_clear()
         with pytest.raises(ValueError, match=r"GPL_FAST_DATA_GRADIENT: got '.*rows\.json'"):
-            policy.rows()
+            measured.rows()
     path.write_text(json.dumps([RIGHT["GPL_FAST_DATA_GRADIENT"]]))
-    assert policy.rows()[0] == RIGHT["GPL_FAST_DATA_GRADIENT"]
-    policy.rows.cache_clear()
+    assert measured.rows()[0] == RIGHT["GPL_FAST_DATA_GRADIENT"]
+    measured.rows.cache_clear()
 
 
 RIGHT = {
@@ -452,7 +452,7 @@ RIGHT = {
         "kernel_size": 3, "stride": 1, "kernel_ms": 1, "aten_ms": 0.5, "measured": "here",
     },
 }  # fmt: skip
-ROWS = {"GPL_FAST_TILES": tiles.Row, "GPL_FAST_DATA_GRADIENT": policy.Row}
+ROWS = {"GPL_FAST_TILES": tiles.Row, "GPL_FAST_DATA_GRADIENT": measured.Row}
 BAD_VALUES = {
     "arch": ["90", 9.5, True, 0, None],
     "dtype": ["bf16", 16, ["bfloat16"], {}],
