@@ -1,7 +1,7 @@
 """Finds the fastest tile of `conv_block_fwd`, or the faster of the two ways of the data gradient,
 for each layer on the GPU that is there.
 
-Writes rows as gpl_fast/kernels/tiles.json or gpl_fast/chain/data_gradient.json has them, each with
+Writes rows as gpl_fast/tiles.json or gpl_fast/fast/data_gradient.json has them, each with
 its measurement, to a file of your own that ``GPL_FAST_TILES`` or ``GPL_FAST_DATA_GRADIENT`` names
 from then on; nothing is tuned at run time.
 

@@ -143,7 +143,7 @@ VARIABLES = {
         Variable(
             "GPL_FAST_DATA_GRADIENT",
             _ROWS,
-            "rows before those of chain/data_gradient.json",
+            "rows before those of fast/data_gradient.json",
             DATA_GRADIENT,
         ),
         _of_build(

@@ -11,8 +11,8 @@ import torch
 
 from gpl_fast.backend import BACKENDS
 from gpl_fast.input_checks import as_float, as_float_dtype, as_int
+from gpl_fast.stages import ACTIVATIONS
 
-ACTIVATIONS = ("softmax", "sigmoid", "none")
 TARGET_ACTIVATIONS = ("auto", "same", *ACTIVATIONS)
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -64,7 +64,7 @@ class Options:
     texts: Mapping[str, str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        _one_of("activation", self.activation, ACTIVATIONS)
+        _one_of("activation", self.activation, tuple(ACTIVATIONS))
         _one_of("target_activation", self.target_activation, TARGET_ACTIVATIONS)
         _one_of("reduction", self.reduction, REDUCTIONS)
         _one_of("backend", self.backend, BACKENDS)

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from gpl_fast.tiles import Tile
 
-# As enum class Activation and Pool in csrc have them.
-ACTIVATIONS = {"none": 0, "softmax": 1, "sigmoid": 2}
+# As enum class Activation and Pool in csrc have them. The losses take these words.
+ACTIVATIONS = {"softmax": 1, "sigmoid": 2, "none": 0}
 POOLS = {"max": 0, "avg": 1, "": 2}
 
 
