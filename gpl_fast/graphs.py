@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
+
+import torch
 
 T = TypeVar("T")
 
@@ -17,3 +19,13 @@ def constant_in_graphs(function: Callable[..., T]) -> Callable[..., T]:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def constants(numbers: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
+    """`numbers` by name, of which torch.compile may have made symbols of the graph that it traces,
+    as constants of that graph: it guards on their values."""
+    if not torch.compiler.is_compiling():
+        return tuple(numbers.items())
+    from torch.fx.experimental.symbolic_shapes import guard_scalar
+
+    return tuple((name, guard_scalar(number)) for name, number in numbers.items())

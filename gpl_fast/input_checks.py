@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import operator
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, SupportsFloat, SupportsIndex
 
@@ -111,12 +111,13 @@ def as_float(what: str, x: SupportsFloat | str, expected: str = "a number") -> f
         ValueError: anything else, or not finite.
     """
     try:
-        if isinstance(x, bool | str | bytes) or _is_bool(x):
+        # A float first: torch.compile knows little more of one that is a symbol in its graph.
+        if type(x) not in (float, int) and (isinstance(x, bool | str | bytes) or _is_bool(x)):
             raise TypeError
         number = float(x)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ValueError(f"{what}: got {x!r}, expected {expected}") from None
-    if not math.isfinite(number):
+    if not -sys.float_info.max <= number <= sys.float_info.max:  # a guard, which isfinite is not
         raise ValueError(f"{what}: got {x!r}, expected {expected}")
     return number
 

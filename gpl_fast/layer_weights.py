@@ -57,16 +57,6 @@ def as_layers(
     return weights[0], weights[1], tv
 
 
-def as_texts(weights: Mapping[str, float]) -> dict[str, str]:
-    """Weights by layer as a loss holds them, for the same reason as `Options.texts`."""
-    return {name: repr(w) for name, w in weights.items()}
-
-
-def as_numbers(texts: Mapping[str, str]) -> dict[str, float]:
-    """What `as_texts` was given, constants in graphs."""
-    return {name: float(text) for name, text in texts.items()}
-
-
 def _as_weights(what: str, weights: Mapping[str, SupportsFloat]) -> dict[str, float]:
     expected = "finite numbers >= 0, not all 0"
     try:

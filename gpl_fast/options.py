@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, SupportsFloat, SupportsIndex, TypedDict
 
 import torch
@@ -59,9 +59,6 @@ class Options:
     compute_dtype: torch.dtype | None = None
     backend: str = "auto"
     workspace_mb: float | str = "auto"
-    # The numbers as text, on which torch.compile guards: a float that differs between two losses
-    # becomes a symbol in the second one's graph, which no constant can be made of.
-    texts: Mapping[str, str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _one_of("activation", self.activation, tuple(ACTIVATIONS))
@@ -79,8 +76,6 @@ class Options:
             self._set("workspace_mb", megabytes)
         self._set("ignore_index", as_ignore_index(self.ignore_index))
         self._set("compute_dtype", as_float_dtype("compute_dtype", self.compute_dtype))
-        numbers = {"temperature": self.temperature, "workspace_mb": self.workspace_mb}
-        self._set("texts", {name: str(number) for name, number in numbers.items()})
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -93,12 +88,12 @@ class Options:
             TypeError: a keyword that no loss takes, with those that there are.
             ValueError: as `Options`.
         """
-        refuse_unknown(taker, given, option_names())
+        refuse_unknown(taker, given, OPTION_NAMES)
         return cls(**{**defaults, **given})
 
     def changed(self, **defaults: Any) -> str:
         """What differs from the defaults, as a `repr` shows it: ``", name=value"`` each."""
-        usual = {f.name: f.default for f in fields(self) if f.init} | defaults
+        usual = {f.name: f.default for f in fields(self)} | defaults
         words = {name: getattr(self, name) for name in usual}
         return "".join(f", {k}={v!r}" for k, v in words.items() if v != usual[k])
 
@@ -125,23 +120,11 @@ class Options:
         """T of a dense target: a map that is taken as it is beside an activated prediction is not
         divided either."""
         as_it_is = self.target == "none" and self.activation != "none"
-        return 1.0 if as_it_is else self.constant_temperature
-
-    @property
-    def constant_temperature(self) -> float:
-        """`temperature`, a constant in graphs."""
-        return float(self.texts["temperature"])
-
-    @property
-    def constant_workspace(self) -> float | str:
-        """`workspace_mb`, a constant in graphs."""
-        text = self.texts["workspace_mb"]
-        return text if text == "auto" else float(text)
+        return 1.0 if as_it_is else self.temperature
 
 
-def option_names() -> list[str]:
-    """The keywords of `Options`."""
-    return [f.name for f in fields(Options) if f.init]
+# The keywords of `Options`.
+OPTION_NAMES = tuple(f.name for f in fields(Options))
 
 
 def refuse_unknown(taker: str, given: Iterable[str], known: Sequence[str]) -> None:
