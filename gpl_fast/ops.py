@@ -158,15 +158,6 @@ def old_driver(device: torch.device) -> str | None:
     )
 
 
-@functools.cache
-def cpu_arithmetic(dtype: torch.dtype) -> str:
-    """How this CPU's convolutions of maps of `dtype` are computed: `plan.Spec.arithmetic`."""
-    if dtype != torch.bfloat16:
-        return "float32"
-    unit: str = __getattr__("cpu_bfloat16")()
-    return {"none": "float32", "pairs": "mixed", "matrix": "own"}[unit]
-
-
 def _mutating_fake(*args: Any, **kwargs: Any) -> None:
     return None
 
