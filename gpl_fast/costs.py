@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from gpl_fast import parts
 from gpl_fast.fast.plan import Plan
+from gpl_fast.fast.who import Runs
 from gpl_fast.net.lossnet import LossNet
 
 
@@ -24,6 +25,60 @@ class LayerCost:
     shape: tuple[int, int, int, int]
     flops: int
     bytes_saved: int | None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `gpl_fast.explain` found; print it.
+
+    Attributes:
+        backend, reason: which backend runs, and why.
+        compute_dtype: what the network's maps are in.
+        float32_convolutions: they are computed in float32 whatever `compute_dtype` is, as this CPU
+            is no faster in it.
+        flops: multiply-adds counted twice: both forward branches and the data gradient.
+        bytes_saved: what autograd keeps for the backward besides the caller's own tensors and the
+            network's weights: by the saved-tensor contract, or measured on meta tensors.
+        workspace_bytes: bound on transient memory, None where nothing bounds it.
+        layers: the costs by layer; empty for `LossNet.from_module`.
+        who: the functions that run each step on the fast path, forward and backward.
+    """
+
+    backend: str
+    reason: str
+    compute_dtype: torch.dtype
+    flops: int
+    bytes_saved: int
+    workspace_bytes: int | None
+    layers: tuple[LayerCost, ...]
+    float32_convolutions: bool = False
+    who: tuple[Runs, ...] = ()
+
+    def __str__(self) -> str:
+        bound = "unbounded" if self.workspace_bytes is None else _size(self.workspace_bytes)
+        dtype = str(self.compute_dtype).removeprefix("torch.")
+        if self.float32_convolutions and self.compute_dtype != torch.float32:
+            dtype += f" (convolutions in float32: this CPU is no faster in {dtype})"
+        lines = [
+            f"backend        {self.backend} ({self.reason})",
+            f"compute dtype  {dtype}",
+            f"work           {self.flops / 1e9:.2f} GFLOP forward and backward",
+            f"saved          {_size(self.bytes_saved)} for backward",
+            f"workspace      {bound}",
+        ]
+        for layer in self.layers:
+            shape = " x ".join(map(str, layer.shape))
+            saved = "" if layer.bytes_saved is None else f" {_size(layer.bytes_saved):>12} saved"
+            lines.append(f"  {layer.name:<9} {shape:<22} {layer.flops / 1e9:9.2f} GFLOP{saved}")
+        by_layer = [layer.bytes_saved for layer in self.layers if layer.bytes_saved is not None]
+        if by_layer:
+            rest = _size(self.bytes_saved - sum(by_layer))
+            lines.append(f"  {'log-sum-exp, valid pixels':<48} {rest:>12} saved")
+        for half in ("forward", "backward"):
+            lines += [half] if self.who else []
+            order = self.who if half == "forward" else reversed(self.who)
+            lines += [f"  {r.step:<9} {getattr(r, half)}" for r in order if getattr(r, half)]
+        return "\n".join(lines)
 
 
 @torch.inference_mode(False)  # whose tensors no graph could save
@@ -88,3 +143,7 @@ def layer_costs(
         if not missing:
             break
     return tuple(costs)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.2f} MiB"

@@ -6,7 +6,6 @@ What comes in is checked (`gpl_fast.parts`); what goes out is not reduced yet.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +13,10 @@ from torch import Tensor
 from gpl_fast import backend as backends
 from gpl_fast import reference
 from gpl_fast.fast import operator
-from gpl_fast.graphs import constant_in_graphs, constants
+from gpl_fast.graphs import constants
 from gpl_fast.net.lossnet import LossNet
 from gpl_fast.options import Options
+from gpl_fast.precision import accumulation_dtype, has_autocast, no_autocast
 from gpl_fast.targets import Target
 from gpl_fast.terms import CrossEntropy, Terms, Weights
 
@@ -220,7 +220,7 @@ def compute_dtype(pred: Tensor, target: Target, o: Options) -> torch.dtype:
     if target.stored is not None and pred.dtype != torch.float64:
         return torch.float32
     kind = pred.device.type
-    if pred.dtype == torch.float32 and _has_autocast(kind) and torch.is_autocast_enabled(kind):
+    if pred.dtype == torch.float32 and has_autocast(kind) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return pred.dtype
 
@@ -229,22 +229,6 @@ def choose_backend(pred: Tensor, dtype: torch.dtype, net: LossNet, o: Options) -
     """The backend for this prediction and compute dtype; see `gpl_fast.backend`."""
     dtype = torch.float64 if pred.dtype == torch.float64 else dtype
     return backends.choose(o.backend, pred.device, dtype, net)
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of sums, for a prediction in `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def no_autocast(t: Tensor) -> Any:
-    """A context in which operators on `t` keep the dtypes they are given."""
-    kind = t.device.type if _has_autocast(t.device.type) else "cpu"
-    return torch.autocast(kind, enabled=False)
-
-
-@constant_in_graphs  # torch 2.11 cannot trace it
-def _has_autocast(kind: str) -> bool:
-    return torch.amp.is_autocast_available(kind)
 
 
 def _seen(*targets: Target | None) -> int | Tensor:

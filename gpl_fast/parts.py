@@ -11,6 +11,7 @@ from gpl_fast import engine, reference
 from gpl_fast.input_checks import check_prediction
 from gpl_fast.net.lossnet import LossNet
 from gpl_fast.options import Options
+from gpl_fast.precision import accumulation_dtype, no_autocast
 from gpl_fast.targets import (
     TargetFeatures,
     TargetLike,
@@ -58,7 +59,7 @@ def segmentation_parts(
     """The weighted terms of `functional.segmentation_loss`: ``{"loss_ce", "loss_gpl"}``."""
     checked, given = resolve_labels(labels, mask, logits, net, o)
     logits = reference.input_edge(logits)
-    with engine.no_autocast(logits):
+    with no_autocast(logits):
         logits = reference.resize(logits, checked.shape[1:])
     target = resolve_teacher(teacher, checked, given, logits, o, gpl_ignore)
     cross_entropy = None
@@ -124,8 +125,8 @@ def perceptual_parts(
 
 def total_variation(pred: Tensor, valid: Tensor | None, o: Options) -> Tensor:
     """Of the activated prediction (N, C, H, W), where valid (N, H, W): (N,)."""
-    with engine.no_autocast(pred):
-        wide = pred.to(engine.accumulation_dtype(pred.dtype))
+    with no_autocast(pred):
+        wide = pred.to(accumulation_dtype(pred.dtype))
         y = reference.prediction_map(wide, o.activation, o.temperature, valid)
         return reference.total_variation(y, valid)
 
@@ -150,7 +151,7 @@ def encode_target(
         raise TypeError("encode: got TargetFeatures, which are encoded already")
     net.shapes(*resolved.size)
     data = resolved.data
-    dtype = o.compute_dtype or engine.accumulation_dtype(data.dtype)
+    dtype = o.compute_dtype or accumulation_dtype(data.dtype)
     features = engine.target_features(resolved, net, tuple(layers), o, dtype)
     given = normalise_mask(mask, data.shape[0], resolved.size, data.device)
     # Copies: the caller's mask may change, the features would not.

@@ -114,9 +114,11 @@ class _PerceptualTerms(torch.autograd.Function):
     ) -> Tensor:
         terms, saved = torch.ops.gpl_fast.perceptual_fwd(x, list(target), call, True)
         small = label_dtype(x.shape[1])
-        read = [target[i].to(small) if name == "ce_labels" else target[i] for i, name in kept]
-        ctx.save_for_backward(x, *read, *saved)
+        of_target = [target[i].to(small) if name == "ce_labels" else target[i] for i, name in kept]
+        ctx.save_for_backward(x, *of_target, *saved)
         ctx.call, ctx.kept = call, len(kept)
+        if not torch.compiler.is_compiling():  # the network may be gone before the backward
+            ctx.weights = weights.of(read(call).network)
         return terms  # type: ignore[no-any-return]
 
     @staticmethod
