@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from gpl_fast import parts
-from gpl_fast.explain import Explanation, explain
+from gpl_fast.costs import Explanation
+from gpl_fast.explain import explain
 from gpl_fast.input_checks import as_int
 from gpl_fast.layer_weights import level_taps
 from gpl_fast.net.initialisation import Init

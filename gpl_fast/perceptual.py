@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gpl_fast import parts
-from gpl_fast.explain import Explanation, explain
+from gpl_fast.costs import Explanation
+from gpl_fast.explain import explain
 from gpl_fast.layer_weights import as_layers
 from gpl_fast.net.lossnet import LossNet
 from gpl_fast.options import OPTION_NAMES, LabelWords, Options, refuse_unknown

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch._guards import active_fake_mode
 
 from gpl_fast import parts, streams
-from gpl_fast.explain import Explanation, explain_segmentation
+from gpl_fast.costs import Explanation
+from gpl_fast.explain import explain_segmentation
 from gpl_fast.input_checks import (
     as_class_weight,
     as_label_smoothing,

@@ -1,7 +1,7 @@
 """Transient memory: named buffers, whose sum is the bound.
 
 The walks take their memory by these names (`chunk.Chunk.take`); one that asks for more than is
-planned fails.
+planned fails. The other names stand for what ATen's operators make on the way.
 """
 
 from __future__ import annotations
@@ -10,14 +10,22 @@ import math
 
 import torch
 
+<<<<<<< HEAD
 from gpl_fast.fast.geometry import Segments
+=======
+from gpl_fast.fast.convolution_memory import transposed_windows, weight_bytes, windows
+>>>>>>> wt-inner
 from gpl_fast.fast.policy import Way
+from gpl_fast.fast.strip import Shape, Strip, channels_in
 from gpl_fast.net.weights import padded_channels
 
 # The weights for tiles of 4 x 4 take at most this part of the workspace.
 WINOGRAD_SHARE = 8
 
-Rows = tuple[int, ...]
+# Pixels of an image that `branch` looks at: rows, columns.
+GRID = (16, 64)
+
+Rows = Shape  # of a strip of each segment
 
 
 def bytes_of(shape: tuple[int, ...], dtype: torch.dtype) -> int:
@@ -32,6 +40,7 @@ class Buffers(dict[str, int]):
         self[name] = max(self.get(name, 0), bytes_of(shape, dtype))
 
 
+<<<<<<< HEAD
 class Strip:
     """Shapes of a strip of segment i: of ``rows[i]`` rows, of `images` images."""
 
@@ -57,18 +66,25 @@ class Strip:
 
 
 def forward(plan: Segments, i: int, images: int, rows: Rows) -> Buffers:
+=======
+def forward(plan: Plan, i: int, images: int, rows: Rows) -> Buffers:
+>>>>>>> wt-inner
     """What the forward walk holds in segment i besides what it saves."""
     s, call, dtype, n = Strip(plan, i, images, rows), plan.call, plan.dtype, images
     both = 1 if call.plain else 2
     out = Buffers(weights=_weights(plan, i, backward=False))
+    if call.cross_entropy:
+        out.need("ce", (plan.n, plan.h, 2), torch.float64)
+    if call.looked_up and not call.front and plan.policy.weight_dtype(dtype) != torch.float32:
+        step = plan.steps[0]
+        table = (step.kernel_size**2, call.chain.in_channels, step.out_channels)
+        out.need("table", table, torch.float32)
     if i == 0:
         _first_maps(out, s)
     else:
-        c_in = plan.steps[s.segment[0]].in_channels
-        out.need("level.in", (both, n, s.first.h + 2 * s.halo, s.first.w, c_in), dtype)
-    c_out = plan.steps[s.segment[-1]].out_channels
+        out.need("level.in", (both, *s.level_in(s.halo)), dtype)
     if not s.ends:
-        out.need("level.out", (both, n, s.last.out_h + 2 * s.pad, s.last.out_w, c_out), dtype)
+        out.need("level.out", (both, *s.level_out(s.pad)), dtype)
     for j in s.segment:
         step, size, how = plan.steps[j], plan.sizes[j], plan.how[j]
         tall, conv = s.conv_rows(j)
@@ -79,15 +95,18 @@ def forward(plan: Segments, i: int, images: int, rows: Rows) -> Buffers:
             if j != s.segment[-1] or s.ends:
                 out.need(f"z{j % 2}", made, dtype)
         else:
-            wide = torch.float32 if how.prediction.tile else how.prediction.dtype
-            out.need(f"z{j % 2}", made, wide)
-            if not how.prediction.tile and how.prediction.dtype != dtype:  # a copy for ATen
-                out.need("wide", (both, n, tall, size.w, _padded_in(plan, j)), torch.float32)
+            way, taken = how.prediction, (both, n, tall, size.w, channels_in(plan, j))
+            out.need(f"z{j % 2}", made, torch.float32 if way.tile else way.dtype)
+            if j == s.segment[0] and not way.tile and way.dtype != dtype:
+                out.need("wide", taken, torch.float32)
+            out.need("windows", windows(plan, j, way, taken, made), way.dtype)
             if step.pool and s.ends:
-                pooled = (2, n, -(-s.rows // 2), size.out_w, step.out_channels)
-                out.need("pooled", pooled, dtype)
-        for tap in {step.conv, step.relu, step.pool} & call.styled:
-            _style(out, s, j, tap)
+                out.need("pooled", (2, n, -(-s.rows // 2), size.out_w, step.out_channels), dtype)
+        for tap in {step.conv, step.relu, step.pool} & set(call.taps):
+            _tapped(out, s, j, tap)
+    if s.ends:  # squares of what the terms are made of
+        for tap in call.styled:
+            out.need("grams", (2, n, *plan.tap_shape(tap)[3:] * 2), torch.float64)
     return out
 
 
@@ -95,9 +114,10 @@ def _first_maps(out: Buffers, s: Strip) -> None:
     """What the network's input is made of."""
     plan, call, n = s.plan, s.plan.call, s.n
     c, w = call.chain.in_channels, s.first.w
-    tall = s.rows + 2 * s.halo if s.in_strips else s.first.h
+    tall = s.conv_rows(0)[0]
     dense = 2 if call.kind == "dense" and not call.encode else 1
-    out.need("maps", (dense, n, tall, w, padded_channels(c)), plan.dtype)
+    maps = (dense, n, tall, w, padded_channels(c))
+    out.need("maps", maps, plan.dtype)
     if call.looked_up:
         out.need("taken", (n, tall, w), torch.uint8)
     if call.resized:  # two rows of the source at a time, their mean, the weights of valid ones
@@ -106,43 +126,48 @@ def _first_maps(out: Buffers, s: Strip) -> None:
         out.need("target", (2, n, c, tall, w), torch.float32)
     if call.front:
         inside = plan.steps[0].in_channels
-        wide = torch.float32 if plan.how[0].prediction.dtype == torch.float32 else plan.dtype
+        wide = plan.policy.weight_dtype(plan.dtype)
         out.need("front", (2 * 2, n, tall, w, inside), wide)
         out.need("affine", (2, n, tall, w, inside), torch.float32)
         if wide != plan.dtype:
-            out.need("wide", (2, n, tall, w, padded_channels(c)), torch.float32)
+            out.need("wide", maps, torch.float32)
 
 
-def _style(out: Buffers, s: Strip, j: int, tap: str) -> None:
-    """φ', δ and their products, in float32."""
-    step, size = s.plan.steps[j], s.plan.sizes[j]
+def _tapped(out: Buffers, s: Strip, j: int, tap: str) -> None:
+    """φ', δ and their products, in float32; or φ' less the target's features."""
+    plan, call = s.plan, s.plan.call
+    step, size = plan.steps[j], plan.sizes[j]
     pooled = tap == step.pool
-    rows = -(-s.rows // 2) if pooled else s.rows
-    width = size.out_w if pooled else size.conv_w
-    if not s.in_strips:
-        rows = size.out_h if pooled else size.conv_h
-    out.need("style", (4, s.n, rows, width, step.out_channels), torch.float32)
+    rows, width = (size.out_h, size.out_w) if pooled else (size.conv_h, size.conv_w)
+    if s.in_strips:
+        rows = -(-s.rows // 2) if pooled else s.rows
+    maps = (s.n, rows, width, step.out_channels)
+    if tap in call.styled:
+        out.need("style", (4, *maps), torch.float32)
+        out.need("grams", (4, s.n, *maps[3:] * 2), torch.float32)
+    if call.plain and not call.encode:
+        out.need("difference", maps, torch.float32)
 
 
 def backward(plan: Segments, i: int, images: int, rows: Rows) -> Buffers:
     """What the backward walk holds in segment i besides what was saved and the gradient."""
     s, call, dtype, n = Strip(plan, i, images, rows), plan.call, plan.dtype, images
     out = Buffers(weights=_weights(plan, i, backward=True))
-    level = (n, s.last.out_h, s.last.out_w, plan.steps[s.segment[-1]].out_channels)
-    out.need("level.out", level, dtype)
-    if plan.ends[i] in call.taps and not (s.ends and len(plan.coefficients) == 1):
-        out.need("seed", (2, *level), torch.float32)
-    c_in = _padded_in(plan, s.segment[0])
+    if call.cross_entropy:
+        out.need("labels", (n, plan.h, plan.w), torch.int64)
+    out.need("level.out", s.level_out(0), dtype)
+    if s.ends and len(plan.coefficients) > 1:
+        _seed(out, "seed", plan, s.level_out(0))
     if i:
-        out.need("level.in", (n, s.first.h, s.first.w, c_in), dtype)
-    else:
-        if call.cross_entropy:
-            out.need("labels", (n, s.first.h, s.first.w), torch.int64)
-        if call.front:
-            inside = plan.steps[0].in_channels
-            out.need("front", (2, n, s.rows, s.first.w, inside), torch.float32)
+        out.need("level.in", s.level_in(0), dtype)
+        if plan.ends[i - 1] in call.taps:
+            _seed(out, "seed", plan, s.level_in(0))
+    elif call.front:
+        inside = plan.steps[0].in_channels
+        out.need("front", (2, n, s.rows, s.first.w, inside), torch.float32)
+        if call.chain.adapter:
             c = padded_channels(call.chain.in_channels)
-            out.need("d_front", (2, n, s.rows, s.first.w, c), torch.float32)
+            out.need("d_front", (3, n, s.rows, s.first.w, c), torch.float32)
     if alone(plan, i):  # nothing is made between the two gradients
         return out
     for j in s.segment:
@@ -154,28 +179,46 @@ def backward(plan: Segments, i: int, images: int, rows: Rows) -> Buffers:
             dz_rows = s.rows + 2 * (s.halo - after)
             dx_rows = dz_rows - 2 * (step.kernel_size // 2)
         dz = (n, dz_rows, size.conv_w, step.out_channels)
-        dx = (n, dx_rows, size.w, _padded_in(plan, j))
+        dx = (n, dx_rows, size.w, channels_in(plan, j))
         out.need("dz", dz, dtype)
         if j != s.segment[0]:
             out.need("dy", dx, dtype)
-        elif i == 0 or (s.in_strips and not how.gradient.tile):
+            if not how.gradient.tile and j != s.segment[-1]:
+                out.need("older dy", dz, dtype)
+        elif not how.gradient.tile and s.in_strips:  # and that of the strip before
+            out.need("d_maps", (2, *dx), dtype)
+        elif i == 0:
             out.need("d_maps", dx, dtype)
         if not how.gradient.tile and how.gradient.dtype != dtype:
             out.need("wide dz", dz, torch.float32)
             out.need("wide dx", dx, torch.float32)
-        if not step.pool:
+        made = transposed_windows(plan, j, how.gradient, dz, dx)
+        out.need("windows", made, how.gradient.dtype)
+        if not step.pool and j == s.segment[-1] and s.in_strips:
             out.need("relu", dz, dtype)
-        if ({step.conv, step.relu} - {plan.ends[i]}) & set(call.taps):
-            out.need("tap", (3, *dz), torch.float32)
+        if {step.conv, step.relu} & set(call.taps) - set(plan.ends):
+            out.need("tap", (2, *dz), dtype)
+            _seed(out, "seed of a tap", plan, dz)
     return out
 
 
+<<<<<<< HEAD
 def alone(plan: Segments, i: int) -> bool:
+=======
+def _seed(out: Buffers, name: str, plan: Plan, level: Shape) -> None:
+    """What is added to a gradient at a tap: in float32 until it is whole."""
+    count = 2 + (plan.dtype != torch.float32) + 2 * bool(plan.call.styles)
+    out.need(name, (count, *level), torch.float32)
+
+
+def alone(plan: Plan, i: int) -> bool:
+>>>>>>> wt-inner
     """Whether segment i's gradient is one kernel from end to end."""
     segment = plan.segments[i]
     return len(segment) == 1 and plan.how[segment[0]].block_bwd and not (i == 0 and plan.call.front)
 
 
+<<<<<<< HEAD
 def _padded_in(plan: Segments, j: int) -> int:
     """Channels of step j's input as it lies in memory."""
     c = plan.steps[j].in_channels
@@ -185,6 +228,23 @@ def _padded_in(plan: Segments, j: int) -> int:
 def peak(plan: Segments, images: int, rows: Rows) -> int:
     """Bytes of a chunk: of the segment that needs most."""
     return max(segment_peak(plan, i, images, rows) for i in range(len(plan.segments)))
+=======
+def peak(plan: Plan, images: int, rows: Rows) -> int:
+    """Bytes of a chunk: of the segment that needs most, or of a look at one image before."""
+    segments = range(len(plan.segments))
+    return max(grid_bytes(plan), *(segment_peak(plan, i, images, rows) for i in segments))
+
+
+def grid_bytes(plan: Plan) -> int:
+    """Of what `branch.carry_target` makes of one image: about eight float32 maps of the grid."""
+    if plan.call.plain or plan.dtype == torch.float32:
+        return 0
+    rows, columns = (
+        -(-size // -(-size // most)) if size else 0
+        for size, most in zip((plan.h, plan.w), GRID, strict=True)
+    )
+    return 8 * 4 * plan.call.chain.in_channels * rows * columns
+>>>>>>> wt-inner
 
 
 def segment_peak(plan: Segments, i: int, images: int, rows: Rows) -> int:
@@ -194,7 +254,7 @@ def segment_peak(plan: Segments, i: int, images: int, rows: Rows) -> int:
 
 def strip_peak(plan: Segments, i: int, rows: Rows) -> int:
     """Bytes of one image's strip alone, without what is of its whole height."""
-    whole = ("weights", "level.in", "level.out", "seed", "labels")
+    whole = ("weights", "table", "ce", "level.in", "level.out", "seed", "labels", "grams")
 
     def of(buffers: Buffers) -> int:
         return sum(size for name, size in buffers.items() if name not in whole)
@@ -208,7 +268,7 @@ def strip_peak(plan: Segments, i: int, rows: Rows) -> int:
 def large_weights_fit(plan: Segments, i: int) -> bool:
     """Whether the weights for step i's tiles of 4 x 4 leave the workspace to the maps."""
     small, large = (Way(tile, torch.float32) for tile in (2, 4))
-    weight = max(_weight(plan, i, {small, large}, False), _weight(plan, i, {large}, True))
+    weight = max(weight_bytes(plan, i, {small, large}, False), weight_bytes(plan, i, {large}, True))
     return WINOGRAD_SHARE * weight <= plan.budget
 
 
@@ -219,6 +279,7 @@ def _weights(plan: Segments, i: int, backward: bool) -> int:
         how = plan.how[j]
         return {how.gradient} if backward else {how.prediction, how.difference}
 
+<<<<<<< HEAD
     return max(_weight(plan, j, ways(j), backward) for j in plan.segments[i])
 
 
@@ -228,3 +289,6 @@ def _weight(plan: Segments, j: int, ways: set[Way], transposed: bool) -> int:
     if transposed:
         c_in, c_out = c_out, c_in
     return sum(way.dtype.itemsize * way.weight_elements(k, c_in, c_out) for way in ways)
+=======
+    return max(weight_bytes(plan, j, ways(j), backward) for j in plan.segments[i])
+>>>>>>> wt-inner
