@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 
+from gpl_fast.fast.geometry import Segments
 from gpl_fast.fast.policy import Way
 from gpl_fast.fast.strip import Shape
 from gpl_fast.net.weights import padded_channels
-
-if TYPE_CHECKING:
-    from gpl_fast.fast.plan import Plan
 
 # Elements of a map up to which ATen convolves float32 by a matrix of every pixel's window.
 WINDOWS = 20480
 
 
-def weight_bytes(plan: Plan, j: int, ways: set[Way], transposed: bool) -> int:
+def weight_bytes(plan: Segments, j: int, ways: set[Way], transposed: bool) -> int:
     """Of step j's weight, one for each way it is read."""
     k = plan.steps[j].kernel_size
     c_in, c_out = padded_channels(plan.steps[j].in_channels), plan.steps[j].out_channels
@@ -29,7 +26,7 @@ def weight_bytes(plan: Plan, j: int, ways: set[Way], transposed: bool) -> int:
     return sum(way.dtype.itemsize * way.weight_elements(k, c_in, c_out) for way in ways)
 
 
-def windows(plan: Plan, j: int, way: Way, taken: Shape, made: Shape) -> Shape:
+def windows(plan: Segments, j: int, way: Way, taken: Shape, made: Shape) -> Shape:
     """What ATen's convolution of maps makes beside its result on a CPU, of the weight's dtype."""
     k = plan.steps[j].kernel_size
     if way.tile or not plan.policy.on_cpu or k == 1 or not _small(k, way, taken):
@@ -37,7 +34,7 @@ def windows(plan: Plan, j: int, way: Way, taken: Shape, made: Shape) -> Shape:
     return k * k, *made[:-1], taken[-1]
 
 
-def transposed_windows(plan: Plan, j: int, way: Way, dz: Shape, dx: Shape) -> Shape:
+def transposed_windows(plan: Segments, j: int, way: Way, dz: Shape, dx: Shape) -> Shape:
     """The same of its data gradient."""
     k = plan.steps[j].kernel_size
     if way.tile or not plan.policy.on_cpu:

@@ -10,11 +10,8 @@ import math
 
 import torch
 
-<<<<<<< HEAD
-from gpl_fast.fast.geometry import Segments
-=======
 from gpl_fast.fast.convolution_memory import transposed_windows, weight_bytes, windows
->>>>>>> wt-inner
+from gpl_fast.fast.geometry import Segments
 from gpl_fast.fast.policy import Way
 from gpl_fast.fast.strip import Shape, Strip, channels_in
 from gpl_fast.net.weights import padded_channels
@@ -40,35 +37,7 @@ class Buffers(dict[str, int]):
         self[name] = max(self.get(name, 0), bytes_of(shape, dtype))
 
 
-<<<<<<< HEAD
-class Strip:
-    """Shapes of a strip of segment i: of ``rows[i]`` rows, of `images` images."""
-
-    def __init__(self, plan: Segments, i: int, images: int, rows: Rows) -> None:
-        self.plan, self.i, self.n, self.rows = plan, i, images, rows[i]
-        self.segment = plan.segments[i]
-        self.first, self.last = plan.sizes[self.segment[0]], plan.sizes[self.segment[-1]]
-        self.in_strips = self.rows < self.first.h
-        self.halo = plan.halos[i] if self.in_strips else 0
-        following = plan.segments[i + 1] if i + 1 < len(plan.segments) else None
-        self.pad = 0
-        if following and rows[i + 1] < plan.sizes[following[0]].h:
-            self.pad = plan.halos[i + 1]
-        self.ends = following is None
-
-    def conv_rows(self, j: int) -> tuple[int, int]:
-        """Rows of step j's input and of its convolution: a strip loses its halo on the way."""
-        if not self.in_strips:
-            return self.plan.sizes[j].h, self.plan.sizes[j].conv_h
-        before = sum(self.plan.steps[k].kernel_size // 2 for k in self.segment if k < j)
-        rows = self.rows + 2 * (self.halo - before)
-        return rows, rows - 2 * (self.plan.steps[j].kernel_size // 2)
-
-
 def forward(plan: Segments, i: int, images: int, rows: Rows) -> Buffers:
-=======
-def forward(plan: Plan, i: int, images: int, rows: Rows) -> Buffers:
->>>>>>> wt-inner
     """What the forward walk holds in segment i besides what it saves."""
     s, call, dtype, n = Strip(plan, i, images, rows), plan.call, plan.dtype, images
     both = 1 if call.plain else 2
@@ -202,40 +171,25 @@ def backward(plan: Segments, i: int, images: int, rows: Rows) -> Buffers:
     return out
 
 
-<<<<<<< HEAD
-def alone(plan: Segments, i: int) -> bool:
-=======
-def _seed(out: Buffers, name: str, plan: Plan, level: Shape) -> None:
+def _seed(out: Buffers, name: str, plan: Segments, level: Shape) -> None:
     """What is added to a gradient at a tap: in float32 until it is whole."""
     count = 2 + (plan.dtype != torch.float32) + 2 * bool(plan.call.styles)
     out.need(name, (count, *level), torch.float32)
 
 
-def alone(plan: Plan, i: int) -> bool:
->>>>>>> wt-inner
+def alone(plan: Segments, i: int) -> bool:
     """Whether segment i's gradient is one kernel from end to end."""
     segment = plan.segments[i]
     return len(segment) == 1 and plan.how[segment[0]].block_bwd and not (i == 0 and plan.call.front)
 
 
-<<<<<<< HEAD
-def _padded_in(plan: Segments, j: int) -> int:
-    """Channels of step j's input as it lies in memory."""
-    c = plan.steps[j].in_channels
-    return padded_channels(c) if j == 0 and not plan.call.front else c
-
-
 def peak(plan: Segments, images: int, rows: Rows) -> int:
-    """Bytes of a chunk: of the segment that needs most."""
-    return max(segment_peak(plan, i, images, rows) for i in range(len(plan.segments)))
-=======
-def peak(plan: Plan, images: int, rows: Rows) -> int:
     """Bytes of a chunk: of the segment that needs most, or of a look at one image before."""
     segments = range(len(plan.segments))
     return max(grid_bytes(plan), *(segment_peak(plan, i, images, rows) for i in segments))
 
 
-def grid_bytes(plan: Plan) -> int:
+def grid_bytes(plan: Segments) -> int:
     """Of what `branch.carry_target` makes of one image: about eight float32 maps of the grid."""
     if plan.call.plain or plan.dtype == torch.float32:
         return 0
@@ -244,7 +198,6 @@ def grid_bytes(plan: Plan) -> int:
         for size, most in zip((plan.h, plan.w), GRID, strict=True)
     )
     return 8 * 4 * plan.call.chain.in_channels * rows * columns
->>>>>>> wt-inner
 
 
 def segment_peak(plan: Segments, i: int, images: int, rows: Rows) -> int:
@@ -279,16 +232,4 @@ def _weights(plan: Segments, i: int, backward: bool) -> int:
         how = plan.how[j]
         return {how.gradient} if backward else {how.prediction, how.difference}
 
-<<<<<<< HEAD
-    return max(_weight(plan, j, ways(j), backward) for j in plan.segments[i])
-
-
-def _weight(plan: Segments, j: int, ways: set[Way], transposed: bool) -> int:
-    k = plan.steps[j].kernel_size
-    c_in, c_out = padded_channels(plan.steps[j].in_channels), plan.steps[j].out_channels
-    if transposed:
-        c_in, c_out = c_out, c_in
-    return sum(way.dtype.itemsize * way.weight_elements(k, c_in, c_out) for way in ways)
-=======
     return max(weight_bytes(plan, j, ways(j), backward) for j in plan.segments[i])
->>>>>>> wt-inner

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from gpl_fast.fast.geometry import Segments
 from gpl_fast.net.weights import padded_channels
-
-if TYPE_CHECKING:
-    from gpl_fast.fast.plan import Plan
 
 Shape = tuple[int, ...]
 
@@ -15,7 +11,7 @@ Shape = tuple[int, ...]
 class Strip:
     """Shapes of a strip of segment i: of ``rows[i]`` rows, of `images` images."""
 
-    def __init__(self, plan: Plan, i: int, images: int, rows: Shape) -> None:
+    def __init__(self, plan: Segments, i: int, images: int, rows: Shape) -> None:
         self.plan, self.i, self.n, self.rows = plan, i, images, rows[i]
         self.segment = plan.segments[i]
         self.first, self.last = plan.sizes[self.segment[0]], plan.sizes[self.segment[-1]]
@@ -46,7 +42,7 @@ class Strip:
         return rows, rows - 2 * (self.plan.steps[j].kernel_size // 2)
 
 
-def channels_in(plan: Plan, j: int) -> int:
+def channels_in(plan: Segments, j: int) -> int:
     """Channels of step j's input as it lies in memory."""
     c = plan.steps[j].in_channels
     return padded_channels(c) if j == 0 and not plan.call.front else c
