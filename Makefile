@@ -74,7 +74,9 @@ $(INTERPRETING): export TRITON_INTERPRET = 1
 $(INTERPRETING): export OMP_NUM_THREADS = 1
 OF_CUDA := $(wildcard tests/gpuless/test_cuda_*.py)
 
-check: lint check-cpu check-interpreter
+# Two at a time, what each says at its end.
+check: $(LIBRARY)
+	@$(MAKE) --no-print-directory -j2 -Otarget check-interpreter check-cpu lint
 
 check-cpu: $(LIBRARY)
 	$(PY) -m pytest -m check tests/cpu tests/edges tests/compile tests/gpuless

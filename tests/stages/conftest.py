@@ -31,6 +31,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "only(*names): implementations that it is about")
     config.addinivalue_line("markers", "every_case: not only the diagonal, whoever computes it")
     config.addinivalue_line("markers", "against_cpu: not of the CPU's operators themselves")
+    # A GPU is silent on infinities and NaN.
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
     if "triton" in chosen(config):
         interpreting.install()
 
