@@ -14,6 +14,7 @@ namespace gpl_fast {
 
 enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
 enum class Activation : int32_t { kNone, kSoftmax, kSigmoid };
+constexpr const char* kActivationNames[] = {"none", "softmax", "sigmoid"};
 enum class Pool : int32_t { kMax, kAvg, kNone };
 
 // Strides in elements of an [N, C, H, W] tensor of the caller's.

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from gpl_fast import parts
+from gpl_fast.fast.call import LOOKED_UP
 from gpl_fast.fast.plan import Plan
 from gpl_fast.fast.who import Runs
 from gpl_fast.net.lossnet import LossNet
@@ -129,7 +130,7 @@ def layer_costs(
         flops = 0
         if layer.kind in ("conv", "down"):
             # Prediction, its gradient, target; labels and top-k maps enter by look-up.
-            looked_up = not costs and kind in ("labels", "topk")
+            looked_up = not costs and kind in LOOKED_UP
             passes = (
                 2
                 if kind == "features"

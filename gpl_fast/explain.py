@@ -14,7 +14,7 @@ from gpl_fast import backend as backends
 from gpl_fast import engine, parts
 from gpl_fast.backend import Choice
 from gpl_fast.costs import Explanation, layer_costs, run_on_meta
-from gpl_fast.fast.call import read
+from gpl_fast.fast.call import LOOKED_UP, read
 from gpl_fast.fast.operator import label_dtype
 from gpl_fast.fast.plan import Plan
 from gpl_fast.fast.policy import named
@@ -163,7 +163,7 @@ class Planned:
     def _seen_inputs(self) -> dict[str, Any]:
         # On CUDA labels and indices out of range make a mask of their own; meta tensors are like
         # the CPU's.
-        made = self.target.valid is not None and self.target.kind in ("labels", "topk")
+        made = self.target.valid is not None and self.target.kind in LOOKED_UP
         return {
             **self.inputs,
             **({"mask": self.target.valid} if made and self.pred.is_cuda else {}),

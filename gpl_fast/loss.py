@@ -17,7 +17,7 @@ from gpl_fast.net.initialisation import Init
 from gpl_fast.net.lossnet import LossNet
 from gpl_fast.net.structure import WIDTHS, parse_blocks
 from gpl_fast.options import Options, TermWords
-from gpl_fast.targets import TargetFeatures, TargetLike, TopK, first_look
+from gpl_fast.targets import TargetFeatures, TargetLike, TargetMap, first_look
 
 
 class GenericWords(TermWords, total=False):
@@ -116,7 +116,7 @@ class GenericPerceptualLoss(nn.Module):
             self._looked = first_look(self.options, target=(target, mask))
         return value
 
-    def encode(self, target: Tensor | TopK, mask: Tensor | None = None) -> TargetFeatures:
+    def encode(self, target: TargetMap, mask: Tensor | None = None) -> TargetFeatures:
         """φ(target), to be reused or stored; see `functional.encode`."""
         features = parts.encode_target(target, mask, self.net, tuple(self.taps), self.options)
         if not self._looked:

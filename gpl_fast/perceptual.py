@@ -15,7 +15,7 @@ from gpl_fast.explain import explain
 from gpl_fast.layer_weights import as_layers
 from gpl_fast.net.lossnet import LossNet
 from gpl_fast.options import OPTION_NAMES, LabelWords, Options, refuse_unknown
-from gpl_fast.targets import TargetFeatures, TargetLike, TopK, first_look
+from gpl_fast.targets import TargetFeatures, TargetLike, TargetMap, first_look
 
 _KNOWN = [name for name in OPTION_NAMES if name != "reduction"]
 
@@ -95,7 +95,7 @@ class PerceptualLoss(nn.Module):
         wanted = self.return_parts if return_parts is None else return_parts
         return found if wanted else parts.sum_of_parts(found)
 
-    def encode(self, target: Tensor | TopK, mask: Tensor | None = None) -> TargetFeatures:
+    def encode(self, target: TargetMap, mask: Tensor | None = None) -> TargetFeatures:
         """φ(target) at every layer used: a `target`, a `style_target`, or both."""
         layers = tuple(dict.fromkeys((*self.feature_layers, *self.style_layers)))
         features = parts.encode_target(target, mask, self.net, layers, self.options)

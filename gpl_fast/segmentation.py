@@ -23,7 +23,7 @@ from gpl_fast.input_checks import (
 from gpl_fast.loss import GenericPerceptualLoss, GenericWords
 from gpl_fast.net.lossnet import LossNet
 from gpl_fast.options import refuse_unknown
-from gpl_fast.targets import TargetFeatures, TargetLike, TopK, first_look
+from gpl_fast.targets import TargetFeatures, TargetLike, TargetMap, first_look
 
 # `GenericWords`, in the order of the signature.
 _KNOWN = [
@@ -183,7 +183,7 @@ class SegmentationLoss(nn.Module):
             architecture=architecture,
         )
 
-    def encode(self, teacher: Tensor | TopK, mask: Tensor | None = None) -> TargetFeatures:
+    def encode(self, teacher: TargetMap, mask: Tensor | None = None) -> TargetFeatures:
         """φ(teacher), to be used as `teacher`; see `functional.encode`."""
         return self.gpl.encode(teacher, mask)
 

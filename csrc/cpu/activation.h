@@ -31,7 +31,22 @@ inline LogSumExp log_sum_exp(const float* x, int64_t C) {
   return {shift, log(sum)};
 }
 
-GPL_INLINE Vf sigmoid(Vf x) { return fill(1.0f) / (fill(1.0f) + exp<false>(fill(0.0f) - x)); }
+// A squashing activation, of each logit by itself, at x / T: its value, 1 - that, and its slope.
+// Of the latter two nothing is left in a rounded value where x is large.
+struct Sigmoid {
+  static GPL_INLINE Vf value(Vf x) {
+    return fill(1.0f) / (fill(1.0f) + exp<false>(fill(0.0f) - x));
+  }
+  static GPL_INLINE Vf complement(Vf x) { return value(fill(0.0f) - x); }
+  static GPL_INLINE Vf slope(Vf x) { return value(x) * complement(x); }
+};
+
+// Calls f with the squashing activation that this is; false: it is none.
+template <class F>
+GPL_INLINE bool squashing(Activation activation, const F& f) {
+  if (activation == Activation::kSigmoid) return f(Sigmoid{}), true;
+  return false;
+}
 
 struct Activated {
   Vf factor;      // the activation is the tile's values times this
@@ -50,13 +65,12 @@ inline Activated activate(Activation activation, float* x, int64_t C, float inv_
     });
     return {fill(1.0f) / sum, {shift, log(sum)}};
   }
-  if (activation == Activation::kSigmoid) {
+  const bool squashed = squashing(activation, [&](auto act) {
     each_channel(C, lines, [&](int64_t c) __attribute__((always_inline)) {
-      store(x + c * 16, sigmoid(load(x + c * 16) * fill(inv_t)));
+      store(x + c * 16, act.value(load(x + c * 16) * fill(inv_t)));
     });
-    return {fill(1.0f), {}};
-  }
-  return {fill(inv_t), {}};
+  });
+  return {fill(squashed ? 1.0f : inv_t), {}};
 }
 
 GPL_INLINE Vi valid_lanes(const uint8_t* valid, int64_t n) {

@@ -74,15 +74,14 @@ void softmax_group(const SoftmaxBwd& a, const Pixels& px, float* x, const float*
   }
 }
 
-// In place, sigmoid: x becomes scale y' (1 - y') dy / T; none: scale dy / T                    (5)
+// In place: x becomes scale act'(x / T) dy / T, where act' is 1 for none                        (5)
 void elementwise_group(const SoftmaxBwd& a, const Pixels& px, float* x, const float* dy, Vi keep) {
   const Vf inv_t = fill(a.inv_t), scale = fill(a.scale[px.image]);
   for (int64_t c = 0; c < a.C; ++c) {
     Vf g = scale * load(dy + c * 16);
-    if (a.activation == Activation::kSigmoid) {
-      const Vf at = load(x + c * 16) * inv_t;
-      g = g * (sigmoid(at) * sigmoid(fill(0.0f) - at));  // 1 - y' without its cancellation
-    }
+    squashing(a.activation, [&](auto act) __attribute__((always_inline)) {
+      g = g * act.slope(load(x + c * 16) * inv_t);
+    });
     store(x + c * 16, select(keep, g * inv_t, fill(0.0f)));
   }
 }

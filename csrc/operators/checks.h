@@ -7,6 +7,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <initializer_list>
+#include <iterator>
 #include <optional>
 #include <string>
 
@@ -118,9 +119,13 @@ inline Strides strides(const Tensor& t) {
 }
 
 inline Activation activation_of(int64_t value, const char* name) {
-  STD_TORCH_CHECK(value >= 0 && value <= 2, "gpl_fast: ", name,
-                  " must be 0 (none), 1 (softmax) or 2 (sigmoid), got ", value);
-  return (Activation)value;
+  constexpr int64_t count = std::size(kActivationNames);
+  if (value >= 0 && value < count) return (Activation)value;
+  std::string known;
+  for (int64_t i = 0; i < count; ++i) {
+    known += std::to_string(i) + " (" + kActivationNames[i] + "), ";
+  }
+  STD_TORCH_CHECK(false, "gpl_fast: ", name, " must be ", known, "got ", value);
 }
 
 inline Pool pool_of(int64_t value) {

@@ -30,6 +30,22 @@ def activate(x, m, inv_t, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def less_one(y, x, inv_t, ACTIVATION: tl.constexpr):
+    """y' − 1: where x is large, nothing of it is left in a sigmoid's y'."""
+    if ACTIVATION == "sigmoid":
+        return -activate(-x, 0.0, inv_t, ACTIVATION)
+    return y - 1.0
+
+
+@triton.jit
+def slope(x, inv_t, ACTIVATION: tl.constexpr):
+    """act' at x / T of an activation of each logit by itself: y' (1 − y') without cancellation."""
+    if ACTIVATION == "sigmoid":
+        return 1.0 / (1.0 + tl.exp(0.0 - x * inv_t)) / (1.0 + tl.exp(x * inv_t))
+    return 1.0
+
+
+@triton.jit
 def load_logits(x_ptr, c, w, stride_c, stride_w, C, W, BLOCK_C: tl.constexpr):
     """A tile, (BLOCK_C, BLOCK_W) float32; −inf beyond the last class."""
     at = c[:, None].to(tl.int64) * stride_c + w[None, :].to(tl.int64) * stride_w

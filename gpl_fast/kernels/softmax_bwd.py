@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gpl_fast.kernels.launch import ACTIVATION_NAMES, cdiv, image_strides, launch, pointers
-from gpl_fast.kernels.logits import blocks, inverse_of
+from gpl_fast.kernels.logits import blocks, inverse_of, slope
 
 
 @triton.jit
@@ -119,10 +119,7 @@ def _softmax_bwd_kernel(
             if ACTIVATION == "softmax":
                 g = scale * y * (dy - dot[None, :])
             else:
-                g = scale * dy
-                if ACTIVATION == "sigmoid":
-                    # y' (1 − y') without the cancellation
-                    g *= 1.0 / (1.0 + tl.exp(0.0 - x * inv_t)) / (1.0 + tl.exp(x * inv_t))
+                g = scale * dy * slope(x, inv_t, ACTIVATION)
             # 1 / T comes last: it may be huge where the rest is 0.
             g = tl.where(keep[None, :], g * inv_t, 0.0)
         if HAS_CE:

@@ -15,6 +15,7 @@ from gpl_fast.kernels.logits import (
     blocks,
     cross_entropy,
     inverse_of,
+    less_one,
     load_logits,
     log_sum_exp,
 )
@@ -157,10 +158,7 @@ def _softmax_pack_fwd_kernel(
                              mask=inside_map)  # fmt: skip
                 if KIND == "labels":
                     one = (c[:, None] == label[None, :]) & take[None, :]
-                    less = y - 1.0
-                    if ACTIVATION == "sigmoid":  # where x is large, nothing of 1 − y' is left in y'
-                        less = -activate(-x, m[None, :], inv_t, ACTIVATION)
-                    y = tl.where(one, less, y)
+                    y = tl.where(one, less_one(y, x, inv_t, ACTIVATION), y)
                 if KIND == "topk":
                     t = _topk_tile(values_ptr, indices_ptr, rest_ptr, first, at, c, keep, topk_k,
                                    k, HAS_REST, FAR, BLOCK_C, BLOCK_W)  # fmt: skip

@@ -21,8 +21,9 @@ from gpl_fast.targets.resolve import (
 from gpl_fast.targets.target import Target
 from gpl_fast.targets.topk import TopKTarget
 
-# What the losses take as a target.
-TargetLike = Tensor | TopK | TargetFeatures
+# A map in any form, which `encode` takes, and what the losses take as a target.
+TargetMap = Tensor | TopK
+TargetLike = TargetMap | TargetFeatures
 
 __all__ = [
     "DenseTarget",
@@ -31,6 +32,7 @@ __all__ = [
     "Target",
     "TargetFeatures",
     "TargetLike",
+    "TargetMap",
     "TopK",
     "TopKTarget",
     "feature_settings",

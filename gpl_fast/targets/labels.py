@@ -21,7 +21,6 @@ class LabelTarget(Target):
     """The map that is 1 at each pixel's class and 0 elsewhere."""
 
     kind = "labels"
-    listed = True
 
     labels: Tensor  # (N, H, W) int64, -1 = zero pixel
     channels: int

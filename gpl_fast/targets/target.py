@@ -23,13 +23,12 @@ class Network(TakesMaps, Protocol):
 class Target:
     """A target after validation.
 
-    A new kind is a subclass in a file of its own and a place in `resolve.KINDS`; the fast path
-    knows it by its word and by the names of its tensors.
+    A new kind is a subclass in a file of its own and a place in `resolve.KINDS`.
     """
 
+    # The way into the fast path, with the names of `tensors`: "dense", "labels", "topk" (a short
+    # list of classes at each pixel) or "features". Several kinds may share one.
     kind: ClassVar[str]
-    # Each pixel lists a few classes: the first convolution is a look-up in its weights.
-    listed: ClassVar[bool] = False
 
     size: tuple[int, int]  # H, W of the maps that are compared
     valid: Tensor | None  # (N, H, W) bool, the pixels that count; None = all

@@ -21,7 +21,6 @@ class TopKTarget(Target):
     """The map that `TopK` stands for."""
 
     kind = "topk"
-    listed = True
 
     topk: TopK  # (N, k, H, W), indices int64 and in range
     channels: int

@@ -157,15 +157,16 @@ def as_items(what: str, items: Iterable[B], kind: type[B]) -> list[B]:
     return found
 
 
-def register(kind: type[Batch], parts: Sequence[str], constant: str) -> None:
-    """Make `kind` a pytree node: its `parts` are mapped over, its `constant` is kept.
+def register(kind: type[Batch], parts: Sequence[str], *constants: str) -> None:
+    """Make `kind` a pytree node: its `parts` are mapped over, its `constants` are kept.
 
     A part that is None is kept too: `tree_map` would hand it to a function of tensors.
     """
 
     def flatten_with_keys(x: Batch) -> tuple[list[tuple[KeyEntry, Any]], dict[str, Any]]:
         found = [(name, getattr(x, name)) for name in parts]
-        kept = {constant: getattr(x, constant), **{k: None for k, v in found if v is None}}
+        kept = {name: getattr(x, name) for name in constants}
+        kept |= {k: None for k, v in found if v is None}
         return [(GetAttrKey(k), v) for k, v in found if v is not None], kept
 
     def flatten(x: Batch) -> tuple[list[Any], dict[str, Any]]:
