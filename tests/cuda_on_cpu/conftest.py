@@ -12,7 +12,6 @@ import operators
 import pytest
 import repairs
 import torch
-from cases import use_arithmetic
 
 repairs.install()
 
@@ -70,6 +69,6 @@ def kernels(built, request):
 
 
 @pytest.fixture(autouse=True)
-def _as_on_a_gpu(monkeypatch):
-    """Where a CPU stands for a GPU, convolutions are ATen's and in the maps' dtype."""
-    use_arithmetic(monkeypatch, "own")
+def _as_on_a_gpu(decide):
+    """Where a CPU stands for a GPU, convolutions are in the maps' dtype."""
+    decide(arithmetic="own")
