@@ -4,7 +4,6 @@ costs, and both halves apart."""
 from __future__ import annotations
 
 import math
-import re
 
 import pytest
 import torch
@@ -18,14 +17,12 @@ from gpl_fast import (
     PerceptualLoss,
     SegmentationLoss,
     TopK,
-    ops,
 )
 from gpl_fast.fast import operator
 from gpl_fast.fast.backward import Backward
 from gpl_fast.fast.chunk import Chunk
 from gpl_fast.fast.forward import Forward
 from gpl_fast.fast.plan import Plan
-from gpl_fast.net.weights import padded_channels
 from gpl_fast.ops import load
 
 if (reason := load()) is not None:
@@ -460,202 +457,3 @@ def test_the_johnson_taps_cost_what_is_planned():
     pred, target = torch.rand(2, 1, 3, 32, 32)
     value, kept = seen_by_hooks(loss, pred, target)
     assert sum(t.nbytes for t in kept) == left_by(value)[0].bytes_saved()
-
-
-# ------------------------------------------------------------------------------------- workspace
-
-
-@pytest.mark.parametrize("kind", ["dense", "labels"])
-@pytest.mark.parametrize("pool", ["max", "stride"])
-def test_the_least_workspace(pool, kind):
-    def make(mb):
-        return gpl(net="2,1", widths=(64, 64), pool=pool, workspace_mb=mb, compute_dtype=FLOAT)
-
-    pred, target = inputs(kind, h=16, w=900)
-    target = target.clamp(max=C - 1) if kind == "labels" else target
-    with pytest.raises(ValueError, match=r"workspace_mb: got 0\.5, expected at least") as caught:
-        make(0.5)(pred, target)
-    least = int(re.search(r"at least (\d+)", str(caught.value)).group(1))
-    assert least > 1
-    value, grad = value_and_grad(make(least), pred, target)
-    want, want_grad = value_and_grad(make(4096), pred, target)
-    assert error(value, want) < ATOL[FLOAT]
-    assert error(grad, want_grad) < ATOL[FLOAT]
-    with pytest.raises(ValueError, match=f"expected at least {least} "):
-        make(least - 1)(pred, target)
-
-
-@pytest.mark.parametrize(("mb", "most"), [(64, 128 * 256), (256, 256 * 512), (2048, 512 * 512)])
-def test_large_tiles_have_weights_that_fit(mb, most):
-    """Winograd's weights for tiles of 4 x 4 results take an eighth of the workspace at most."""
-    net = GenericPerceptualLoss(150, "vgg19").net
-    call = call_of(net, workspace_mb=mb)
-    planned = Plan(call, 16, 512, 512)
-    for step, how in zip(planned.steps, planned.how, strict=True):
-        weight = padded_channels(step.in_channels) * step.out_channels
-        for way in (how.difference, how.gradient):
-            assert way.tile == (4 if weight <= most else 2), step.conv
-        assert how.prediction.tile == 2
-    one = Plan(call, 1, 40, 40)  # 100 tiles of 4 x 4
-    assert [one.how[i].difference.tile for i in one.segments[0]] == [2, 2]
-
-
-@pytest.mark.parametrize(
-    ("cpu", "first", "rest"),
-    [
-        ("amx", "1 1 1", ["1 1 1", "1 1 1", "1 1 1", "1 1 1"]),
-        ("avx512_bf16", "2 4. 4", ["1 4. 4", "1 1 2", "1 1 1", "1 1 1"]),
-        ("avx512", "2. 4. 4.", ["2. 4. 4.", "2. 2. 2.", "0. 0. 0.", "0. 0. 0."]),
-        ("avx2", "2. 4. 4.", ["2. 4. 4.", "2. 2. 2.", "0. 0. 0.", "0. 0. 0."]),
-    ],
-)
-def test_who_convolves_bfloat16(cpu, first, rest):
-    """The prediction, the difference and the data gradient of 128 x 128 pixels and less, how many
-    results together; with a point where float32 is multiplied."""
-
-    def ways(channels=150, **net):
-        made = GenericPerceptualLoss(channels, **net).net
-        planned = Plan(call_of(made, dtype=BF16, policy=cpu), 1, 128, 128)
-        return [
-            " ".join(
-                f"{way.tile}{'.' * (way.dtype == FLOAT)}"
-                for way in (how.prediction, how.difference, how.gradient)
-            )
-            for how in planned.how
-        ]
-
-    assert ways() == [first, *rest]
-    if cpu == "avx512_bf16":  # few channels do not average the rounding of points
-        assert ways(19) == ["2. 4. 4", *rest]
-    definition = "1 1 1" if cpu in ("amx", "avx512_bf16") else "0. 0. 0."
-    assert ways(kernel_size=5) == [definition] * 5
-    assert ways(pool="stride")[-1] == definition.replace("1", "0")
-
-
-@pytest.mark.parametrize("policy", ["amx", "avx512_bf16", "avx2", "sm_80"])
-@pytest.mark.parametrize("kind", ["dense", "labels", "features"])
-@pytest.mark.parametrize("size", [(3, 64, 96), (1, 512, 512), (16, 512, 683)])
-@pytest.mark.parametrize("mb", [64, 256, 2048])
-@pytest.mark.parametrize("blocks", ["1,1,1,1,1", "vgg19"])
-def test_chunks_fit_the_workspace(blocks, mb, size, kind, policy):
-    net = GenericPerceptualLoss(150, blocks).net
-    call = call_of(net, kind=kind, dtype=BF16, policy=policy, workspace_mb=mb)
-    try:
-        planned = Plan(call, *size)
-    except ValueError as error:
-        least = int(re.search(r"at least (\d+)", str(error)).group(1))
-        assert least > mb
-        return
-    assert planned.bytes_transient() <= mb * 2**20
-    assert 1 <= planned.images <= size[0]
-    for segment, rows in zip(planned.segments, planned.rows, strict=True):
-        height = planned.sizes[segment[0]].h
-        assert rows == height or (rows % 2 == 0 and 0 < rows < height)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "arithmetic"),
-    [(FLOAT, "own"), (FLOAT, "float32"), (BF16, "own"), (BF16, "mixed"), (BF16, "float32")],
-)
-@pytest.mark.parametrize("kind", ["dense", "labels"])
-def test_little_workspace_is_enough_for_many_classes(kind, dtype, arithmetic, decide):
-    """64 MB for crops of 512 x 512, whatever the deep layers' weights take."""
-    decide(convolutions=arithmetic)
-    for c in (19, 150, 1203):
-        call = call_of(GenericPerceptualLoss(c).net, kind=kind, dtype=dtype, workspace_mb=64)
-        assert Plan(call, 2, 512, 512).bytes_transient() <= 64 * 2**20
-
-
-def peak_bytes(call):
-    """The most that tensors made by `call` hold at once, and its result."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as recorded:
-        result = call()
-    events = recorded.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    held = peak = 0
-    for _, change in changes:
-        held += change
-        peak = max(peak, held)
-    return peak, result
-
-
-def transient_bytes(loss, pred, target):
-    """What a step's two walks hold at most besides saved tensors and gradient, and its plan."""
-    x = pred.clone().requires_grad_()
-    loss(x, target)  # weights are cached at the first call
-    forward, value = peak_bytes(lambda: loss(x, target))
-    planned, _ = left_by(value)
-    backward, grad = peak_bytes(lambda: torch.autograd.grad(value, x))
-    return max(forward - planned.bytes_saved(), backward - grad[0].nbytes), planned
-
-
-@pytest.mark.parametrize("pool", POOLS)
-@pytest.mark.parametrize(("blocks", "c"), [("1,1,1,1,1", 19), ("2,2", 19), ("1,1", 150)])
-def test_transient_memory_is_about_what_is_planned(blocks, c, pool):
-    pred, target = torch.randn(2, 1, c, 128, 192)
-    least = 1
-    for _ in range(2):  # the least workspace, then the usual one
-        loss = GenericPerceptualLoss(c, blocks, pool=pool, backend="fast", workspace_mb=least)
-        try:
-            loss(pred, target)
-        except ValueError as error:
-            least = int(re.search(r"at least (\d+)", str(error)).group(1))
-    assert least > 1
-    for mb in (least, 2 * least, 256):
-        loss = GenericPerceptualLoss(c, blocks, pool=pool, backend="fast", workspace_mb=mb)
-        transient, planned = transient_bytes(loss, pred, target)
-        assert transient <= 1.05 * planned.bytes_transient()
-        assert planned.bytes_transient() <= 4 * transient
-
-
-def test_transient_memory_does_not_grow_with_the_images():
-    loss = GenericPerceptualLoss(19, "1,1", backend="fast", workspace_mb=12)
-    one, four = (transient_bytes(loss, *torch.randn(2, n, 19, 128, 128))[0] for n in (1, 4))
-    assert four <= 1.01 * one
-
-
-@pytest.mark.parametrize("dtype", [FLOAT, BF16])
-@pytest.mark.parametrize("taps", [("relu1_2", "relu2_1"), ("pool1", "pool2"), ("conv1_1",)])
-def test_transient_memory_of_style_taps_is_planned(taps, dtype):
-    net, styles = LossNet.vgg(3, (2, 1)), dict.fromkeys(taps, 1.0)
-    pred, target = torch.rand(2, 1, 3, 128, 192)
-    for mb in (16, 256):
-        loss = PerceptualLoss(net, {"pool2": 1.0}, styles, backend="fast", compute_dtype=dtype,
-                              workspace_mb=mb)  # fmt: skip
-        transient, planned = transient_bytes(loss, pred, target)
-        assert transient <= 1.05 * planned.bytes_transient() <= 1.05 * mb * 2**20
-
-
-@pytest.mark.parametrize("kind", ["total", "total, teacher"])
-def test_transient_memory_of_the_total_is_planned(kind):
-    labels, (logits, teacher) = torch.randint(19, (1, 256, 256)), torch.randn(2, 1, 19, 256, 256)
-    total = SegmentationLoss(19, net="1,1", backend="fast", workspace_mb=24)
-    transient, planned = transient_bytes(
-        lambda x, t: total(x, labels, teacher=t), logits, teacher if "teacher" in kind else None
-    )
-    assert transient <= 1.05 * planned.bytes_transient()
-
-
-class FirstMaps:
-    """The CPU's stages; keeps the maps that the logits became."""
-
-    def __init__(self):
-        self.made = []  # held: nothing else gets their addresses
-
-    def __getattr__(self, name):
-        return getattr(ops, name)
-
-    def softmax_pack_fwd(self, x, **arguments):
-        self.made.append(arguments["y"])
-        ops.softmax_pack_fwd(x, **arguments)
-
-
-def test_strips_share_their_memory(decide):
-    """What the system's allocator maps anew at every call takes as long as the softmax."""
-    strips = FirstMaps()
-    decide(stages={"compiled": strips})
-    loss = GenericPerceptualLoss(19, "1,1", widths=(8, 16), backend="fast", workspace_mb=2)
-    loss(*torch.randn(2, 2, 19, 128, 128))
-    assert len(strips.made) > 4
-    assert len({y.data_ptr() for y in strips.made}) == 2  # of each image

@@ -5,7 +5,6 @@ from __future__ import annotations
 import interpreting
 import operators
 import pytest
-from cases import use_arithmetic
 
 interpreting.repaired()
 
@@ -17,6 +16,6 @@ def emulated():
 
 
 @pytest.fixture(autouse=True)
-def _as_on_a_gpu(monkeypatch):
-    """Where a CPU stands for a GPU, convolutions are ATen's and in the maps' dtype."""
-    use_arithmetic(monkeypatch, "own")
+def _as_on_a_gpu(decide):
+    """Where a CPU stands for a GPU, convolutions are in the maps' dtype."""
+    decide(arithmetic="own")

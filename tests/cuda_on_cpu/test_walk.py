@@ -7,12 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import ATOL, NARROW, error, make_target
+from policies import decided
+from saved import fast_node, left_by
 from torch import nn
 
-from gpl_fast import GenericPerceptualLoss, LossNet, PerceptualLoss, SegmentationLoss, chain, ops
-from gpl_fast import plan as plans
-from gpl_fast.chain import backward, data_gradient
-from gpl_fast.plan import Plan
+from gpl_fast import GenericPerceptualLoss, LossNet, PerceptualLoss, SegmentationLoss, ops
+from gpl_fast.fast import operator
+from gpl_fast.fast.backward import Backward
+from gpl_fast.fast.plan import Plan
 
 if (reason := ops.load()) is not None:
     pytest.skip(reason, allow_module_level=True)
@@ -75,54 +77,72 @@ LOSSES = {
 }  # fmt: skip
 
 
-class ByKernel(chain.Backward):
-    """Records which layers the kernel does."""
+class Recorder:
+    """Stages that note whose weights `conv_block_bwd` reads."""
 
-    def _is_block(self, step):
-        found = super()._is_block(step)
-        (self.kernels if found else self.atens).add(step.conv)
-        return found
+    def __init__(self, stages, names):
+        self.stages, self.names, self.kernels = stages, names, set()
+
+    def __getattr__(self, name):
+        stage = getattr(self.stages, name)
+
+        def run(first, **rest):
+            if name.startswith("conv_block"):
+                self.kernels.add(self.names[rest["w"].data_ptr()])
+            return stage(first, **rest)
+
+        return run
 
 
-class ByATen(chain.Backward):
-    def _is_block(self, step):
-        return False
+def called(value):
+    """The node's call, its prediction, what it kept of the target, and what it saved."""
+    node, (plan, saved) = fast_node(value), left_by(value)
+    x, *rest = node.saved_tensors
+    return plan, x, dict(zip(plan.call.kept, rest, strict=False)), saved
 
 
-def in_float32(plan, x, target, packs, saved, g):
-    """The same call from the same rounded numbers, computed in float32."""
-    spec = replace(plan.spec, dtype="float32")
-    wider = ({k: t.float() if t.dtype in (BF16, HALF) else t for k, t in d.items()}
-             for d in (packs, saved))  # fmt: skip
-    return Plan(spec, plan.n, plan.h, plan.w), x, target, *wider, g
+def by_aten(plan, x, kept, saved, g, dtype=None):
+    """The same backward, ATen's data gradients; in another dtype from the same rounded numbers."""
+    with decided(kernels=False, backward="compiled") as name:
+        call = replace(plan.call, policy=name)
+        packs = operator._packs(call, x)
+        if dtype is not None:
+            call = replace(call, dtype=dtype)
+            packs, saved = ({k: wider(t) for k, t in d.items()} for d in (packs, saved))
+        return Backward(Plan(call, plan.n, plan.h, plan.w), x, kept, packs, saved, g).run()
+
+
+def wider(t):
+    return t.float() if t.dtype in (BF16, HALF) else t
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, BF16, HALF])
 @pytest.mark.parametrize("name", LOSSES)
-def test_as_atens_data_gradient(emulated, name, dtype, monkeypatch):
+def test_as_atens_data_gradient(emulated, name, dtype, decide, monkeypatch):
     make, kind, rows, atens = LOSSES[name]
-    if rows is not None:
-        monkeypatch.setattr(plans, "PREFERRED_STRIP_BYTES", 1)
-        monkeypatch.setattr(plans, "PREFERRED_ROWS", rows)
-    monkeypatch.setattr(data_gradient, "by_kernel", lambda *layer: True)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     loss = make()
     inner = getattr(loss, "gpl", loss)
     inner.options = replace(inner.options, backend="fast", compute_dtype=dtype)
+    names = {}
+    stages = Recorder(emulated, names)
+    decide(kernels=True, rows=rows, backward="emulated", stages={"emulated": stages})
     shape = (2, 3 if kind == "image" else C, *SIZE)
     target = make_target("dense" if kind == "image" else kind, shape, loss)
     x = (2 * torch.randn(shape)).requires_grad_()
     value = loss(x, target)
+    plan, *saved = called(value)
+    packs = operator._packs(plan.call, x)
+    names.update({packs[f"bwd.{s.conv}"].data_ptr(): s.conv for s in plan.steps})
 
-    calls = []
-    monkeypatch.setattr(chain, "Backward", lambda *call: calls.append(call) or ByATen(*call))
-    torch.autograd.grad(value.sum(), x)
-    (call,) = calls
-    plain, truth = ByATen(*call).run(), ByATen(*in_float32(*call)).run()
-    monkeypatch.setattr(backward, "backward_stages_on", lambda device: emulated)
-    walk = ByKernel(*call)
-    walk.kernels, walk.atens = set(), set()
-    got = walk.run()
-    assert walk.atens == set(atens.split())
-    assert walk.kernels == {step.conv for step in call[0].steps} - walk.atens
+    incoming = []
+    fast_node(value).register_prehook(lambda grads: incoming.extend(grads))
+    (got,) = torch.autograd.grad(value.sum(), x)
+    every = {step.conv for step in plan.steps}
+    assert stages.kernels == every - set(atens.split())
+    assert {s.conv for s, how in zip(plan.steps, plan.how, strict=True) if how.block_bwd} == (
+        stages.kernels
+    )
+    plain = by_aten(plan, *saved, *incoming)
+    truth = by_aten(plan, *saved, *incoming, dtype=FLOAT)
     assert error(got, truth) <= 2 * error(plain, truth) + (ATOL | TF32)[dtype]

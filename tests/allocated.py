@@ -1,0 +1,66 @@
+"""Memory that the fast path's operators take, measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gpl_fast.fast import operator
+from gpl_fast.fast.call import read
+from gpl_fast.fast.plan import Plan
+
+OPERATORS = torch.ops.gpl_fast.perceptual_fwd.default, torch.ops.gpl_fast.perceptual_bwd.default
+
+
+class Taken(NamedTuple):
+    """What one operator took at most, in bytes, besides what it returned."""
+
+    half: str
+    plan: Plan
+    transient: int
+
+
+class Measured(TorchDispatchMode):
+    """Every call of the two operators; weights are packed before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken: list[Taken] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in OPERATORS:
+            return func(*args, **(kwargs or {}))
+        call = read(next(a for a in args if isinstance(a, str)))
+        operator._packs(call, args[0])
+        peak, out = peak_bytes(lambda: func(*args))
+        forward = func is OPERATORS[0]
+        kept = sum(t.nbytes for t in out[1]) if forward else out.nbytes
+        plan = operator._plan(call, args[0])
+        self.taken.append(Taken("forward" if forward else "backward", plan, peak - kept))
+        return out
+
+
+def peak_bytes(call: Callable[[], Any]) -> tuple[int, Any]:
+    """The most that tensors made by `call` hold at once, and its result."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as recorded:
+        result = call()
+    events = recorded.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    held = peak = 0
+    for _, change in changes:
+        held += change
+        peak = max(peak, held)
+    return peak, result
+
+
+def step(loss: Callable[..., torch.Tensor], pred: torch.Tensor, *args: Any) -> list[Taken]:
+    """What a forward and its backward took."""
+    with Measured() as measured:
+        value = loss(pred.detach().requires_grad_(), *args)
+        value.sum().backward()
+    assert [t.half for t in measured.taken] == ["forward", "backward"]
+    return measured.taken
