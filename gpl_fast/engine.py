@@ -13,7 +13,6 @@ from torch import Tensor
 from gpl_fast import backend as backends
 from gpl_fast import reference
 from gpl_fast.fast import operator
-from gpl_fast.graphs import constants
 from gpl_fast.net.lossnet import LossNet
 from gpl_fast.options import Options
 from gpl_fast.precision import accumulation_dtype, has_autocast, no_autocast
@@ -103,7 +102,7 @@ def _reference(
         e_target = target_features(target, net, tuple(weights.features), o, dtype)
         e_style = target_features(style_target or target, net, tuple(weights.styles), o, dtype)
         wide = pred.to(torch.promote_types(acc, dtype))
-        y = reference.prediction_map(wide, o.activation, o.temperature, target.valid)
+        y = reference.prediction_map(wide, o.activation, o.constant_temperature, target.valid)
         y = net.network_input(y, target.valid)
         parts = reference.perceptual_terms(
             y, net.features, e_target, e_style, weights.features, weights.styles, dtype
@@ -183,27 +182,24 @@ def describe(
         label_smoothing: of the cross-entropy that shares the passes, None without one.
         by: who decides, None = `device`'s own; see `gpl_fast.fast.policy.named`.
     """
-    numbers = {
-        "temperature": o.target_temperature if encode else o.temperature,
-        "label_smoothing": label_smoothing or 0.0,
-    }
-    if not isinstance(o.workspace_mb, str):
-        numbers["workspace_mb"] = o.workspace_mb
+    workspace = o.constant_workspace
     return operator.describe(
         net.identity,
         device,
         by,
-        features=constants(weights.features),
-        styles=constants(weights.styles),
+        features=tuple(weights.features.items()),
+        styles=tuple(weights.styles.items()),
         kind=target.kind,
         activation=o.target if encode else o.activation,
         target_activation=o.target,
+        temperature=o.target_temperature if encode else o.constant_temperature,
         dtype=dtype,
+        workspace_mb=None if isinstance(workspace, str) else workspace,
         tensors=tensors,
         encode=encode,
         resized=target.resized,
         cross_entropy=label_smoothing is not None,
-        **{"workspace_mb": None, **dict(constants(numbers))},
+        label_smoothing=label_smoothing or 0.0,
     )
 
 

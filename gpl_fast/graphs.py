@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -21,11 +21,11 @@ def constant_in_graphs(function: Callable[..., T]) -> Callable[..., T]:
     return function
 
 
-def constants(numbers: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
-    """`numbers` by name, of which torch.compile may have made symbols of the graph that it traces,
-    as constants of that graph: it guards on their values."""
+def constant(number: float) -> float:
+    """`number`, which may be a symbol of the graph that is traced, as a constant of that graph:
+    torch.compile guards on its value."""
     if not torch.compiler.is_compiling():
-        return tuple(numbers.items())
+        return number
     from torch.fx.experimental.symbolic_shapes import guard_scalar
 
-    return tuple((name, guard_scalar(number)) for name, number in numbers.items())
+    return float(guard_scalar(number))

@@ -10,6 +10,8 @@ from typing import Any, Protocol, SupportsFloat, SupportsIndex
 import torch
 from torch import Tensor
 
+from gpl_fast.graphs import constant
+
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER_DTYPES = (
     torch.int8, torch.int16, torch.int32, torch.int64,
@@ -111,7 +113,7 @@ def as_float(what: str, x: SupportsFloat | str, expected: str = "a number") -> f
         ValueError: anything else, or not finite.
     """
     try:
-        # A float first: torch.compile knows little more of one that is a symbol in its graph.
+        # A number first: torch.compile knows little more of one that is a symbol in its graph.
         if type(x) not in (float, int) and (isinstance(x, bool | str | bytes) or _is_bool(x)):
             raise TypeError
         number = float(x)
@@ -172,7 +174,7 @@ def as_label_smoothing(value: SupportsFloat) -> float:
     number = as_float("label_smoothing", value, "a number in [0, 1]")
     if not 0 <= number <= 1:
         raise ValueError(f"label_smoothing: got {number}, expected a number in [0, 1]")
-    return number
+    return constant(number)
 
 
 def as_class_weight(

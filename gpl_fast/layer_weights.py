@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import SupportsFloat
 
+from gpl_fast.graphs import constant
 from gpl_fast.input_checks import as_weight
 from gpl_fast.net.lossnet import LossNet
 
@@ -57,10 +58,20 @@ def as_layers(
     return weights[0], weights[1], tv
 
 
+def as_texts(weights: Mapping[str, float]) -> dict[str, str]:
+    """Weights by layer as a loss holds them, for the same reason as `Options.texts`."""
+    return {name: repr(w) for name, w in weights.items()}
+
+
+def as_numbers(texts: Mapping[str, str]) -> dict[str, float]:
+    """What `as_texts` was given, constants in graphs."""
+    return {name: float(text) for name, text in texts.items()}
+
+
 def _as_weights(what: str, weights: Mapping[str, SupportsFloat]) -> dict[str, float]:
     expected = "finite numbers >= 0, not all 0"
     try:
-        numbers = {name: as_weight(f"{what}: {name}", w) for name, w in weights.items()}
+        numbers = {name: constant(as_weight(f"{what}: {name}", w)) for name, w in weights.items()}
     except ValueError as error:
         raise ValueError(f"{error}; {what} takes {expected}") from None
     if not any(numbers.values()):

@@ -12,7 +12,7 @@ from gpl_fast import parts
 from gpl_fast.costs import Explanation
 from gpl_fast.explain import explain
 from gpl_fast.input_checks import as_int
-from gpl_fast.layer_weights import level_taps
+from gpl_fast.layer_weights import as_numbers, as_texts, level_taps
 from gpl_fast.net.initialisation import Init
 from gpl_fast.net.lossnet import LossNet
 from gpl_fast.net.structure import WIDTHS, parse_blocks
@@ -106,8 +106,13 @@ class GenericPerceptualLoss(nn.Module):
             },
         )
         self.options.check_channels(channels)
-        self.taps = level_taps(self.net, level_weights)  # the weight of each layer that is compared
+        self._taps = as_texts(level_taps(self.net, level_weights))
         self._looked = False  # at a dense target on a GPU
+
+    @property
+    def taps(self) -> dict[str, float]:
+        """The weight of each layer that is compared."""
+        return as_numbers(self._taps)
 
     def forward(self, pred: Tensor, target: TargetLike, mask: Tensor | None = None) -> Tensor:
         """The loss of `pred` (N, C, H, W); see `functional.generic_perceptual_loss`."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, SupportsFloat, SupportsIndex, TypedDict
 
 import torch
 
 from gpl_fast.backend import BACKENDS
+from gpl_fast.graphs import constant
 from gpl_fast.input_checks import as_float, as_float_dtype, as_int
 from gpl_fast.stages import ACTIVATIONS
 
@@ -59,23 +60,30 @@ class Options:
     compute_dtype: torch.dtype | None = None
     backend: str = "auto"
     workspace_mb: float | str = "auto"
+    # The numbers as text, on which torch.compile guards: a float that differs between two losses
+    # becomes a symbol in the second one's graph, which no constant can be made of.
+    texts: Mapping[str, str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _one_of("activation", self.activation, tuple(ACTIVATIONS))
         _one_of("target_activation", self.target_activation, TARGET_ACTIVATIONS)
         _one_of("reduction", self.reduction, REDUCTIONS)
         _one_of("backend", self.backend, BACKENDS)
-        self._set("temperature", as_float("temperature", self.temperature, "a number > 0"))
+        self._set(
+            "temperature", constant(as_float("temperature", self.temperature, "a number > 0"))
+        )
         if self.temperature <= 0:
             raise ValueError(f"temperature: got {self.temperature!r}, expected a number > 0")
         if self.workspace_mb != "auto":
             expected = "'auto' or a number of megabytes > 0"
-            megabytes = as_float("workspace_mb", self.workspace_mb, expected)
+            megabytes = constant(as_float("workspace_mb", self.workspace_mb, expected))
             if megabytes <= 0:
                 raise ValueError(f"workspace_mb: got {self.workspace_mb!r}, expected {expected}")
             self._set("workspace_mb", megabytes)
         self._set("ignore_index", as_ignore_index(self.ignore_index))
         self._set("compute_dtype", as_float_dtype("compute_dtype", self.compute_dtype))
+        numbers = {"temperature": self.temperature, "workspace_mb": self.workspace_mb}
+        self._set("texts", {name: str(number) for name, number in numbers.items()})
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -93,7 +101,7 @@ class Options:
 
     def changed(self, **defaults: Any) -> str:
         """What differs from the defaults, as a `repr` shows it: ``", name=value"`` each."""
-        usual = {f.name: f.default for f in fields(self)} | defaults
+        usual = {f.name: f.default for f in fields(self) if f.init} | defaults
         words = {name: getattr(self, name) for name in usual}
         return "".join(f", {k}={v!r}" for k, v in words.items() if v != usual[k])
 
@@ -120,11 +128,22 @@ class Options:
         """T of a dense target: a map that is taken as it is beside an activated prediction is not
         divided either."""
         as_it_is = self.target == "none" and self.activation != "none"
-        return 1.0 if as_it_is else self.temperature
+        return 1.0 if as_it_is else self.constant_temperature
+
+    @property
+    def constant_temperature(self) -> float:
+        """`temperature`, a constant in graphs."""
+        return float(self.texts["temperature"])
+
+    @property
+    def constant_workspace(self) -> float | str:
+        """`workspace_mb`, a constant in graphs."""
+        text = self.texts["workspace_mb"]
+        return text if text == "auto" else float(text)
 
 
 # The keywords of `Options`.
-OPTION_NAMES = tuple(f.name for f in fields(Options))
+OPTION_NAMES = tuple(f.name for f in fields(Options) if f.init)
 
 
 def refuse_unknown(taker: str, given: Iterable[str], known: Sequence[str]) -> None:

@@ -127,7 +127,7 @@ def total_variation(pred: Tensor, valid: Tensor | None, o: Options) -> Tensor:
     """Of the activated prediction (N, C, H, W), where valid (N, H, W): (N,)."""
     with no_autocast(pred):
         wide = pred.to(accumulation_dtype(pred.dtype))
-        y = reference.prediction_map(wide, o.activation, o.temperature, valid)
+        y = reference.prediction_map(wide, o.activation, o.constant_temperature, valid)
         return reference.total_variation(y, valid)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gpl_fast import parts
 from gpl_fast.costs import Explanation
 from gpl_fast.explain import explain
-from gpl_fast.layer_weights import as_layers
+from gpl_fast.layer_weights import as_layers, as_numbers, as_texts
 from gpl_fast.net.lossnet import LossNet
 from gpl_fast.options import OPTION_NAMES, LabelWords, Options, refuse_unknown
 from gpl_fast.targets import TargetFeatures, TargetLike, TargetMap, first_look
@@ -58,15 +58,24 @@ class PerceptualLoss(nn.Module):
             )
         refuse_unknown("PerceptualLoss", options, _KNOWN)
         self.net = net
-        self.feature_layers, self.style_layers, self.tv_weight = as_layers(
-            net, feature_layers, style_layers, tv_weight
-        )
+        features, styles, self.tv_weight = as_layers(net, feature_layers, style_layers, tv_weight)
+        self._features, self._styles = as_texts(features), as_texts(styles)
         self.return_parts = return_parts
         self.options = Options.of(
             "PerceptualLoss", {"reduction": reduction, **options}, activation="none"
         )
         self.options.check_channels(net.in_channels)
         self._looked = False  # at a dense target on a GPU
+
+    @property
+    def feature_layers(self) -> dict[str, float]:
+        """The weight of each layer's feature reconstruction."""
+        return as_numbers(self._features)
+
+    @property
+    def style_layers(self) -> dict[str, float]:
+        """The weight of each layer's style."""
+        return as_numbers(self._styles)
 
     def forward(
         self,

@@ -95,12 +95,12 @@ class SegmentationLoss(nn.Module):
 
     @property
     def label_smoothing(self) -> float:
-        """Of the cross-entropy."""
-        return self._label_smoothing
+        """Of the cross-entropy; kept as text, as `Options.texts`."""
+        return float(self._label_smoothing)
 
     @label_smoothing.setter
     def label_smoothing(self, value: SupportsFloat) -> None:
-        self._label_smoothing = as_label_smoothing(value)
+        self._label_smoothing = repr(as_label_smoothing(value))
 
     @property
     def net(self) -> LossNet:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gpl_fast.options import Options
+from gpl_fast.targets import values
 from gpl_fast.targets.data.features import TargetFeatures
 from gpl_fast.targets.masks import check_same_mask, normalise_mask, savable
 from gpl_fast.targets.target import Network, Target, check_like
@@ -42,20 +43,17 @@ class FeatureTarget(Target):
         height, width = given.settings["size"]
         if pred is None:  # of any size: no pixel of a prediction is compared with one of these
             return cls((height, width), None, given, stored=given.features)
-        if (height, width) != tuple(pred.shape[2:]):
-            raise ValueError(
-                f"target features: got those of a {height} x {width} target, expected "
-                f"{pred.shape[2]} x {pred.shape[3]}, the prediction's size; encode the target again"
-            )
+        seen = check_size(pred, (height, width))
+        height, width = pred.shape[2:]
         check_like(next(iter(given.features.values())), "target features", pred)
         mask = normalise_mask(mask, len(given), (height, width), pred.device)
-        seen = None
         if mask is not None:
             message = (
                 "mask: got one that differs from the mask the target features were encoded with; "
                 "leave it out (the stored one is used), or encode(target, mask=mask) again"
             )
-            seen = check_same_mask(mask, given.mask, message)
+            same = check_same_mask(mask, given.mask, message)
+            seen = same if seen is None or same is None else seen + same
         valid = None if given.valid is None else savable(given.valid)
         return cls((height, width), valid, given, stored=given.features, seen=seen)
 
@@ -71,7 +69,7 @@ class FeatureTarget(Target):
 
     def check(self, net: Network, o: Options, layers: Sequence[str]) -> None:
         settings, found = self.features.settings, self.features.features
-        expected = feature_settings(net, o, self.size)
+        expected = feature_settings(net, o, settings["size"])  # which `check_size` has looked at
         for name in {**expected, **settings}:
             want = expected.get(name)
             if settings.get(name) != want:
@@ -94,7 +92,44 @@ class FeatureTarget(Target):
                 )
 
 
-def feature_settings(net: Network, o: Options, size: tuple[int, int]) -> dict[str, Any]:
+def check_size(pred: Tensor, size: tuple[int, int]) -> Tensor | None:
+    """Hold the prediction (N, C, H, W) to the size that stored features were made at.
+
+    Returns:
+        In a compiled graph, which takes any H and W and this size as it is, a 0 that has to reach
+        the result, or the graph would leave the look out; else None.
+
+    Raises:
+        ValueError: another size.
+    """
+    if torch.compiler.is_compiling():
+        seen: Tensor = torch.ops.gpl_fast.check_size(pred.detach(), size)
+        return seen
+    _refuse_size(pred, size)
+    return None
+
+
+def _refuse_size(pred: Tensor, size: Sequence[int]) -> None:
+    if tuple(size) != tuple(pred.shape[2:]):
+        raise ValueError(
+            f"target features: got those of a {size[0]} x {size[1]} target, expected "
+            f"{pred.shape[2]} x {pred.shape[3]}, the prediction's size; encode the target again"
+        )
+
+
+def _look(pred: Tensor, size: list[int]) -> Tensor:
+    _refuse_size(pred, size)
+    return _fake(pred, size)
+
+
+def _fake(pred: Tensor, size: list[int]) -> Tensor:
+    return pred.new_zeros((), dtype=torch.float32)
+
+
+values.define("check_size(Tensor pred, SymInt[] size) -> Tensor", _look, _fake)
+
+
+def feature_settings(net: Network, o: Options, size: Sequence[int]) -> dict[str, Any]:
     """What stored features must agree in with the loss that uses them."""
     return {
         "fingerprint": net.fingerprint(),
