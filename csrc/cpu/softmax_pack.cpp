@@ -91,20 +91,21 @@ void prediction(const SoftmaxPackFwd& a, Vi keep, float* x, Vf fx) {
 }
 
 // 1 - y' of the labels of 16 pixels, from the logits x; false: not of this activation.
-bool label_complement(const SoftmaxPackFwd& a, const Pixels& px, const float* x, float* rest) {
+bool label_complement(const SoftmaxPackFwd& a, const Pixels& px, const float* x,
+                      float* complement) {
   return squashing(a.activation, [&](auto act) {
     float x_label[16] = {};
     for (int64_t p = 0; p < px.n; ++p) {
       const int64_t label = a.labels[px.at + p];
       if (label >= 0 && label < a.C) x_label[p] = x[label * 16 + p];
     }
-    store(rest, act.complement(load(x_label) * fill(a.inv_t)));
+    store(complement, act.complement(load(x_label) * fill(a.inv_t)));
   });
 }
 
-// x less the target's one-hot map where that leaves less of it: where y'_label > 1/2. rest: 1 - y'
-// of the labels, or null.
-void take_labels(const SoftmaxPackFwd& a, const Pixels& px, float* x, const float* rest,
+// x less the target's one-hot map where that leaves less of it: where y'_label > 1/2. complement:
+// 1 - y' of the labels, or null.
+void take_labels(const SoftmaxPackFwd& a, const Pixels& px, float* x, const float* complement,
                  uint8_t* taken) {
   for (int64_t p = 0; p < px.n; ++p) {
     const int64_t label = a.labels[px.at + p];
@@ -112,7 +113,7 @@ void take_labels(const SoftmaxPackFwd& a, const Pixels& px, float* x, const floa
     taken[p] = kept && label >= 0 && label < a.C && x[label * 16 + p] > 0.5f;
     if (!taken[p]) continue;
     float& y = x[label * 16 + p];
-    y = rest ? -rest[p] : y - 1.0f;
+    y = complement ? -complement[p] : y - 1.0f;
   }
 }
 
@@ -146,8 +147,8 @@ void maps(const SoftmaxPackFwd& a, const Pixels& px, float* x, float* t, Lines& 
   PixelLoss loss;
   const bool shared = has_ce && !a.ce.own_lse;
   if (shared) loss = PixelLoss(a.ce, px, x, a.C, weights);
-  float rest[16];
-  const bool has_rest = a.y && a.labels && label_complement(a, px, x, rest);
+  float complement[16];
+  const bool squashed = a.y && a.labels && label_complement(a, px, x, complement);
   const Activated yp = activate(a.activation, x, a.C, a.inv_t, x_lines);
   if (shared) loss.add(yp.lse, ce_sums);
   if (px.core && a.lse) store_upto(a.lse + px.at, yp.lse.value(a.lse_t), px.n);
@@ -158,7 +159,7 @@ void maps(const SoftmaxPackFwd& a, const Pixels& px, float* x, float* t, Lines& 
     return dense_difference(a, px, keep, x, yp.factor, t, factor);
   }
   prediction(a, keep, x, yp.factor);
-  if (a.labels) take_labels(a, px, x, has_rest ? rest : nullptr, taken);
+  if (a.labels) take_labels(a, px, x, squashed ? complement : nullptr, taken);
   if (a.topk_values) {
     topk_target(a, px, t);
     take_topk(a, px, keep, x, t, taken);

@@ -43,6 +43,15 @@ def test_pages_that_code_names_exist():
             assert (ROOT / name).exists(), f"{path}: {name}"
 
 
+def test_the_architecture_page_has_every_file():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    named = {name.rpartition("/")[2] for name in re.findall(r"`([\w/]+\.\w+)`", page)}
+    files = {path.name for path in tracked("gpl_fast/*.py", "csrc/*")}
+    assert files - named <= {"__init__.py", "__main__.py"}
+    linked = set(re.findall(r"\]\((\w+\.md)\)", page))
+    assert {path.name for path in tracked("docs/*.md")} - linked <= {"architecture.md"}
+
+
 def test_sizes_are_kept():
     readme = (ROOT / "README.md").read_bytes()
     assert readme.count(b"\n") <= 150
