@@ -16,7 +16,10 @@ import torch
 from providers import NET, loss_net
 from torch import Tensor
 
-from gpl_fast import ops, plan
+from gpl_fast import ops
+from gpl_fast.fast import policy
+from gpl_fast.fast.policy import MIB, Way
+from gpl_fast.net.weights import padded_channels
 
 SECONDS = 0.1  # of each measurement
 
@@ -48,20 +51,21 @@ def layer_rates(
 ) -> list[LayerRate]:
     """Every convolution of a step on logits `shape` (N, C, H, W) with a target of `kind`."""
     n, c, h, w = shape
-    net = loss_net(c, structure)
+    net, cpu = loss_net(c, structure), policy.named("cpu")
+    strip = int(cpu.strip_mb * MIB)
     rates: list[LayerRate] = []
     for layer in net.layers:
         if layer.kind != "conv":
             continue
         c_out, h, w = net.shapes(shape[2], shape[3])[layer.name]
-        c_in = plan.padded_channels(layer.in_channels)
+        c_in = padded_channels(layer.in_channels)
         row = n * w * (c_in + c_out) * dtype.itemsize
-        whole = row * h <= plan.PREFERRED_STRIP_BYTES
+        whole = row * h <= strip
         images = n if whole else 1
-        rows = h if whole else max(plan.PREFERRED_STRIP_BYTES * n // row, plan.PREFERRED_ROWS)
+        rows = h if whole else max(strip * n // row, cpu.strip_rows)
         part = (images, min(rows, h), w)
         scale = n * h / (part[0] * part[1])
-        paired = not rates and c_in >= plan.MIXED_CHANNELS
+        paired = not rates and c_in >= cpu.mixed_channels
         seconds = _time_layer(part, c_in, c_out, layer.kernel_size, dtype, paired)
         forward, difference, backward = (scale * s for s in seconds)
         gflop = 2e-9 * layer.kernel_size**2 * layer.in_channels * c_out * n * h * w
@@ -93,7 +97,7 @@ def _time_layer(
     weight = torch.randn(c_out, c_in, size, size).to(dtype, memory_format=layout)
     pad = size // 2
     forward = difference = backward = float("inf")
-    arithmetic = ops.cpu_arithmetic(dtype)
+    arithmetic = policy.named("cpu").arithmetic(dtype)
     if size == 3 and arithmetic != "own":
         mixed = arithmetic == "mixed"
         forward = _winograd(x, weight, 2, False, mixed and paired)
@@ -111,7 +115,7 @@ def _winograd(x: Tensor, weight: Tensor, tile: int, transposed: bool, paired: bo
     """Seconds of the convolution of x (N, C, H, W) by `weight`, or of its transpose."""
     c_in, c_out = weight.shape[:2] if transposed else weight.shape[1::-1]
     multiplied = torch.bfloat16 if paired else torch.float32
-    u = torch.empty(plan.winograd_elements(tile, c_in, c_out), dtype=multiplied)
+    u = torch.empty(Way(tile, multiplied).weight_elements(3, c_in, c_out), dtype=multiplied)
     w = weight.to(multiplied).permute(0, 2, 3, 1).contiguous()
     ops.winograd_weight(w, tile, transposed, u)
     maps = x.permute(0, 2, 3, 1)
@@ -129,7 +133,7 @@ def _direct(x: Tensor, weight: Tensor, transposed: bool) -> float:
     """The same by the definition, K x K, of bfloat16 maps."""
     c_in, c_out = weight.shape[:2] if transposed else weight.shape[1::-1]
     k = weight.shape[2]
-    u = torch.empty(plan.direct_elements(k * k, c_in, c_out), dtype=x.dtype)
+    u = torch.empty(Way(1, x.dtype).weight_elements(k, c_in, c_out), dtype=x.dtype)
     ops.direct_weight(weight.permute(0, 2, 3, 1), transposed, u)
     maps = x.permute(0, 2, 3, 1)
     dtype = x.dtype if transposed else torch.float32

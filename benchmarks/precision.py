@@ -12,19 +12,30 @@ of one class; the teacher is the same logits with noise of half a unit: docs/num
 from __future__ import annotations
 
 import argparse
-from unittest import mock
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gpl_fast import GenericPerceptualLoss, LossNet, ops
+from gpl_fast import GenericPerceptualLoss, LossNet
+from gpl_fast.fast import policy
 from gpl_fast.tools import measure
 
 SIZE = 64
 # classes, side of a region, margins
 CASES = [(19, 8, (0, 4, 8)), (150, 8, (0, 6, 12)), (847, 8, (0, 8, 14)), (1203, 8, (0, 14))]
 
-FORMS = ("plain", "own", "mixed", "float32")  # the reference, and by `plan.Spec.arithmetic`
+FORMS = ("plain", "own", "mixed", "float32")  # the reference, and by `Policy.arithmetic`
+
+
+@dataclass(frozen=True)
+class Cpu(policy.Policy):
+    """One of this arithmetic."""
+
+    form: str = "own"
+
+    def arithmetic(self, dtype: torch.dtype) -> str:
+        return self.form
 
 
 def peaked(channels: int, region: int, margin: float) -> tuple[Tensor, Tensor]:
@@ -53,7 +64,7 @@ def row(channels: int, region: int, margin: float, kind: str, dtype: torch.dtype
             continue
         backend = "reference" if arithmetic == "plain" else "fast"
         loss = GenericPerceptualLoss(channels, net, backend=backend, compute_dtype=dtype)
-        with mock.patch.object(ops, "cpu_arithmetic", lambda _, found=arithmetic: found):
+        with policy.injected(Cpu(form=arithmetic)):
             error, cosine = measure.deviation(measure.step(loss, logits, target), truth)
         values.append(f"{error:.2%}")
         cosines.append(f"{cosine:.3f}")

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 import gpl_fast
-from gpl_fast import ops, plan
+from gpl_fast import ops
+from gpl_fast.fast.policy import Way
+from gpl_fast.net.weights import padded_channels
 from gpl_fast.stages import ACTIVATIONS, POOLS
 
 N, H, W = 1, 64, 64
@@ -41,7 +43,7 @@ def nan(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def test_softmax_pack_fwd(benchmark, c, dtype):
     """Logits (N, C, H, W) and a dense target -> y', δ (N, H, W, C padded) and lse (N, H, W)."""
     x, target = torch.randn(2, N, c, H, W)
-    padded = plan.padded_channels(c)
+    padded = padded_channels(c)
     y, delta = nan(N, H, W, padded, dtype=dtype), nan(N, H, W, padded, dtype=dtype)
     lse = nan(N, H, W)
     strip = {"row0": 0, "rows": H, "core0": 0, "core_rows": H}
@@ -82,10 +84,10 @@ def test_convolution(benchmark, c, side, by, dtype):
     if by in ("pairs2", "pairs4", "direct"):
         w = w.bfloat16()
     if by == "direct":
-        benchmark(direct, w, torch.empty(plan.direct_elements(9, c, 2 * c), dtype=dtype))
+        benchmark(direct, w, torch.empty(Way(1, dtype).weight_elements(3, c, 2 * c), dtype=dtype))
     else:
         tile = int(by[-1])
-        u = torch.empty(plan.winograd_elements(tile, c, 2 * c), dtype=w.dtype)
+        u = torch.empty(Way(tile, w.dtype).weight_elements(3, c, 2 * c), dtype=w.dtype)
         benchmark(winograd, w, tile, u)
     wanted = torch.conv2d(maps.float(), w.permute(0, 3, 1, 2).float(), padding=1)
     most = {"pairs2": 0.006, "pairs4": 0.02}.get(by, 1e-5)  # of rounding, norm-wise
@@ -140,7 +142,7 @@ def test_label_conv_fwd(benchmark, c, dtype):
 def test_softmax_bwd(benchmark, c, dtype):
     """dy (N, H, W, C padded), logits and lse -> dx (N, C, H, W)."""
     x = torch.randn(N, c, H, W)
-    dy = torch.randn(N, H, W, plan.padded_channels(c)).to(dtype)
+    dy = torch.randn(N, H, W, padded_channels(c)).to(dtype)
     dx = nan(N, c, H, W)
     benchmark(
         ops.softmax_bwd, x, activation=SOFTMAX, temperature=1.0, row0=0, rows=H, dx=dx,

@@ -1,8 +1,8 @@
 """Finds the fastest tile of `conv_block_fwd`, or the faster of the two ways of the data gradient,
 for each layer on the GPU that is there.
 
-Writes rows as gpl_fast/kernels/tiles.json or gpl_fast/chain/data_gradient.json has them, each with
-its measurement, to a file of your own that ``GPL_FAST_TILES`` or ``GPL_FAST_DATA_GRADIENT`` names
+Writes rows as gpl_fast/tiles.json or gpl_fast/fast/data_gradient.json has them, each with its
+measurement, to a file of your own that ``GPL_FAST_TILES`` or ``GPL_FAST_DATA_GRADIENT`` names
 from then on; nothing is tuned at run time.
 
     python benchmarks/tune.py --classes 150 --out my-tiles.json
@@ -16,6 +16,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,9 @@ import torch
 from torch import Tensor
 
 from gpl_fast import ops, tiles
-from gpl_fast.chain import data_gradient
-from gpl_fast.chain.convolution import conv_transpose
-from gpl_fast.kernels import conv_block, conv_block_fwd
+from gpl_fast.fast import measured, policy
+from gpl_fast.fast.convolution import conv_transpose
+from gpl_fast.kernels import conv_block_fwd
 from gpl_fast.net.weights import padded_channels
 from gpl_fast.stages import ACTIVATIONS, POOLS
 
@@ -45,10 +46,15 @@ def layers(classes: int) -> Iterator[tuple[int, int, int]]:
         yield c_in, c_out, 512 >> i
 
 
+def architecture(device: str) -> int:
+    """90 for sm_90; tests without a GPU go by the oldest."""
+    return policy.named(policy.name_of(torch.device(device))).arch or 80
+
+
 def launcher(
     c_in: int, c_out: int, size: int, dtype: torch.dtype, form: str, device: str
-) -> Callable[[], Tensor | None]:
-    """One layer's launch on random maps of one image."""
+) -> Callable[[tiles.Tile], Tensor | None]:
+    """One layer's launch with a tile, on random maps of one image."""
     a = torch.randn(1, size, size, c_in, device=device).to(dtype)
     d = torch.randn_like(a) if form == "diff" else None
     weight = torch.randn(9 * c_in, c_out, device=device).to(dtype)
@@ -57,30 +63,27 @@ def launcher(
     code = torch.empty(1, half, half, c_out // 2, dtype=torch.uint8, device=device)
     carried = None if d is None else torch.zeros(1, dtype=torch.bool, device=device)
     delta = None if d is None else torch.empty_like(y)
-    return lambda: conv_block_fwd(
-        a, d, weight, None, carried, None, kernel_size=3, stride=1, relu=True, pool=0, pad_h=1,
-        row0=0, image_rows=size, y=y, delta=delta, code=code,
+    return lambda tile: conv_block_fwd(
+        a, d=d, weight=weight, from_target=carried, kernel_size=3, stride=1, relu=True,
+        pool=POOLS["max"], pad_h=1, row0=0, image_rows=size, tile=tile, y=y, delta=delta, code=code,
     )  # fmt: skip
 
 
 def fastest(
-    run: Callable[[], Any], time: Callable[[Callable[[], Any]], float], candidates: list[tiles.Tile]
+    run: Callable[[tiles.Tile], Any],
+    time: Callable[[Callable[[], Any]], float],
+    candidates: list[tiles.Tile],
 ) -> tuple[tiles.Tile, float]:
     """The tile with the least time, in milliseconds; those that do not compile are passed over."""
     best: tuple[tiles.Tile, float] | None = None
-    shipped = conv_block.tile_for
-    try:
-        for tile in candidates:
-            conv_block.tile_for = lambda *args, tile=tile: tile
-            try:
-                ms = time(run)
-            except Exception as error:  # out of shared memory, registers, or the compiler's limits
-                print(f"  {tile}: {type(error).__name__}", file=sys.stderr)
-                continue
-            if best is None or ms < best[1]:
-                best = tile, ms
-    finally:
-        conv_block.tile_for = shipped
+    for tile in candidates:
+        try:
+            ms = time(partial(run, tile))
+        except Exception as error:  # out of shared memory, registers, or the compiler's limits
+            print(f"  {tile}: {type(error).__name__}", file=sys.stderr)
+            continue
+        if best is None or ms < best[1]:
+            best = tile, ms
     if best is None:
         raise RuntimeError("not one candidate ran")
     return best
@@ -96,7 +99,7 @@ def tune(
     """Rows for all layers, in both forms that have a GEMM of their own."""
     rows: list[tiles.Row] = []
     name = torch.cuda.get_device_name(device) if device != "cpu" else "interpreter"
-    arch = tiles.architecture(torch.device(device))
+    arch = architecture(device)
     for (c_in, c_out, size), form in product(layers(classes), ("diff", "plain")):
         run = launcher(c_in, c_out, size, dtype, form, device)
         safe = [tile for tile in candidates if tiles.safe(tile, arch, form) == tile]
@@ -166,7 +169,7 @@ def two_ways(
         operators.relu_pool_bwd(
             dy, code=code, pool=POOLS["max"], height=size, width=size, row0=0, dz=dz
         )
-        dx = conv_transpose(dz, w, 1, (1, 1), (0, 0))
+        dx = conv_transpose(dz, w, 1, (1, 1), (0, 0), dtype == torch.float32)
         if not first:
             return dx
         gradient = torch.empty_like(x)
@@ -185,11 +188,11 @@ def measure_data_gradients(
     device: str,
     time: Callable[[Callable[[], Any]], float],
     largest: int = 512,
-) -> list[data_gradient.Row]:
+) -> list[measured.Row]:
     """A row for each layer, and for the first with each number of classes; none where the two ways
     do not agree."""
-    rows: list[data_gradient.Row] = []
-    arch = tiles.architecture(torch.device(device))
+    rows: list[measured.Row] = []
+    arch = architecture(device)
     name = torch.cuda.get_device_name(device) if device != "cpu" else "emulation"
     found = [(c, WIDTHS[0], 512, True) for c in classes]
     found += [(*layer, False) for layer in list(layers(classes[0]))[1:]]

@@ -17,7 +17,7 @@ from ahead_of_time import CAPABILITIES, Compiled, check, compiling_for, meta
 from torch import Tensor
 
 from gpl_fast import kernels, tiles
-from gpl_fast.plan import padded_channels
+from gpl_fast.net.weights import padded_channels
 from gpl_fast.stages import POOLS, Listed
 
 FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16

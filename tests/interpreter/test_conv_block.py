@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gpl_fast import kernels, ops, tiles
 from gpl_fast.kernels import conv_block
-from gpl_fast.plan import padded_channels
+from gpl_fast.net.weights import padded_channels
 from gpl_fast.stages import Listed
 from gpl_fast.tiles import Tile
 
