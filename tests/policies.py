@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -30,12 +30,12 @@ class Told(Policy):
     Attributes:
         convolutions: one of `ARITHMETIC`, whatever CPU this is.
         kernels: whether `conv_block_bwd` makes every data gradient that it can.
-        tiles: of `conv_block_fwd`, for every layer.
+        tiles: of `conv_block_fwd`, by a layer's input and output channels.
     """
 
     convolutions: str | None = None
     kernels: bool | None = None
-    tiles: Tile | None = None
+    tiles: Callable[[int, int], Tile] | None = None
 
     def arithmetic(self, dtype: torch.dtype) -> str:
         if self.convolutions is None or not self.on_cpu:
@@ -48,7 +48,9 @@ class Told(Policy):
         return super().by_kernel(call, i, step) if self.kernels is None else self.kernels
 
     def tile(self, call: Call, i: int, step: Step, c_in: int) -> Tile:
-        return self.tiles or super().tile(call, i, step, c_in)
+        if self.tiles is None:
+            return super().tile(call, i, step, c_in)
+        return self.tiles(c_in, step.out_channels)
 
 
 def in_force(device: str = "cpu") -> Policy:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from allocated import peak_bytes
 from cases import ATOL, NARROW, call_of, error, every_way, value_and_grad
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,7 +33,7 @@ from gpl_fast import (
     TopK,
     reference,
 )
-from gpl_fast.fast.branch import carry_target
+from gpl_fast.fast.branch import GRID, carried, carry_target
 from gpl_fast.fast.memory import peak
 from gpl_fast.fast.policy import MIB
 from gpl_fast.net import weights
@@ -487,6 +488,19 @@ def test_the_target_is_carried_only_where_it_is_near_and_constant_in_regions():
     invalid = torch.ones(2, 64, 64, dtype=torch.bool)
     invalid[1] = False
     assert carried(both, labels=all_labels, valid=invalid)[0]
+
+
+@pytest.mark.parametrize("at_once", [0, 1, 2, 5])
+def test_the_branch_is_the_same_however_many_images_are_looked_at(at_once):
+    near, labels = peaked(19, 8.0, 8)
+    logits = torch.cat([near, torch.randn_like(near), near])
+    call = call_of(LossNet.vgg(19, (1,)), kind="labels", dtype=BF16)
+    an_image = 32 * 19 * GRID[0] * GRID[1]
+    target = {"labels": labels.repeat(3, 1, 1)}
+    room = at_once * an_image
+    most, found = peak_bytes(lambda: carried(call, logits, target, room))
+    assert found.tolist() == [True, False, True]
+    assert most <= max(room, an_image)
 
 
 # ------------------------------------------------------------------------------ SegmentationLoss

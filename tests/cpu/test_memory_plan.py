@@ -149,7 +149,7 @@ def drawn(draw: st.DrawFn) -> Drawn:
         activation=draw(st.sampled_from(["softmax", "sigmoid", "none"])),
         masked=draw(st.booleans()),
         k=draw(st.integers(1, 4)),
-        source=draw(st.sampled_from([0.5, 0.8, 1.5])),
+        source=draw(st.sampled_from([0.5, 0.8, 3.0])),
         rest=draw(st.sampled_from(["renormalize", "uniform", "drop"])),
     )
 
@@ -242,9 +242,9 @@ def test_a_buffer_that_grows_is_not_held_twice():
     plan = Plan(call_of(net), 1, 32, 32)
     chunk = Chunk(plan, torch.zeros(1, 3, 32, 32), target={}, packs={}, saved={}, stages=ops)
     chunk.room = {"z0": 2**20}
-    chunk.take("z0", (2**17,))
-    peak, _ = peak_bytes(lambda: chunk.take("z0", (2**18,)))
-    assert peak <= 2**20 - 2**19  # what was there had gone
+    sizes = (2**16, 2**17, 2**18)
+    peak, _ = peak_bytes(lambda: [chunk.take("z0", (size,)).shape for size in sizes])
+    assert peak == 2**20
 
 
 # ------------------------------------------------------------------------------------ the workspace

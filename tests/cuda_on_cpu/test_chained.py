@@ -10,8 +10,6 @@ import pytest
 import test_path
 import torch
 
-from gpl_fast.chain import backward, data_gradient
-
 FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
 fast_tests, triton_path = test_path.fast_tests, test_path.triton_path
 
@@ -23,7 +21,7 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def launched(emulated, monkeypatch):
+def launched(triton_path, emulated, decide):
     """Every layer that it can by `conv_block_bwd`; fills with the operators that were called."""
     called: list[str] = []
 
@@ -32,8 +30,7 @@ def launched(emulated, monkeypatch):
             called.append(name)
             return getattr(emulated, name)
 
-    monkeypatch.setattr(data_gradient, "by_kernel", lambda *layer: True)
-    monkeypatch.setattr(backward, "backward_stages_on", lambda device: Recorder())
+    decide(kernels=True, backward="emulated", stages={"emulated": Recorder()})
     return called
 
 

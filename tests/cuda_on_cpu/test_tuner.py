@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from gpl_fast.chain import data_gradient
 
 from gpl_fast import ops
+from gpl_fast.fast import measured
 
 if (reason := ops.load()) is not None:
     pytest.skip(reason, allow_module_level=True)
@@ -40,7 +40,7 @@ def test_the_two_ways_of_the_data_gradient(emulated, tune, dtype, monkeypatch):
     assert layers == [(True, 19, 64), (True, 1, 64), (False, 64, 70)]
     assert [(row["kernel_ms"], row["aten_ms"]) for row in rows] == [(1, 2), (3, 4), (5, 6)]
     for row in rows:
-        assert set(row) == set(data_gradient.Row.__annotations__)
+        assert set(row) == set(measured.Row.__annotations__)
 
 
 def test_a_wrong_kernel_gets_no_row(emulated, tune, monkeypatch, capsys):

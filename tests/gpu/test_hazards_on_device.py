@@ -4,15 +4,17 @@ written: wrong results here would come without an error."""
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 from cases import make_target
-from gpl_fast.chain import forward
+from policies import in_force
 from test_loss import SMALL, loss_of, run
 
 import gpl_fast
-from gpl_fast import ops, tiles
+from gpl_fast import ops
+from gpl_fast.fast import policy
 
 LARGE = (4, 19, 256, 384)
 
@@ -124,7 +126,7 @@ def test_threads_leave_cudnns_switch_alone(device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["dense", "labels", "topk"])
-def test_one_pipelined_tile_gives_the_bits_of_an_unpipelined_one(cuda, kind, dtype, monkeypatch):
+def test_one_pipelined_tile_gives_the_bits_of_an_unpipelined_one(cuda, kind, dtype):
     """Products that read what is still being written differ from run to run and from those that
     wait. The sums are the same ones, in the same order."""
     torch.backends.cudnn.allow_tf32 = True
@@ -132,13 +134,11 @@ def test_one_pipelined_tile_gives_the_bits_of_an_unpipelined_one(cuda, kind, dty
     x = x.to(dtype)
     loss = loss_of(channels=19)
     shipped = [run(loss, x, target) for _ in range(10)]
-    choose = forward.tile_for
 
-    def by_pointers(*args):
-        tile = choose(*args)
-        return tiles.Tile(tile.block_h, tile.block_w, tile.block_k, tile.block_n, tile.warps, 1,
-                          descriptors=False)  # fmt: skip
+    class ByPointers(policy.Policy):
+        def tile(self, *layer):
+            return replace(super().tile(*layer), stages=1, descriptors=False)
 
-    monkeypatch.setattr(forward, "tile_for", by_pointers)
-    plain = run(loss, x, target)
+    with policy.injected(ByPointers(**vars(in_force("cuda")))):
+        plain = run(loss, x, target)
     assert all(same(each, plain) for each in shipped)

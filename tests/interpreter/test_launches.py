@@ -15,12 +15,16 @@ from typing import Any
 import pytest
 import torch
 import triton
-from gpl_fast.chain import stages
+from cases import call_of
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from gpl_fast import LossNet, chain, plan
+from gpl_fast import LossNet
+from gpl_fast.fast import policy
+from gpl_fast.fast.backward import Backward
+from gpl_fast.fast.forward import Forward
+from gpl_fast.fast.plan import Plan
 from gpl_fast.kernels import conv_block, launch
 
 FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
@@ -51,12 +55,11 @@ def launches(monkeypatch):
 
     for stage in (conv_block, *STAGES):
         monkeypatch.setattr(stage, "launch", launch)
-    monkeypatch.setattr(stages, "architecture", lambda device: 90)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     return found
 
 
-CUDA = torch.device("cuda", 0)
+CUDA, SM_90 = torch.device("cuda", 0), "sm_90"
 ATEN = torch.ops.aten
 
 
@@ -102,17 +105,7 @@ class WithoutGuards(TorchFunctionMode):
         return t
 
 
-def packs_of(net: LossNet, dtype: torch.dtype, looked_up: bool) -> dict[str, Tensor]:
-    """As on a GPU, but still here."""
-    devices = {"cuda", "cpu"}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "TRITON_DEVICES", devices)
-        names = chain.pack_names(net, torch.device("cpu"), dtype, looked_up)
-        packs = chain.pack_weights(net, torch.device("cpu"), dtype, looked_up)
-    return dict(zip(names, packs, strict=True))
-
-
-def target_tensors(kind: str, shape, dtype: torch.dtype, p: plan.Plan) -> dict[str, Tensor]:
+def target_tensors(kind: str, shape, dtype: torch.dtype, p: Plan) -> dict[str, Tensor]:
     n, _, h, w = shape
     make = functools.partial(torch.empty, device=CUDA)
     if kind == "dense":
@@ -125,7 +118,7 @@ def target_tensors(kind: str, shape, dtype: torch.dtype, p: plan.Plan) -> dict[s
             "topk_indices": make(n, 3, h, w, dtype=torch.int64),
             "topk_rest": make(n, h, w),
         }
-    return {f"feature.{t}": make(p.tap_shape(t), dtype=dtype) for t in p.taps}
+    return {f"feature.{t}": make(p.tap_shape(t), dtype=dtype) for t in p.call.taps}
 
 
 def walks(
@@ -135,13 +128,9 @@ def walks(
 ):  # fmt: skip
     """(plan, terms, saved, gradient) of a forward and a backward."""
     net = LossNet.vgg(shape[1], blocks, widths=(64, 128), pool=pool)
-    spec = plan.make_spec(
-        net, feature_weights={net.layers[-1].name: 1.0}, style_weights={}, kind=kind,
-        activation="softmax", target_activation="softmax", temperature=1.0, dtype=dtype,
-        device="cuda", workspace_mb=workspace_mb,
-    )  # fmt: skip
-    p = plan.Plan(plan.load_spec(spec), shape[0], *shape[2:])
-    made = packs_of(net, dtype, kind in ("labels", "topk"))
+    call = call_of(net, kind=kind, dtype=dtype, workspace_mb=workspace_mb, policy=SM_90)
+    p = Plan(call, shape[0], *shape[2:])
+    made = net.packs(policy.named(SM_90).layout(call, torch.device("cpu")))  # but still here
     layout = torch.channels_last if channels_last else torch.contiguous_format
     with FakeTensorMode(), WithoutGuards():
         packs = {
@@ -152,10 +141,11 @@ def walks(
         target = target_tensors(kind, shape, dtype, p)
         if masked:
             target["valid"] = torch.empty(shape[0], *shape[2:], dtype=torch.bool, device=CUDA)
-        terms, saved = chain.Forward(p, x, target, packs, keep=True).run()
+        terms, saved = Forward(p, x, target, packs, keep=True).run()
         g = torch.empty(4, shape[0], device=CUDA)
         kept = {k: target[k] for k in ("valid",) if k in target}
-        return p, terms, saved, chain.Backward(p, x, kept, packs, saved, g).run()
+        stages = policy.implementation(SM_90, "forward")  # the compiled ones take no fakes
+        return p, terms, saved, Backward(p, x, kept, packs, saved, g, stages).run()
 
 
 @pytest.mark.parametrize("pool", ["max", "avg", "stride"])

@@ -7,30 +7,24 @@ float32 takes ATen's convolutions between them, all else `conv_block_fwd`.
 from __future__ import annotations
 
 import importlib
-from contextlib import contextmanager
 from types import ModuleType
 
 import cpu_tests
 import pytest
 import torch
 from cases import error, value_and_grad
-from gpl_fast.chain import stages
-from gpl_fast.chain.branch import GRID
+from policies import decided
 from program_order import ORDERS, backward, program_order, shuffled
 from saved import left_by, unpack_code, unpack_mask
 from strategies import Case
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from gpl_fast import (
-    GenericPerceptualLoss,
-    LossNet,
-    PerceptualLoss,
-    SegmentationLoss,
-    TopK,
-    chain,
-    plan,
-)
+from gpl_fast import GenericPerceptualLoss, LossNet, PerceptualLoss, SegmentationLoss, TopK
+from gpl_fast.fast.branch import GRID
+from gpl_fast.fast.memory import peak
+from gpl_fast.fast.plan import Plan
+from gpl_fast.fast.policy import MIB
 from gpl_fast.kernels import conv_block
 from gpl_fast.tiles import Tile
 
@@ -42,9 +36,9 @@ pytestmark = pytest.mark.usefixtures("one_thread", "triton_path")
 
 
 @pytest.fixture
-def triton_path(monkeypatch):
+def triton_path(decide, monkeypatch):
     """CPU tensors take the path of CUDA tensors; float32 is float32."""
-    monkeypatch.setattr(stages, "TRITON_DEVICES", {"cuda", "cpu"})
+    decide(forward="triton", backward="triton", arch=80, tiles=wide_tile)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     for (name, attribute), wide in WIDE.items():
         monkeypatch.setattr(kernel(name), attribute, wide)
@@ -52,40 +46,25 @@ def triton_path(monkeypatch):
 
 def kernel(name: str) -> ModuleType:
     """Functions of the same names stand before some of these modules."""
-    return importlib.import_module(f"gpl_fast.{name}")
-
-
-def wide_tile(a: Tensor, c_in: int, c_out: int, stride: int, form: str) -> Tile:
-    rows = min(max(1 << (a.shape[1] - 1).bit_length(), 2), 16)
-    channels = min(max(1 << (c_out - 1).bit_length(), 8), 256)
-    depth = min(max(1 << (c_in - 1).bit_length(), 16), 256)
-    return Tile(rows, 32, depth, channels, 4, 1, False)
+    return importlib.import_module(f"gpl_fast.kernels.{name}")
 
 
 # The interpreter counts programs and steps, not elements.
-WIDE = {
-    ("chain.forward", "tile_for"): wide_tile,
-    ("kernels.label_conv", "PIXELS"): 256,
-    ("kernels.logits", "CLASSES"): 512,
-}
+WIDE = {("label_conv", "PIXELS"): 256, ("logits", "CLASSES"): 512}
 SHIPPED = {(name, attribute): getattr(kernel(name), attribute) for name, attribute in WIDE}
 
 
+def wide_tile(c_in: int, c_out: int) -> Tile:
+    channels = min(max(1 << (c_out - 1).bit_length(), 8), 256)
+    depth = min(max(1 << (c_in - 1).bit_length(), 16), 256)
+    return Tile(16, 32, depth, channels, 4, 1, False)
+
+
 @pytest.fixture
-def shipped_tiles(monkeypatch, triton_path):
+def shipped_tiles(decide, monkeypatch, triton_path):
+    decide(tiles=None)
     for (name, attribute), shipped in SHIPPED.items():
         monkeypatch.setattr(kernel(name), attribute, shipped)
-
-
-@contextmanager
-def operators(net: LossNet):
-    """The CPU's own path for a moment; its packs are others."""
-    devices = set(stages.TRITON_DEVICES)
-    stages.TRITON_DEVICES.clear()
-    net._weights._packs.clear()
-    yield
-    stages.TRITON_DEVICES.update(devices)
-    net._weights._packs.clear()
 
 
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -222,8 +201,8 @@ FAST_TESTS = [
 def test_as_the_cpu_path(case, request):
     name, *arguments = case
     test = getattr(fast_tests, f"test_{name}")
-    if "monkeypatch" in test.__code__.co_varnames[: test.__code__.co_argcount]:
-        arguments.append(request.getfixturevalue("monkeypatch"))
+    names = test.__code__.co_varnames[: test.__code__.co_argcount]
+    arguments += [request.getfixturevalue(n) for n in names if n in ("decide", "monkeypatch")]
     test(*arguments)
 
 
@@ -265,11 +244,11 @@ def test_saved_tensors_are_the_contract(dtype, kind, pool):
     pred = 2 * torch.randn(2, 5, 9, 26)
     target = fast_tests.target_of(kind, pred, loss)
 
-    def saved() -> tuple[plan.Plan, dict[str, Tensor]]:
+    def saved() -> tuple[Plan, dict[str, Tensor]]:
         return left_by(loss(pred.clone().requires_grad_(), target))
 
     p, ours = saved()
-    with operators(loss.net):
+    with decided(forward="compiled", backward="compiled"):
         _, theirs = saved()
     assert list(ours) == list(p.saved()) == list(theirs)
     channels = {name: step.out_channels for step in p.steps for name in (step.relu, step.pool)}
@@ -304,32 +283,6 @@ def test_bfloat16_holds_on_peaked_maps(c, raised, kind):
     value, grad = value_and_grad(GenericPerceptualLoss(c, net, backend="fast"), logits, target)
     assert error(value, truth) < (0.1 if c == 1203 else 0.05)
     assert fast_tests.cosine(grad, grad64) >= 0.95
-
-
-@pytest.mark.parametrize("at_once", [1, 2, 5])
-def test_the_branch_is_the_same_however_many_images_are_looked_at(at_once, monkeypatch):
-    near, labels = fast_tests.peaked(19, 8.0, 8)
-    logits = torch.cat([near, torch.randn_like(near), near])[..., :32, :32].contiguous()
-    target = labels[..., :32, :32].repeat(3, 1, 1)
-    loss = fast_tests.fast(19, "1", compute_dtype=BF16)
-    carried, looked = [], []
-    shipped, whole = chain.forward.carry_target, chain.Forward._chunk
-
-    def carry_target(spec, x, target, images, dtype):
-        looked.append(images)
-        return shipped(spec, x, target, images, dtype)
-
-    def chunk(self, ce_rows):
-        whole(self, ce_rows)
-        carried.extend(self.from_target.tolist())
-
-    monkeypatch.setattr(chain.forward, "carry_target", carry_target)
-    monkeypatch.setattr(chain.forward, "GRID", (256 * 2**20 // (32 * 19 * at_once), 1))
-    monkeypatch.setattr(chain.Forward, "_chunk", chunk)
-    with torch.no_grad():
-        loss(logits, target)
-    assert carried == [True, False, True]
-    assert [images.start for images in looked] == list(range(0, 3, at_once))
 
 
 @pytest.mark.usefixtures("shipped_tiles")
@@ -377,6 +330,21 @@ class Allocations(TorchDispatchMode):
         return out
 
 
+class InsideForward(TorchDispatchMode):
+    """`Allocations` of each forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Allocations] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is not torch.ops.gpl_fast.perceptual_fwd.default:
+            return func(*args, **(kwargs or {}))
+        with Allocations() as mode:
+            self.seen.append(mode)
+            return func(*args, **(kwargs or {}))
+
+
 def unseen(launch):
     """The interpreter copies its arguments, which a GPU does not."""
 
@@ -392,28 +360,21 @@ C, PADDED = 37, 64
 
 @pytest.mark.parametrize("dtype", [FLOAT, BF16])
 @pytest.mark.parametrize("kind", ["labels", "topk", "dense"])
-def test_nothing_else_has_the_classes(kind, dtype, monkeypatch):
+def test_nothing_else_has_the_classes(kind, dtype, decide, monkeypatch):
     """Of C channels: one chunk of u for a list, one of the carried map and δ for a dense target."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    forms, modes = launched(monkeypatch), []
+    forms = launched(monkeypatch)
     for name in ("conv_block", "diff_reduce", "label_conv", "relu", "relu_pool", "softmax_pack"):
-        module = kernel(f"kernels.{name}")
-        monkeypatch.setattr(module, "launch", unseen(module.launch))
-    shipped = chain.Forward.run
-
-    def run(self):
-        with Allocations() as mode:
-            modes.append(mode)
-            return shipped(self)
-
-    monkeypatch.setattr(chain.Forward, "run", run)
+        monkeypatch.setattr(kernel(name), "launch", unseen(kernel(name).launch))
     loss = GenericPerceptualLoss(C, "1,1", widths=(8, 16), backend="fast", compute_dtype=dtype)
     pred = torch.randn(3, C, 20, 26)
     target = fast_tests.target_of(kind, pred, loss)
-    one = loss.explain(pred, target).workspace_bytes // 3
-    monkeypatch.setattr(plan, "PREFERRED_STRIP_BYTES", one)
-    value_and_grad(loss, pred, target)
-    (mode,) = modes
+    whole, _ = left_by(loss(pred.clone().requires_grad_(), target))
+    forms.clear()
+    decide(strip_mb=(peak(whole, 1, whole.rows) + 1) / MIB)
+    with InsideForward() as inside:
+        value_and_grad(loss, pred, target)
+    (mode,) = inside.seen
     assert len(forms) == 3 * 2  # every image a chunk of its own, two blocks
     wide = [t for t in mode.made if {C, PADDED} & set(t.shape)]
     maps = [t for t in wide if PADDED in t.shape]
