@@ -57,7 +57,7 @@ _TIME = Key("a number > 0", _is_time)
 _FLAG = Key("true or false", lambda x: isinstance(x, bool))
 _TEXT = Key("a text", lambda x: isinstance(x, str))
 _DTYPE = Key("bfloat16, float16 or float32", lambda x: x in ("bfloat16", "float16", "float32"))
-# `gpl_fast.tiles.Row` and `gpl_fast.chain.data_gradient.Row`.
+# `gpl_fast.tiles.Row` and `gpl_fast.fast.measured.Row`.
 TILES = {
     "arch": _WHOLE,
     "dtype": _DTYPE,
