@@ -14,7 +14,6 @@ from gpl_fast import ops, stages
 
 CSRC = Path(__file__).parents[2] / "csrc"
 OF_OPERATORS = (stages.CpuStages, stages.CudaStages)
-RENAMED = {"H": "height", "W": "width"}
 
 
 def methods(*protocols: type) -> dict[str, inspect.Signature]:
@@ -57,7 +56,7 @@ def test_operators_have_these_arguments(name):
         pytest.skip(reason)
     wanted = methods(*OF_OPERATORS)[name].parameters
     schema = getattr(ops, name)._schema.arguments
-    assert {RENAMED.get(a.name, a.name) for a in schema} == set(wanted)
+    assert {a.name for a in schema} == set(wanted)
     assert schema[0].name == next(iter(wanted))
     for argument in schema:
         if argument.has_default_value():

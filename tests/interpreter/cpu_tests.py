@@ -4,28 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
-
-from gpl_fast import kernels, ops
-
-RENAMED = {"H": "height", "W": "width"}
-
-
-class Kernels:
-    """The kernels for callers that give arguments by position, in the operators' order."""
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        stage = getattr(kernels, name)
-        names = [RENAMED.get(a.name, a.name) for a in getattr(ops, name)._schema.arguments]
-
-        def call(*args, **options):
-            given = dict(zip(names, args, strict=False)) | options
-            return stage(given.pop(names[0]), **given)
-
-        return call
 
 
 def load(name: str) -> ModuleType:
