@@ -207,9 +207,10 @@ def _perceptual_bwd(
 ) -> Tensor:
     call = read(text)
     plan = _plan(call, x)
-    named = dict(zip(plan.contract, saved, strict=True))
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        kept = dict(zip(call.kept, target, strict=True))
+        # Hooks on saved tensors may bring them back with other strides.
+        kept = dict(zip(call.kept, map(Tensor.contiguous, target), strict=True))
+        named = dict(zip(plan.contract, map(Tensor.contiguous, saved), strict=True))
         return Backward(plan, x, kept, _packs(call, x), named, g).run()
 
 
