@@ -1,4 +1,4 @@
-"""What goes on inside of the fast path's two operators: what they call, and the memory they take."""
+"""Inside of the fast path's two operators: what they call, and the memory that they take."""
 
 from __future__ import annotations
 
