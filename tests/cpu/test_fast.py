@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from allocated import peak_bytes
 from cases import ATOL, NARROW, call_of, error, every_way, value_and_grad
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from inside import peak_bytes
 from policies import ARITHMETIC, decided
 from saved import Walk, left_by, network_input, terms
 from strategies import Case, case

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from allocated import Measured, Taken, peak_bytes, step
 from cases import ATOL, NARROW, call_of, error, value_and_grad
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from inside import Measured, Taken, peak_bytes, step
 from policies import decided
 from saved import left_by
 from torch import Tensor, nn

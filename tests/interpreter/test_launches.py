@@ -215,7 +215,7 @@ def test_chunks_of_images_and_of_rows(kind, launches):
     assert len(whole) == 3
     assert all(launch.grid == (128, 1) for launch in whole)
     launches.clear()
-    p, _, _, dx = walks(kind, shape, workspace_mb=8.0, masked=True)
+    p, _, _, dx = walks(kind, shape, workspace_mb=7.0, masked=True)
     assert p.rows[0] < 128
     strips = [launch for launch in launches if launch.kernel == PACK]
     assert len(strips) == 3 * -(-128 // p.rows[0])

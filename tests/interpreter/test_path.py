@@ -13,6 +13,7 @@ import cpu_tests
 import pytest
 import torch
 from cases import error, value_and_grad
+from inside import Inside
 from policies import decided
 from program_order import ORDERS, backward, program_order, shuffled
 from saved import left_by, unpack_code, unpack_mask
@@ -330,21 +331,6 @@ class Allocations(TorchDispatchMode):
         return out
 
 
-class InsideForward(TorchDispatchMode):
-    """`Allocations` of each forward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[Allocations] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is not torch.ops.gpl_fast.perceptual_fwd.default:
-            return func(*args, **(kwargs or {}))
-        with Allocations() as mode:
-            self.seen.append(mode)
-            return func(*args, **(kwargs or {}))
-
-
 def unseen(launch):
     """The interpreter copies its arguments, which a GPU does not."""
 
@@ -372,9 +358,9 @@ def test_nothing_else_has_the_classes(kind, dtype, decide, monkeypatch):
     whole, _ = left_by(loss(pred.clone().requires_grad_(), target))
     forms.clear()
     decide(strip_mb=(peak(whole, 1, whole.rows) + 1) / MIB)
-    with InsideForward() as inside:
+    with Inside(Allocations) as inside:
         value_and_grad(loss, pred, target)
-    (mode,) = inside.seen
+    mode, _ = inside.modes  # of the forward
     assert len(forms) == 3 * 2  # every image a chunk of its own, two blocks
     wide = [t for t in mode.made if {C, PADDED} & set(t.shape)]
     maps = [t for t in wide if PADDED in t.shape]

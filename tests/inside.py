@@ -1,4 +1,4 @@
-"""Memory that the fast path's operators take, measured."""
+"""Inside of the fast path's two operators: what they call, and the memory that they take."""
 
 from __future__ import annotations
 
@@ -12,7 +12,33 @@ from gpl_fast.fast import operator
 from gpl_fast.fast.call import read
 from gpl_fast.fast.plan import Plan
 
-OPERATORS = torch.ops.gpl_fast.perceptual_fwd.default, torch.ops.gpl_fast.perceptual_bwd.default
+IMPLEMENTATIONS = {
+    torch.ops.gpl_fast.perceptual_fwd.default: operator._perceptual_fwd,
+    torch.ops.gpl_fast.perceptual_bwd.default: operator._perceptual_bwd,
+}
+
+
+class Inside(TorchDispatchMode):
+    """Each call of the operators goes on under a mode of its own.
+
+    Args:
+        make: the mode.
+
+    Attributes:
+        modes: of the calls, in their order.
+    """
+
+    def __init__(self, make: Callable[[], TorchDispatchMode]) -> None:
+        super().__init__()
+        self.make = make
+        self.modes: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in IMPLEMENTATIONS:
+            return func(*args, **(kwargs or {}))
+        with self.make() as mode:  # the operator itself would come to the mode, not what it calls
+            self.modes.append(mode)
+            return IMPLEMENTATIONS[func](*args)
 
 
 class Taken(NamedTuple):
@@ -31,12 +57,12 @@ class Measured(TorchDispatchMode):
         self.taken: list[Taken] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in OPERATORS:
+        if func not in IMPLEMENTATIONS:
             return func(*args, **(kwargs or {}))
         call = read(next(a for a in args if isinstance(a, str)))
         operator._packs(call, args[0])
         peak, out = peak_bytes(lambda: func(*args))
-        forward = func is OPERATORS[0]
+        forward = func is torch.ops.gpl_fast.perceptual_fwd.default
         kept = sum(t.nbytes for t in out[1]) if forward else out.nbytes
         plan = operator._plan(call, args[0])
         self.taken.append(Taken("forward" if forward else "backward", plan, peak - kept))
