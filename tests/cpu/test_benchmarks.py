@@ -74,8 +74,8 @@ def test_resident_memory_does_not_grow_with_the_images():
     transient = []
     for shape in ((1, 32, 256, 256), (4, 32, 256, 256)):
         code = (
-            "from gpl_fast.tools import bench\n"
-            f"used = bench.used_by('fast', {shape}, 'dense', 'cpu', 32)\n"
+            "from gpl_fast.tools import batch\n"
+            f"used = batch.used_by('fast', {shape}, 'dense', 'cpu', 32)\n"
             "print(used.peak, used.saved)"
         )
         done = subprocess.run(
