@@ -222,7 +222,7 @@ def ask(device: torch.device) -> Policy:
 @contextmanager
 def injected(policy: Policy, **implementations: Any) -> Iterator[str]:
     """For tests: `policy` decides on every device, and stages may be those of `implementations`, by
-    the names that the policy gives them. Yields the policy's name."""
+    the names that the policy gives them. Yields the name, which graphs traced here keep."""
     name = f"injected {next(_numbers)}"
     _injected[name] = policy, implementations
     _current.append(name)

@@ -28,6 +28,7 @@ from gpl_fast.fast.backward import Backward
 from gpl_fast.fast.chunk import Chunk
 from gpl_fast.fast.forward import Forward
 from gpl_fast.fast.plan import Plan
+from gpl_fast.net.weights import Weights
 from gpl_fast.ops import load
 
 if (reason := load()) is not None:
@@ -134,6 +135,7 @@ def test_nothing_is_kept_beside_the_saved_tensors(name):
     pred, target = inputs(kind)
     node = fast_node(make()(pred.requires_grad_(), target, *args))
     attributes = {k: v for k, v in vars(node).items() if k != "metadata"}
+    assert isinstance(attributes.pop("weights"), Weights)  # constants: whoever has this network's
     assert attributes
     assert not holds_tensor(attributes)
 
