@@ -93,6 +93,8 @@ class Chunk(Generic[S]):
         if held is None or held.dtype != dtype or held.numel() < count:
             planned = self.room.get(name, 0)
             assert count * dtype.itemsize <= planned, (name, shape, dtype, planned)
+            del held  # it goes before what replaces it is made
+            self.held.pop(name, None)
             held = self.held[name] = self.x.new_empty(shape, dtype=dtype)
         return held if held.shape == shape else held.view(-1)[:count].view(shape)
 
