@@ -10,9 +10,8 @@ from torch import Tensor
 from gpl_fast import reference
 from gpl_fast.fast.call import Call
 from gpl_fast.fast.look_up import of_list, one_hot
+from gpl_fast.fast.memory import GRID, grid_bytes
 
-# Pixels of an image that are looked at: rows, columns.
-GRID = (16, 64)
 # |δ|² / |y|² up to which prediction and target count as near.
 NEAR = 1 / 32
 
@@ -20,9 +19,8 @@ NEAR = 1 / 32
 def carried(call: Call, x: Tensor, target: Mapping[str, Tensor], room: int) -> Tensor:
     """`carry_target` of all images, (N,): its many small operators once for as many as `room`, in
     bytes, has place for."""
-    # About eight float32 maps of the grid are alive at a time.
-    an_image = 32 * call.chain.in_channels * GRID[0] * GRID[1]
-    step = max(1, room // an_image)
+    _, _, h, w = x.shape
+    step = max(1, room // max(1, grid_bytes(call, h, w)))
     parts = [
         carry_target(call, x, target, slice(n0, n0 + step))
         for n0 in range(0, max(x.shape[0], 1), step)

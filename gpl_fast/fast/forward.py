@@ -55,7 +55,7 @@ class Forward:
         plan, chunk = self.plan, self.chunk
         branch = None
         if not plan.call.plain:
-            branch = carried(plan.call, chunk.x, chunk.target, plan.budget)
+            branch = carried(plan.call, chunk.x, chunk.target, plan.transient)
         ce = None
         if plan.call.cross_entropy:
             ce = chunk.x.new_zeros((plan.n, plan.h, 2), dtype=torch.float64)

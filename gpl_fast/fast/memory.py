@@ -10,6 +10,7 @@ import math
 
 import torch
 
+from gpl_fast.fast.call import Call
 from gpl_fast.fast.convolution_memory import transposed_windows, weight_bytes, windows
 from gpl_fast.fast.geometry import Segments
 from gpl_fast.fast.policy import Way
@@ -186,18 +187,18 @@ def alone(plan: Segments, i: int) -> bool:
 def peak(plan: Segments, images: int, rows: Rows) -> int:
     """Bytes of a chunk: of the segment that needs most, or of a look at one image before."""
     segments = range(len(plan.segments))
-    return max(grid_bytes(plan), *(segment_peak(plan, i, images, rows) for i in segments))
+    look = grid_bytes(plan.call, plan.h, plan.w)
+    return max(look, *(segment_peak(plan, i, images, rows) for i in segments))
 
 
-def grid_bytes(plan: Segments) -> int:
+def grid_bytes(call: Call, h: int, w: int) -> int:
     """Of what `branch.carry_target` makes of one image: about eight float32 maps of the grid."""
-    if plan.call.plain or plan.dtype == torch.float32:
+    if call.plain or call.dtype == torch.float32:
         return 0
     rows, columns = (
-        -(-size // -(-size // most)) if size else 0
-        for size, most in zip((plan.h, plan.w), GRID, strict=True)
+        -(-size // -(-size // most)) if size else 0 for size, most in zip((h, w), GRID, strict=True)
     )
-    return 8 * 4 * plan.call.chain.in_channels * rows * columns
+    return 8 * 4 * call.chain.in_channels * rows * columns
 
 
 def segment_peak(plan: Segments, i: int, images: int, rows: Rows) -> int:

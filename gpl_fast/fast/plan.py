@@ -27,7 +27,7 @@ class Plan(Segments):
     Attributes:
         policy: who decides.
         how: who computes each step.
-        budget: bytes of transient memory.
+        budget, transient: bytes of memory that the walks may take, and those that they take.
         images: of a chunk: so many go through together.
         rows: of a strip, for each segment; its whole height = no strips (`in_strips`).
         contract: `saved`; codes: of each step, the codes of its max pool or the mask of its ReLU.
@@ -44,6 +44,7 @@ class Plan(Segments):
         self.budget, self.hard = self.policy.workspace(call.workspace_mb)
         self.contract = self.saved()
         self.images, self.rows = self._fit()
+        self.transient = memory.peak(self, self.images, self.rows)
         heights = (self.sizes[segment[0]].h for segment in self.segments)
         self.in_strips = tuple(r < h for r, h in zip(self.rows, heights, strict=True))
         self.codes = tuple(
@@ -122,7 +123,7 @@ class Plan(Segments):
 
     def bytes_transient(self) -> int:
         """Of the named buffers of the walks: at most the workspace."""
-        return memory.peak(self, self.images, self.rows)
+        return self.transient
 
 
 @functools.lru_cache(maxsize=256)
