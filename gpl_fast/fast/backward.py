@@ -66,6 +66,7 @@ class Backward:
                 d_out = d_in
                 if tap in plan.call.taps:
                     d_out = self.seeds.at(tap, here, 0, height, d_in)
+            del d_in  # what it became is all that the next segment reads
 
     def _segment(self, i: int, d_out: Tensor) -> Tensor | None:
         """The gradient of segment i's input; of the first one it has gone on to the logits."""
