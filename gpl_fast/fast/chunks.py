@@ -15,20 +15,27 @@ ENOUGH = 1.25
 def chunks(plan: Segments) -> tuple[int, Rows] | None:
     """Images a chunk, and rows a strip for each segment; None where not one strip fits."""
     heights = tuple(plan.sizes[segment[0]].h for segment in plan.segments)
-    preferred = plan.budget if plan.policy.strip_mb is None else int(plan.policy.strip_mb * MIB)
+    preferred = _preferred_bytes(plan)
     whole = peak(plan, 1, heights)
     if whole <= min(preferred, plan.budget):
         images = max(1, min(plan.n, preferred // max(whole, 1)))
         while images > 1 and peak(plan, images, heights) > plan.budget:
             images -= 1
         return images, heights
-    rows = tuple(_preferred_rows(plan, i, heights, preferred) for i in range(len(heights)))
-    return next(((1, r) for r in _cut(plan, rows) if peak(plan, 1, r) <= plan.budget), None)
+    tried = _strips(plan, heights)
+    return next(((1, rows) for rows in tried if peak(plan, 1, rows) <= plan.budget), None)
 
 
 def least(plan: Segments) -> int:
-    """Bytes of the smallest strips."""
-    return peak(plan, 1, _least_rows(plan))
+    """Bytes of the strips that need least, which need not be the lowest: halos cost too."""
+    heights = tuple(plan.sizes[segment[0]].h for segment in plan.segments)
+    return min(peak(plan, 1, rows) for rows in _strips(plan, heights))
+
+
+def _strips(plan: Segments, heights: Rows) -> Iterator[Rows]:
+    """Rows of strips to try: the preferred ones, ever lower ones, and at last no strips."""
+    yield from _cut(plan, tuple(_preferred_rows(plan, i, heights) for i in range(len(heights))))
+    yield heights
 
 
 def _least_rows(plan: Segments) -> Rows:
@@ -36,7 +43,11 @@ def _least_rows(plan: Segments) -> Rows:
     return tuple(h if stride == 2 else min(2, h) for stride, h in heights)
 
 
-def _preferred_rows(plan: Segments, i: int, heights: Rows, preferred: int) -> int:
+def _preferred_bytes(plan: Segments) -> int:
+    return plan.budget if plan.policy.strip_mb is None else int(plan.policy.strip_mb * MIB)
+
+
+def _preferred_rows(plan: Segments, i: int, heights: Rows) -> int:
     height = heights[i]
     if plan.steps[plan.segments[i][0]].stride == 2:
         return height  # all rows at once
@@ -47,7 +58,7 @@ def _preferred_rows(plan: Segments, i: int, heights: Rows, preferred: int) -> in
         return strip_peak(plan, i, (*heights[:i], rows, *heights[i + 1 :]))
 
     a_row = of(height) // height if height <= 66 else (of(66) - of(2)) // 64
-    rows = max(preferred // max(a_row, 1), plan.policy.strip_rows)
+    rows = max(_preferred_bytes(plan) // max(a_row, 1), plan.policy.strip_rows)
     return height if rows >= height else rows // 2 * 2
 
 
