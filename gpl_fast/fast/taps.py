@@ -130,7 +130,8 @@ class Seeds:
         """(N,) float32: no seed of this tap is larger; of a style by Cauchy and Schwarz."""
         kind, _, tap = name.partition(".")
         if kind == "feature":
-            size = self.saved[f"diff.{tap}"].flatten(1).abs().amax(dim=1).float()
+            low, high = self.saved[f"diff.{tap}"].flatten(1).aminmax(dim=1)
+            size = torch.maximum(-low, high).float()
         else:
             phi, gram = self.saved[f"phi.{tap}"], self.saved[f"gram.{tap}"]
             rows = torch.linalg.vector_norm(phi, dim=3, dtype=torch.float32).flatten(1)
