@@ -197,7 +197,7 @@ def describe(
         workspace_mb=None if isinstance(workspace, str) else workspace,
         tensors=tensors,
         encode=encode,
-        resized=target.resized,
+        resized=target.resized or (target.kind == "dense" and target.data.dtype == torch.float64),
         cross_entropy=label_smoothing is not None,
         label_smoothing=label_smoothing or 0.0,
     )

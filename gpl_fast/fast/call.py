@@ -32,7 +32,7 @@ class Call:
         features, styles: weight of each tapped layer.
         kind: of the target: "dense", "labels", "topk" or "features".
         encode: there is no prediction: the target's features are what is asked for.
-        resized: a dense target of another size.
+        resized: a dense target of another size, or in float64: rows of it are made anew.
         activation, target_activation, temperature: as `Options`.
         cross_entropy, label_smoothing: the one that shares the passes over the logits.
         dtype: of the network's maps.

@@ -86,26 +86,39 @@ class LogitsForward:
     def _dense_rows(self, t: Tensor, a: int, b: int) -> Tensor:
         """Rows [a, b) of a dense target, resized bilinearly where it has another size."""
         plan = self.chunk.plan
-        if tuple(t.shape[2:]) == (plan.h, plan.w):
-            rows = t[:, :, a:b]
-            return _float32(rows) if t.dtype == torch.float64 else rows
+        if not plan.call.resized:
+            return t[:, :, a:b]
+        n, c, _, width = t.shape
+        out = self.chunk.take("target", (n, c, b - a, plan.w), torch.float32)
         valid = self.chunk.of("dense_valid")
-        if valid is None:
-            return self._resized_rows(t, a, b)
-        # Of what is valid alone, as `reference.resize`.
-        weight = self._resized_rows(valid.unsqueeze(1).float(), a, b)
-        rows = self._resized_rows(reference.zero_invalid(t, valid), a, b)
-        return rows / torch.where(weight > 0, weight, 1)
+        # Five rows of the source are made for one: the wider it is, the fewer channels at a time.
+        step = max(1, 3 * c * plan.w // (5 * width + plan.w))
+        for c0 in range(0, c, step):
+            part = slice(c0, c0 + step)
+            out[:, part] = self._resized_rows(t[:, part], a, b, valid)
+        if valid is not None:  # of what is valid alone, as `reference.resize`
+            weight = self._resized_rows(valid.unsqueeze(1), a, b, None)
+            out /= torch.where(weight > 0, weight, 1)
+        return out
 
-    def _resized_rows(self, t: Tensor, a: int, b: int) -> Tensor:
-        """Rows [a, b) of maps (n, c, h, w) resized bilinearly to H x W, float32."""
+    def _resized_rows(self, t: Tensor, a: int, b: int, valid: Tensor | None) -> Tensor:
+        """Rows [a, b) of maps (n, c, h, w) resized bilinearly to H x W, float32; 0 where their
+        pixels are not `valid` (n, h, w)."""
+        if tuple(t.shape[2:]) == (self.chunk.plan.h, self.chunk.plan.w):
+            return _float32(t[:, :, a:b])
         h, height, width = t.shape[2], self.chunk.plan.h, self.chunk.plan.w
         source = (torch.arange(a, b, device=t.device, dtype=torch.float32) + 0.5) * (h / height)
         source = (source - 0.5).clamp(min=0)
         above = source.floor().long().clamp(max=h - 1)
         below = (above + 1).clamp(max=h - 1)
         part = (source - above).view(1, 1, -1, 1)
-        rows = _float32(t[:, :, above]) * (1 - part) + _float32(t[:, :, below]) * part
+
+        def of_source(i: Tensor) -> Tensor:
+            rows = t[:, :, i]
+            return _float32(rows if valid is None else reference.zero_invalid(rows, valid[:, i]))
+
+        rows = of_source(above) * (1 - part)
+        rows += of_source(below) * part
         return reference.resize(rows, (b - a, width))
 
     def _front(self, maps: Tensor, lo: int, hi: int) -> Maps:
