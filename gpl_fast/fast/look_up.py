@@ -98,11 +98,13 @@ def one_hot(labels: Tensor, channels: int) -> Tensor:
 
 def of_list(values: Tensor, indices: Tensor, rest: Tensor | None, channels: int) -> Tensor:
     """(n, k, H, W) values of classes -> (n, C, H, W) float32; `rest` (n, H, W) elsewhere."""
-    known = (indices >= 0) & (indices < channels)
-    indices = indices.clamp(0, channels - 1)
-    shape = (len(values), channels, *values.shape[2:])
-    y = torch.zeros(shape, device=values.device).scatter_add_(1, indices, values * known)
+    shape = (len(values), channels + 1, *values.shape[2:])
+    y = torch.zeros(shape, device=values.device)  # what is no class goes to a channel of its own
+    listed = [torch.where((i >= 0) & (i < channels), i, channels) for i in indices.split(1, dim=1)]
     if rest is not None:
-        listed = torch.zeros_like(y).scatter_add_(1, indices, known.to(y.dtype))
-        y = torch.where(listed > 0, y, rest.unsqueeze(1))
-    return y
+        y += rest.unsqueeze(1)
+        for i in listed:
+            y.scatter_(1, i, 0.0)
+    for i, value in zip(listed, values.split(1, dim=1), strict=True):
+        y.scatter_add_(1, i, value)
+    return y[:, :channels]

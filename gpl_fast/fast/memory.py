@@ -93,7 +93,7 @@ def _first_maps(out: Buffers, s: Strip) -> None:
     if call.resized:  # two rows of the source at a time, their mean, the weights of valid ones
         out.need("target", (4, n, c, tall, w), torch.float32)
     elif call.encode and call.kind != "dense":
-        out.need("target", (2, n, c, tall, w), torch.float32)
+        out.need("target", (n, c + 8, tall, w), torch.float32)
     if call.front:
         inside = plan.steps[0].in_channels
         wide = plan.policy.weight_dtype(plan.dtype)
