@@ -133,9 +133,14 @@ class Seeds:
             low, high = self.saved[f"diff.{tap}"].flatten(1).aminmax(dim=1)
             size = torch.maximum(-low, high).float()
         else:
-            phi, gram = self.saved[f"phi.{tap}"], self.saved[f"gram.{tap}"]
-            rows = torch.linalg.vector_norm(phi, dim=3, dtype=torch.float32).flatten(1)
-            size = rows.amax(dim=1) * torch.linalg.vector_norm(gram, dim=1).amax(dim=1)
+            pixels, gram = self.saved[f"phi.{tap}"].flatten(1, 2), self.saved[f"gram.{tap}"]
+            n, _, c = pixels.shape
+            some = max(1, self.plan.transient // (8 * n * c))  # their copies in float32
+            norms = [
+                torch.linalg.vector_norm(part, dim=2, dtype=torch.float32).amax(dim=1)
+                for part in pixels.split(some, dim=1)
+            ]
+            size = torch.stack(norms).amax(dim=0) * torch.linalg.vector_norm(gram, dim=1).amax(1)
         return size * self.of[name].abs().float()
 
     def at(self, tap: str, images: slice, a: int, b: int, dy: Tensor | None) -> Tensor:
