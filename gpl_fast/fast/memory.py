@@ -152,9 +152,7 @@ def backward(plan: Segments, i: int, images: int, rows: Rows) -> Buffers:
         dx = (n, dx_rows, size.w, channels_in(plan, j))
         out.need("dz", dz, dtype)
         if j != s.segment[0]:
-            out.need("dy", dx, dtype)
-            if not how.gradient.tile and j != s.segment[-1]:
-                out.need("older dy", dz, dtype)
+            out.need(f"dy{j % 2}", dx, dtype)
         elif not how.gradient.tile and s.in_strips:  # and that of the strip before
             out.need("d_maps", (2, *dx), dtype)
         elif i == 0:

@@ -43,7 +43,7 @@ class StepBackward:
         if plan.how[i].gradient.tile and into is None:
             size, p = plan.sizes[i], step.kernel_size // 2
             count = dz.shape[1] - 2 * p if rows.strips else dz.shape[1]
-            into = self.chunk.take("dy", (dz.shape[0], count, size.w, step.in_channels))
+            into = self.chunk.take(f"dy{i % 2}", (dz.shape[0], count, size.w, step.in_channels))
         return self.convolutions.data_gradient(i, dz, rows.strips, dx_rows[0], into)
 
     def _block(
@@ -71,7 +71,8 @@ class StepBackward:
             return None
         a, b = dx_rows if rows.strips else (0, size.h)
         if into is None:
-            into = chunk.take("dy", (dy.shape[0], b - a, size.w, step.in_channels))
+            shape = (dy.shape[0], b - a, size.w, step.in_channels)
+            into = chunk.take(f"dy{i % 2}", shape)  # not where `dy` is
         chunk.stages.conv_block_bwd(dy.contiguous(), **block, height=size.h, row0=a, dx=into)
         return into
 
