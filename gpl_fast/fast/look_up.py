@@ -100,11 +100,13 @@ def of_list(values: Tensor, indices: Tensor, rest: Tensor | None, channels: int)
     """(n, k, H, W) values of classes -> (n, C, H, W) float32; `rest` (n, H, W) elsewhere."""
     shape = (len(values), channels + 1, *values.shape[2:])
     y = torch.zeros(shape, device=values.device)  # what is no class goes to a channel of its own
-    listed = [torch.where((i >= 0) & (i < channels), i, channels) for i in indices.split(1, dim=1)]
+    listed = [
+        torch.where((i >= 0) & (i < channels), i, channels) for i in torch.split(indices, 1, dim=1)
+    ]
     if rest is not None:
         y += rest.unsqueeze(1)
         for i in listed:
             y.scatter_(1, i, 0.0)
-    for i, value in zip(listed, values.split(1, dim=1), strict=True):
+    for i, value in zip(listed, torch.split(values, 1, dim=1), strict=True):
         y.scatter_add_(1, i, value)
     return y[:, :channels]

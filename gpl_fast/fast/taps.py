@@ -138,7 +138,7 @@ class Seeds:
             some = max(1, self.plan.transient // (8 * n * c))  # their copies in float32
             norms = [
                 torch.linalg.vector_norm(part, dim=2, dtype=torch.float32).amax(dim=1)
-                for part in pixels.split(some, dim=1)
+                for part in torch.split(pixels, some, dim=1)
             ]
             size = torch.stack(norms).amax(dim=0) * torch.linalg.vector_norm(gram, dim=1).amax(1)
         return size * self.of[name].abs().float()
