@@ -100,7 +100,7 @@ class Backward:
         ours = how.gradient.tile > 0 or how.block_bwd
         if i and (strips or ours):
             return self.chunk.take("level.in", (n, size.h, size.w, step.in_channels))
-        if i == 0 and how.gradient.tile:
+        if i == 0 and ours and (plan.call.front or not how.block_bwd):
             channels = step.in_channels
             if not plan.call.front:
                 channels = padded_channels(plan.call.chain.in_channels)
