@@ -45,6 +45,8 @@ def forward(plan: Segments, i: int, images: int, rows: Rows) -> Buffers:
     out = Buffers(weights=_weights(plan, i, backward=False))
     if call.cross_entropy:
         out.need("ce", (plan.n, plan.h, 2), torch.float64)
+        # Labels as integers, and pixels that count: made before the operator.
+        out.need("checked", (9, n, plan.h, plan.w), torch.uint8)
     if call.looked_up and not call.front and plan.policy.weight_dtype(dtype) != torch.float32:
         step = plan.steps[0]
         table = (step.kernel_size**2, call.chain.in_channels, step.out_channels)

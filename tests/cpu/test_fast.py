@@ -455,17 +455,14 @@ def test_bfloat16_is_as_exact_as_with_weights_rounded_one_by_one(kind, monkeypat
         target = pred + torch.randn_like(pred) if kind == "dense" else torch.randint(c, (2, 37, 48))
 
         def make(backend, dtype, c=c):
-            net = LossNet.vgg(c)  # with weights of its own
+            net = LossNet.vgg(c, seed=2101)  # no other test's, whose weights are there already
             return GenericPerceptualLoss(c, net, backend=backend, compute_dtype=dtype)
 
         _, truth = value_and_grad(make("reference", None), pred.double(), doubled(target))
         _, grad = value_and_grad(make("fast", BF16), pred, target)
         with monkeypatch.context() as patch:
             patch.setattr(weights, "rounded", lambda w, dtype: w.to(dtype))
-            shared = weights.of(LossNet.vgg(c).identity)
-            shared._casts.clear()
             _, stock = value_and_grad(make("reference", BF16), pred, target)
-        shared._casts.clear()
         assert not torch.equal(stock, value_and_grad(make("reference", BF16), pred, target)[1])
         assert error(grad, truth) <= 2 * error(stock, truth)
 
