@@ -7,20 +7,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpl_fast.kernels.tiles import Tile
-from shim import by_keyword
 
-from gpl_fast import kernels
-from gpl_fast.kernels import conv_block, tiles
+from gpl_fast import kernels, tiles
+from gpl_fast.kernels import conv_block
+from gpl_fast.tiles import Tile
 
 FLOAT, BF16 = torch.float32, torch.bfloat16
 
 
-@pytest.mark.parametrize("precision_of", [(FLOAT, False), (FLOAT, True), (BF16, False)])
-def test_precision_is_that_of_the_convolutions_of_torch(precision_of, monkeypatch):
-    dtype, allowed = precision_of
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
-    assert conv_block.precision(dtype) == ("ieee" if dtype == FLOAT and not allowed else "tf32")
+@pytest.mark.parametrize(("dtype", "allowed"), [(FLOAT, False), (FLOAT, True), (BF16, False)])
+def test_only_float32_that_may_not_be_tf32_is_exact(dtype, allowed, monkeypatch):
+    launched = []
+    monkeypatch.setattr(conv_block, "launch", lambda *args, **meta: launched.append(meta))
+    a = torch.empty(1, 4, 6, 8, dtype=dtype)
+    kernels.conv_block_fwd(
+        a, weight=torch.empty(72, 16, dtype=dtype), kernel_size=3, stride=1, relu=True, pool=2,
+        pad_h=1, row0=0, image_rows=4, tile=Tile(8, 16, 32, 16, 4, 2, False), allow_tf32=allowed,
+        y=torch.empty(1, 4, 6, 16, dtype=dtype),
+    )  # fmt: skip
+    exact = dtype == FLOAT and not allowed
+    assert [meta["PRECISION"] for meta in launched] == ["ieee" if exact else "tf32"]
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 6, 8), (2, 0, 6, 8), (2, 5, 0, 8)])
@@ -30,7 +36,7 @@ def test_nothing_is_launched_for_nothing(shape, monkeypatch):
 
     monkeypatch.setattr(conv_block, "launch", refuse)
     a = torch.empty(shape)
-    partial = by_keyword(kernels.conv_block_fwd)(
+    partial = kernels.conv_block_fwd(
         a, weight=torch.empty(72, 16), kernel_size=3, stride=1, relu=True, pool=2, pad_h=1, row0=0,
         image_rows=shape[1], tile=Tile(8, 16, 32, 16, 4, 2, False), d=a,
         from_target=torch.ones(shape[0], dtype=torch.bool), y=torch.empty(*shape[:3], 16),
