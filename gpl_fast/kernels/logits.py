@@ -40,9 +40,10 @@ def less_one(y, x, inv_t, ACTIVATION: tl.constexpr):
 @triton.jit
 def slope(x, inv_t, ACTIVATION: tl.constexpr):
     """act' at x / T of an activation of each logit by itself: y' (1 − y') without cancellation."""
+    s = tl.full(x.shape, 1.0, tl.float32)
     if ACTIVATION == "sigmoid":
-        return 1.0 / (1.0 + tl.exp(0.0 - x * inv_t)) / (1.0 + tl.exp(x * inv_t))
-    return 1.0
+        s = 1.0 / (1.0 + tl.exp(0.0 - x * inv_t)) / (1.0 + tl.exp(x * inv_t))
+    return s
 
 
 @triton.jit
