@@ -3,6 +3,7 @@ workspace is theirs."""
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from dataclasses import dataclass
@@ -272,13 +273,18 @@ def test_the_least_workspace(pool, kind):
         make(least - 1)(pred, target)
 
 
+@functools.cache  # drawing vgg19 takes half a second
+def random_net(blocks: str) -> LossNet:
+    return GenericPerceptualLoss(150, blocks).net
+
+
 @pytest.mark.parametrize("policy", ["amx", "avx512_bf16", "avx2", "sm_80"])
 @pytest.mark.parametrize("kind", ["dense", "labels", "features"])
 @pytest.mark.parametrize("size", [(3, 64, 96), (1, 512, 512), (16, 512, 683)])
 @pytest.mark.parametrize("mb", [64, 256, 2048])
 @pytest.mark.parametrize("blocks", ["1,1,1,1,1", "vgg19"])
 def test_chunks_fit_the_workspace(blocks, mb, size, kind, policy):
-    net = GenericPerceptualLoss(150, blocks).net
+    net = random_net(blocks)
     call = call_of(net, kind=kind, dtype=BF16, policy=policy, workspace_mb=mb)
     try:
         planned = Plan(call, *size)
