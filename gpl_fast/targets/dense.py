@@ -19,6 +19,8 @@ from gpl_fast.targets.target import Target, check_like
 # activation puts out, which of logits is mostly the first one of all.
 FIRST_LOOK = 2**12
 LARGEST_LOOK = 2**22
+# Values of one look at whether a map is finite.
+FINITE_LOOK = 2**18
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def refuse_dense(
     target: Tensor, valid: Tensor | None, activation: str, holes: bool, what: str
 ) -> None:
     """What `check_dense` refuses, wherever the target is: on a GPU this synchronises."""
-    if holes and not all(bool(image.isfinite().all()) for image in target):
+    if holes and not all_finite(target):
         raise ValueError(
             f"{what}: got NaN or infinite values in a map that is resized to the prediction's "
             "size, where they would spread to valid pixels, expected finite values, or a mask of "
@@ -148,6 +150,18 @@ def refuse_dense(
             f"target_activation='auto' puts through the {activation}; say target_activation='none' "
             "if it holds probabilities, or 'same' if these really are logits"
         )
+
+
+def all_finite(target: Tensor) -> bool:
+    """Whether a map (N, C, h, w) is, a few rows at a time: looking at all of it at once would take
+    as much memory again."""
+    n, c, h, w = target.shape
+    rows = max(1, FINITE_LOOK // max(c * w, 1))
+    return all(
+        bool(target[i, :, r : r + rows].isfinite().all())
+        for i in range(n)
+        for r in range(0, h, rows)
+    )
 
 
 def holds_probabilities(target: Tensor, valid: Tensor | None, activation: str) -> bool:
