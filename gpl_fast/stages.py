@@ -196,7 +196,7 @@ class TritonStages(Stages, Protocol):
 
     def conv_block_fwd(
         self,
-        a: Tensor,  # (N, H_in, W_in, C_in), C_in a multiple of 8; with `target` its packed y
+        a: Tensor,  # (N, H_in, W_in, C_in), C_in a multiple of 8; u of a `target`, contiguous
         *,
         weight: Tensor,  # (K² C_in, C_out), rows by tap, then channel
         kernel_size: int,
@@ -210,11 +210,10 @@ class TritonStages(Stages, Protocol):
         d: Tensor | None = None,  # as a; None: there is one branch, or a `target`
         bias: Tensor | None = None,  # (C_out,) float32
         from_target: Tensor | None = None,  # None: there is one branch
-        target: Listed | None = None,
+        target: Listed | None = None,  # whose `taken` has the rows of a
         y: Tensor | None = None,  # (N, rows, W, C_out), or (N, rows // 2, W // 2, C_out) pooled
         delta: Tensor | None = None,  # as y
-        code: Tensor | None = None,  # of a max pool, else the mask of rows from code_row0
-        code_row0: int = 0,
+        code: Tensor | None = None,  # of a max pool, else the mask of the rows inside the image
         reduce: bool = False,
         allow_tf32: bool = True,  # in float32
     ) -> Tensor | None:

@@ -129,12 +129,11 @@ class StepForward:
         assert first_map is not None
         n, tap = len(first_map), step.pool or step.relu
         a, b, width = rows.a, rows.b, size.conv_w
-        inner, of_image = rows.inside(size.conv_h)
-        code_row0, count = inner.start, rows.hi - rows.lo
+        _, of_image = rows.inside(size.conv_h)
+        count = rows.hi - rows.lo
         if step.pool:
             a, b, width = a // 2, min(-(-b // 2), size.out_h), size.out_w
-            code_row0, count = 0, b - a
-            of_image = slice(rows.lo, rows.hi)
+            count = b - a
         if step.pool_kind == "max":
             code = chunk.saved_rows(f"code.{step.pool}", a, b)
         else:
@@ -162,7 +161,6 @@ class StepForward:
             y=made.carried,
             delta=made.delta,
             code=code,
-            code_row0=code_row0,
             reduce=diff is not None and not plain and bool(step.pool),
             allow_tf32=plan.allow_tf32,
         )

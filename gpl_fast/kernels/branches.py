@@ -2,6 +2,7 @@
 
 z is the pre-activation of the branch that is carried (`from_target`: the target's), dz the
 prediction's less the target's. Without HAS_DIFF z is alone, and what stands for dz is not used.
+Tiles are (channels, pixels), as the tensor cores leave them (`conv_block`).
 """
 
 from __future__ import annotations
@@ -86,25 +87,26 @@ def max_window(z0, z1, z2, z3, d0, d1, d2, d3, from_target, HAS_DIFF: tl.constex
 
 
 @triton.jit
-def pack_nibbles(code, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """(ROWS, COLUMNS) codes -> (ROWS, COLUMNS // 2) uint8, even columns in the low nibbles."""
-    low, high = tl.split(code.to(tl.uint8).reshape(ROWS, COLUMNS // 2, 2))
+def pack_nibbles(code, CHANNELS: tl.constexpr, PIXELS: tl.constexpr):
+    """(CHANNELS, PIXELS) codes -> (CHANNELS // 2, PIXELS) uint8, even ones in the low nibbles."""
+    pairs = code.to(tl.uint8).reshape(CHANNELS // 2, 2, PIXELS).permute(0, 2, 1)
+    low, high = tl.split(pairs)
     return low | (high << 4)
 
 
 @triton.jit
-def pack_bits(on, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """(ROWS, COLUMNS) bool -> (ROWS, COLUMNS // 8) uint8, the first column in the lowest bit."""
-    bits = on.to(tl.int32).reshape(ROWS, COLUMNS // 8, 8) << tl.arange(0, 8)[None, None, :]
-    return tl.sum(bits, axis=2).to(tl.uint8)
+def pack_bits(on, CHANNELS: tl.constexpr, PIXELS: tl.constexpr):
+    """(CHANNELS, PIXELS) bool -> (CHANNELS // 8, PIXELS) uint8, the first in the lowest bit."""
+    bits = on.to(tl.int32).reshape(CHANNELS // 8, 8, PIXELS) << tl.arange(0, 8)[None, :, None]
+    return tl.sum(bits, axis=1).to(tl.uint8)
 
 
 @triton.jit
-def windows(z, PH: tl.constexpr, PW: tl.constexpr, COLUMNS: tl.constexpr):
-    """(2 PH * 2 PW, COLUMNS) -> the four positions of each window, (PH * PW, COLUMNS) each."""
-    z = z.reshape(PH, 2, PW, 2, COLUMNS).permute(0, 2, 4, 1, 3)
+def windows(z, CHANNELS: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr):
+    """(CHANNELS, 2 PH * 2 PW) -> the four positions of each window, (CHANNELS, PH * PW) each."""
+    z = z.reshape(CHANNELS, PH, 2, PW, 2).permute(0, 1, 3, 2, 4)
     left, right = tl.split(z)
     z0, z2 = tl.split(left)
     z1, z3 = tl.split(right)
-    return (z0.reshape(PH * PW, COLUMNS), z1.reshape(PH * PW, COLUMNS),
-            z2.reshape(PH * PW, COLUMNS), z3.reshape(PH * PW, COLUMNS))  # fmt: skip
+    return (z0.reshape(CHANNELS, PH * PW), z1.reshape(CHANNELS, PH * PW),
+            z2.reshape(CHANNELS, PH * PW), z3.reshape(CHANNELS, PH * PW))  # fmt: skip

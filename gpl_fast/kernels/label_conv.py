@@ -5,13 +5,11 @@ Twin of ``csrc/cpu/label_conv.cpp``. `listed` does it on registers, for `conv_bl
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpl_fast.kernels.launch import cdiv, image_strides, launch, pointers, ranks
+from gpl_fast.kernels.launch import cdiv, image_strides, launch
 from gpl_fast.stages import Listed
 
 PIXELS = 32  # of a program: few enough for all to lie inside one region of labels
@@ -19,23 +17,23 @@ PIXELS = 32  # of a program: few enough for all to lie inside one region of labe
 
 @triton.jit
 def _neighbour(n, h, w, tap, inside, valid_ptr, taken_ptr, H, W, taken_row0, taken_rows,
-               K: tl.constexpr, HAS_VALID: tl.constexpr):  # fmt: skip
+               K: tl.constexpr):  # fmt: skip
     """(place in an (N, H, W) tensor, whether it is a valid pixel, whether its target is taken)."""
     y, x = h + tap // K - K // 2, w + tap % K - K // 2
     ok = inside & (y >= 0) & (y < H) & (x >= 0) & (x < W)
     at = (n * H + y) * W + x
-    if HAS_VALID:
+    if valid_ptr is not None:
         ok = ok & (tl.load(valid_ptr + at, mask=ok, other=0) != 0)
     taken = tl.load(taken_ptr + (n * taken_rows + y - taken_row0) * W + x, mask=ok, other=0)
-    return at, y, x, ok, taken != 0
+    return at, ok, taken != 0
 
 
 @triton.jit
 def _label_at(n, h, w, tap, inside, labels_ptr, valid_ptr, taken_ptr, H, W, C, taken_row0,
-              taken_rows, K: tl.constexpr, HAS_VALID: tl.constexpr):  # fmt: skip
+              taken_rows, K: tl.constexpr):  # fmt: skip
     """2 * label + taken of a neighbour, −1 where there is none."""
-    at, _, _, ok, taken = _neighbour(n, h, w, tap, inside, valid_ptr, taken_ptr, H, W, taken_row0,
-                                     taken_rows, K, HAS_VALID)  # fmt: skip
+    at, ok, taken = _neighbour(n, h, w, tap, inside, valid_ptr, taken_ptr, H, W, taken_row0,
+                               taken_rows, K)  # fmt: skip
     label = tl.load(labels_ptr + at, mask=ok, other=-1)
     known = ok & (label >= 0) & (label < C)
     return tl.where(known, 2 * label.to(tl.int32) + taken.to(tl.int32), -1)
@@ -51,118 +49,108 @@ def _add(z, dz, rows, taken, from_target):
 
 @triton.jit
 def listed(
-    q,  # (P, BLOCK_C) float32, the convolution of SoftmaxPackFwd's y
+    q,  # (BLOCK_C, P) float32, the convolution of SoftmaxPackFwd's y
     n, h, w, inside,  # image and pixels (P,)
     c,  # channels (BLOCK_C,)
-    from_target,
-    labels_ptr, values_ptr, indices_ptr, rest_ptr, valid_ptr, taken_ptr,
-    table_ptr, interior_ptr, rest_table_ptr,  # (K², C, C_OUT), (C, C_OUT), (K², C_OUT)
-    size, k, strides, taken_row0, taken_rows,  # (H, W, C); of an image, of a rank
-    C_OUT,
-    LABELS: tl.constexpr, HAS_VALID: tl.constexpr, HAS_REST: tl.constexpr, K: tl.constexpr,
+    from_target, list_ptrs,  # as `list_tensors`
+    size, k, taken_row0, taken_rows,  # (H, W, C); classes of a list; the rows of `taken`
+    C_OUT, LABELS: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """(z of the carried branch, dz)."""
+    list_ptr, indices_ptr, rest_ptr, valid_ptr, taken_ptr, table_ptr, sums_ptr = list_ptrs
     H, W, C = size
-    topk_n, topk_k = strides
     z = tl.where(from_target, 0.0, q)
     dz = q
     channel = c < C_OUT
     if LABELS:
         lowest, highest = tl.full((), 2**30, tl.int32), tl.full((), -2, tl.int32)
         for tap in range(0, K * K):
-            e = _label_at(n, h, w, tap, inside, labels_ptr, valid_ptr, taken_ptr, H, W, C,
-                          taken_row0, taken_rows, K, HAS_VALID)  # fmt: skip
+            e = _label_at(n, h, w, tap, inside, list_ptr, valid_ptr, taken_ptr, H, W, C,
+                          taken_row0, taken_rows, K)  # fmt: skip
             lowest = tl.minimum(lowest, tl.min(tl.where(inside, e, 2**30)))
             highest = tl.maximum(highest, tl.max(tl.where(inside, e, -2)))
         if lowest == highest:  # one label in the whole neighbourhood, or none: one row
-            row = interior_ptr + tl.maximum(lowest // 2, 0).to(tl.int64) * C_OUT + c
-            rows = tl.load(row, mask=channel & (lowest >= 0), other=0.0)[None, :]
+            row = sums_ptr + tl.maximum(lowest // 2, 0).to(tl.int64) * C_OUT + c
+            rows = tl.load(row, mask=channel & (lowest >= 0), other=0.0)[:, None]
             z, dz = _add(z, dz, rows + tl.zeros_like(q), lowest % 2 == 1, from_target)
         else:
             for tap in range(0, K * K):
-                e = _label_at(n, h, w, tap, inside, labels_ptr, valid_ptr, taken_ptr, H, W, C,
-                              taken_row0, taken_rows, K, HAS_VALID)  # fmt: skip
+                e = _label_at(n, h, w, tap, inside, list_ptr, valid_ptr, taken_ptr, H, W, C,
+                              taken_row0, taken_rows, K)  # fmt: skip
                 row = (tap * C + tl.maximum(e // 2, 0)).to(tl.int64) * C_OUT
-                rows = tl.load(table_ptr + row[:, None] + c[None, :],
-                               mask=(e >= 0)[:, None] & channel[None, :], other=0.0)  # fmt: skip
-                z, dz = _add(z, dz, rows.to(tl.float32), (e % 2 == 1)[:, None], from_target)
+                rows = tl.load(table_ptr + row[None, :] + c[:, None],
+                               mask=(e >= 0)[None, :] & channel[:, None], other=0.0)  # fmt: skip
+                z, dz = _add(z, dz, rows.to(tl.float32), (e % 2 == 1)[None, :], from_target)
     else:
-        topk_k += tl.zeros((), tl.int64)
+        plane = H.to(tl.int64) * W  # of one rank
         for tap in range(0, K * K):
-            at, y, x, ok, taken = _neighbour(n, h, w, tap, inside, valid_ptr, taken_ptr, H, W,
-                                             taken_row0, taken_rows, K, HAS_VALID)  # fmt: skip
-            pixel = n * topk_n + y.to(tl.int64) * W + x
+            at, ok, taken = _neighbour(n, h, w, tap, inside, valid_ptr, taken_ptr, H, W,
+                                       taken_row0, taken_rows, K)  # fmt: skip
+            first_rank = at + n * (k - 1) * plane
             rest = tl.zeros(h.shape, tl.float32)
-            if HAS_REST:
+            if rest_ptr is not None:
                 rest = tl.load(rest_ptr + at, mask=ok, other=0.0)
-                whole = tl.load(rest_table_ptr + tap * C_OUT + c, mask=channel, other=0.0)
-                z, dz = _add(z, dz, rest[:, None] * whole[None, :], taken[:, None], from_target)
+                whole = tl.load(sums_ptr + tap * C_OUT + c, mask=channel, other=0.0)
+                z, dz = _add(z, dz, rest[None, :] * whole[:, None], taken[None, :], from_target)
             for j in range(0, k):
-                index = tl.load(indices_ptr + pixel + j * topk_k, mask=ok, other=-1)
+                of_rank = first_rank + j * plane
+                index = tl.load(indices_ptr + of_rank, mask=ok, other=-1)
                 known = ok & (index >= 0) & (index < C)
-                value = tl.load(values_ptr + pixel + j * topk_k, mask=ok, other=0.0)
-                if HAS_REST:  # a listed class has no share of the rest; it may be listed twice
+                value = tl.load(list_ptr + of_rank, mask=ok, other=0.0)
+                if rest_ptr is not None:  # a listed class has none of the rest, even listed twice
                     first = known
                     for i in range(0, j):
-                        earlier = tl.load(indices_ptr + pixel + i * topk_k, mask=ok, other=-1)
+                        earlier = tl.load(indices_ptr + first_rank + i * plane, mask=ok, other=-1)
                         first = first & (earlier != index)
                     value -= tl.where(first, rest, 0.0)
                 row = (tap * C + tl.minimum(tl.maximum(index, 0), C - 1)).to(tl.int64) * C_OUT
-                rows = tl.load(table_ptr + row[:, None] + c[None, :],
-                               mask=known[:, None] & channel[None, :], other=0.0)  # fmt: skip
-                z, dz = _add(z, dz, value[:, None] * rows.to(tl.float32), taken[:, None],
+                rows = tl.load(table_ptr + row[None, :] + c[:, None],
+                               mask=known[None, :] & channel[:, None], other=0.0)  # fmt: skip
+                z, dz = _add(z, dz, value[None, :] * rows.to(tl.float32), taken[None, :],
                              from_target)  # fmt: skip
     return z, dz
 
 
 @triton.jit(
-    do_not_specialize=["row0", "rows", "taken_row0", "k"],
+    do_not_specialize=["row0", "rows", "taken_row0", "taken_rows", "H", "W", "k"],
     # Of a chunk of images they begin anywhere, and each alignment would be another kernel.
     do_not_specialize_on_alignment=["from_target_ptr"],
 )
 def _label_conv_fwd_kernel(
     z_ptr, dz_ptr,  # (N, rows, W, C_OUT)
-    from_target_ptr,
-    labels_ptr, values_ptr, indices_ptr, rest_ptr, valid_ptr, taken_ptr,
-    table_ptr, interior_ptr, rest_table_ptr,
-    size, k, strides, taken_row0, taken_rows,  # as `listed`
-    C_OUT, row0, rows, z_n, dz_n,
-    LABELS: tl.constexpr, HAS_VALID: tl.constexpr, HAS_REST: tl.constexpr, K: tl.constexpr,
+    from_target_ptr, list_ptrs,  # as `list_tensors`
+    H, W, k, taken_row0, taken_rows, row0, rows, z_n, dz_n,
+    C: tl.constexpr, C_OUT: tl.constexpr, LABELS: tl.constexpr, K: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_P pixels of a strip; zeros in a row outside the image."""
-    H, W, _ = size
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     n = tl.program_id(2).to(tl.int64)
     h, w = row0 + p // W, p % W
     in_image = (p < rows * W) & (h >= 0) & (h < H)
-    in_map = (p < rows * W)[:, None] & (c < C_OUT)[None, :]
-    at = p[:, None].to(tl.int64) * C_OUT + c[None, :]
-    live = in_map & in_image[:, None]
+    in_map = (p < rows * W)[None, :] & (c < C_OUT)[:, None]
+    at = p[None, :].to(tl.int64) * C_OUT + c[:, None]
+    live = in_map & in_image[None, :]
     q = tl.load(dz_ptr + n * dz_n + at, mask=live, other=0.0).to(tl.float32)
     from_target = tl.load(from_target_ptr + n) != 0
     z, dz = listed(
-        q, n, h, w, in_image, c, from_target, labels_ptr, values_ptr, indices_ptr,
-        rest_ptr, valid_ptr, taken_ptr, table_ptr, interior_ptr, rest_table_ptr, size, k,
-        strides, taken_row0, taken_rows, C_OUT, LABELS, HAS_VALID, HAS_REST, K,
+        q, n, h, w, in_image, c, from_target, list_ptrs, (H, W, C), k, taken_row0, taken_rows,
+        C_OUT, LABELS, K,
     )  # fmt: skip
     z, dz = tl.where(live, z, 0.0), tl.where(live, dz, 0.0)
     tl.store(z_ptr + n * z_n + at, z.to(z_ptr.dtype.element_ty), mask=in_map)
     tl.store(dz_ptr + n * dz_n + at, dz.to(dz_ptr.dtype.element_ty), mask=in_map)
 
 
-def list_arguments(target: Listed | None, x: Tensor) -> tuple[list[Tensor], tuple[Any, ...]]:
-    """`listed`'s pointers, `x` for a tensor that is missing, and its size … taken_rows."""
-    if target is None:
-        return [x] * 9, ((0, 0, 0), 0, (0, 0), 0, 0)
-    held = pointers(
-        x, target.labels, target.values, target.indices, target.rest, target.valid, target.taken,
-        target.table, target.interior, target.rest_table,
+def list_tensors(target: Listed) -> tuple[Tensor | None, ...]:
+    """`listed`'s: labels, or values, indices and rest; what both have; the sums of the table over
+    its taps (C, C_out), or over its classes (K², C_out), float32."""
+    of_labels = target.labels is not None
+    return (
+        target.labels if of_labels else target.values, target.indices, target.rest, target.valid,
+        target.taken, target.table, target.interior if of_labels else target.rest_table,
     )  # fmt: skip
-    height, width = held[0 if target.values is None else 1].shape[-2:]
-    size = (height, width, target.table.shape[1])
-    return held, (size, *ranks(target.values), target.taken_row0, target.taken.shape[1])
 
 
 def label_conv_fwd(
@@ -191,13 +179,15 @@ def _launch(target: Listed, from_target: Tensor, row0: int, z: Tensor, dz: Tenso
     n, rows, w, c_out = z.shape
     if z.numel() == 0:
         return
-    lists, numbers = list_arguments(target, z)
+    values, labels = target.values, target.labels
+    height, width = (values if labels is None else labels).shape[-2:]
     block_c = min(triton.next_power_of_2(c_out), 64)
     launch(
         _label_conv_fwd_kernel,
         (cdiv(rows * w, PIXELS), cdiv(c_out, block_c), n),
-        z, dz, from_target, *lists, *numbers, c_out, row0, rows, *image_strides(z, dz),
-        LABELS=target.labels is not None, HAS_VALID=target.valid is not None,
-        HAS_REST=target.rest is not None, K=round(target.table.shape[0] ** 0.5),
-        BLOCK_P=PIXELS, BLOCK_C=block_c, num_warps=4,
+        z, dz, from_target, list_tensors(target), height, width,
+        0 if values is None else values.shape[1], target.taken_row0, target.taken.shape[1], row0,
+        rows, *image_strides(z, dz),
+        C=target.table.shape[1], C_OUT=c_out, LABELS=labels is not None,
+        K=round(target.table.shape[0] ** 0.5), BLOCK_P=PIXELS, BLOCK_C=block_c, num_warps=4,
     )  # fmt: skip

@@ -26,11 +26,14 @@ def launch(kernel: Any, grid: Sequence[int], x: Tensor, *args: Any, **meta: Any)
         kernel[tuple(grid)](x, *args, **meta)
         return
     with torch.cuda.device(x.device):
-        # Triton's allocator is a context variable: one that the caller has set stays.
-        copy_context().run(_launch, kernel[tuple(grid)], x, *args, **meta)
+        if meta.get("DESCRIPTORS"):
+            # Triton's allocator is a context variable: one that the caller has set stays.
+            copy_context().run(_launch_with_memory, kernel[tuple(grid)], x, *args, **meta)
+        else:
+            kernel[tuple(grid)](x, *args, **meta)
 
 
-def _launch(kernel: Any, *args: Any, **meta: Any) -> None:
+def _launch_with_memory(kernel: Any, *args: Any, **meta: Any) -> None:
     triton.set_allocator(_allocate)
     kernel(*args, **meta)
 
@@ -48,6 +51,16 @@ def pointers(x: Tensor, *tensors: Tensor | None) -> list[Tensor]:
 def image_strides(*maps: Tensor | None) -> tuple[int, ...]:
     """From one image to the next, in elements; 0 for a missing map."""
     return tuple(0 if t is None else t.stride(0) for t in maps)
+
+
+def rows_apart(of: Tensor | None) -> int | None:
+    """From one image to the next of (N, rows, W, C), which may be rows of taller images."""
+    return None if of is None else of.stride(0) // max(of.shape[2] * of.shape[3], 1)
+
+
+def pair(low: int, high: int) -> int:
+    """Two numbers of 32 bits, the higher one not negative, as one argument: each costs time."""
+    return high << 32 | low & 0xFFFFFFFF
 
 
 def ranks(topk_values: Tensor | None) -> tuple[int, tuple[int, ...]]:

@@ -10,14 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gpl_fast.kernels.branches import load, max_window, pack_bits, pack_nibbles, relu_branches
-from gpl_fast.kernels.launch import (
-    POOL_NAMES,
-    blocks_of_maps,
-    cdiv,
-    image_strides,
-    launch,
-    pointers,
-)
+from gpl_fast.kernels.launch import POOL_NAMES, blocks_of_maps, cdiv, image_strides, launch
 
 
 @triton.jit(do_not_specialize_on_alignment=["from_target_ptr"])
@@ -27,24 +20,24 @@ def _relu_pool_fwd_kernel(
     y_ptr, delta_ptr,  # (N, H // 2, W // 2, C)
     code_ptr,  # max: (N, H // 2, W // 2, ⌈C/2⌉), average: (N, H, W, ⌈C/8⌉)
     H, W, C, z_n, dz_n, y_n, delta_n, code_n,
-    POOL: tl.constexpr, HAS_DIFF: tl.constexpr, HAS_Y: tl.constexpr, HAS_CODE: tl.constexpr,
-    BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    POOL: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_W windows of one row of windows; an odd last row and column have masks only."""
+    HAS_DIFF: tl.constexpr = dz_ptr is not None
     tiles = tl.cdiv(tl.cdiv(W, 2), BLOCK_W)
     i, j0 = tl.program_id(0) // tiles, (tl.program_id(0) % tiles) * BLOCK_W
     c0 = tl.program_id(1) * BLOCK_C
     n = tl.program_id(2).to(tl.int64)
     j, c = j0 + tl.arange(0, BLOCK_W), c0 + tl.arange(0, BLOCK_C)
-    window = (j[:, None] < W // 2) & (c[None, :] < C) & (i < H // 2)
-    from_target = tl.zeros((BLOCK_W, BLOCK_C), tl.int1)
+    window = (j[None, :] < W // 2) & (c[:, None] < C) & (i < H // 2)
+    from_target = tl.zeros((BLOCK_C, BLOCK_W), tl.int1)
+    z_ptr += n * z_n
     if HAS_DIFF:
         from_target = from_target | (tl.load(from_target_ptr + n) != 0)
-    z_ptr += n * z_n
-    dz_ptr += n * dz_n
-    first = (2 * i * W + 2 * j[:, None]).to(tl.int64) * C + c[None, :]
-    below = ((2 * i + 1) * W + 2 * j[:, None]).to(tl.int64) * C + c[None, :]
-    y = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
+        dz_ptr += n * dz_n
+    first = (2 * i * W + 2 * j[None, :]).to(tl.int64) * C + c[:, None]
+    below = ((2 * i + 1) * W + 2 * j[None, :]).to(tl.int64) * C + c[:, None]
+    y = tl.zeros((BLOCK_C, BLOCK_W), tl.float32)
     delta = y
     if POOL == "max":
         z0, z1 = load(z_ptr, first, window), load(z_ptr, first + C, window)
@@ -54,35 +47,35 @@ def _relu_pool_fwd_kernel(
             d0, d1 = load(dz_ptr, first, window), load(dz_ptr, first + C, window)
             d2, d3 = load(dz_ptr, below, window), load(dz_ptr, below + C, window)
         y, delta, code = max_window(z0, z1, z2, z3, d0, d1, d2, d3, from_target, HAS_DIFF)
-        if HAS_CODE:
+        if code_ptr is not None:
             width = tl.cdiv(C, 2)
             byte = c0 // 2 + tl.arange(0, BLOCK_C // 2)
-            packed = pack_nibbles(tl.where(c[None, :] < C, code, 0), BLOCK_W, BLOCK_C)
-            at = (i * (W // 2) + j[:, None]).to(tl.int64) * width + byte[None, :]
-            stored = (j[:, None] < W // 2) & (byte[None, :] < width) & (i < H // 2)
+            packed = pack_nibbles(tl.where(c[:, None] < C, code, 0), BLOCK_C, BLOCK_W)
+            at = (i * (W // 2) + j[None, :]).to(tl.int64) * width + byte[:, None]
+            stored = (j[None, :] < W // 2) & (byte[:, None] < width) & (i < H // 2)
             tl.store(code_ptr + n * code_n + at, packed, mask=stored)
     else:
         width = tl.cdiv(C, 8)
         byte = c0 // 8 + tl.arange(0, BLOCK_C // 8)
         for p in tl.static_range(4):
             row, column = 2 * i + p // 2, 2 * j + p % 2
-            inside = (column[:, None] < W) & (c[None, :] < C) & (row < H)
-            at = (row * W + column[:, None]).to(tl.int64)
-            z = load(z_ptr, at * C + c[None, :], inside)
+            inside = (column[None, :] < W) & (c[:, None] < C) & (row < H)
+            at = (row * W + column[None, :]).to(tl.int64)
+            z = load(z_ptr, at * C + c[:, None], inside)
             dz = z
             if HAS_DIFF:
-                dz = load(dz_ptr, at * C + c[None, :], inside)
+                dz = load(dz_ptr, at * C + c[:, None], inside)
             yp, dp, prediction = relu_branches(z, dz, from_target, HAS_DIFF)
             y += yp
             delta += dp
-            if HAS_CODE:
-                packed = pack_bits(inside & ~(prediction <= 0), BLOCK_W, BLOCK_C)
-                stored = (column[:, None] < W) & (byte[None, :] < width) & (row < H)
-                tl.store(code_ptr + n * code_n + at * width + byte[None, :], packed, mask=stored)
+            if code_ptr is not None:
+                packed = pack_bits(inside & ~(prediction <= 0), BLOCK_C, BLOCK_W)
+                stored = (column[None, :] < W) & (byte[:, None] < width) & (row < H)
+                tl.store(code_ptr + n * code_n + at * width + byte[:, None], packed, mask=stored)
         y *= 0.25
         delta *= 0.25
-    out = (i * (W // 2) + j[:, None]).to(tl.int64) * C + c[None, :]
-    if HAS_Y:
+    out = (i * (W // 2) + j[None, :]).to(tl.int64) * C + c[:, None]
+    if y_ptr is not None:
         tl.store(y_ptr + n * y_n + out, y.to(y_ptr.dtype.element_ty), mask=window)
     if HAS_DIFF:
         tl.store(delta_ptr + n * delta_n + out, delta.to(delta_ptr.dtype.element_ty), mask=window)
@@ -96,23 +89,23 @@ def _relu_pool_bwd_kernel(
 ):  # fmt: skip
     """BLOCK_P pixels of full resolution; zeros where no window reaches.                    (3)"""
     n = tl.program_id(2).to(tl.int64)
-    p = (tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P))[:, None]
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    p = (tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P))[None, :]
+    c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[:, None]
     h, w = row0 + p // W, p % W
-    in_map = (p < rows * W) & (c[None, :] < C)
+    in_map = (p < rows * W) & (c < C)
     inside = in_map & (h >= 0) & (h < H // 2 * 2) & (w < W // 2 * 2)
     pooled = (h // 2 * (W // 2) + w // 2).to(tl.int64)
-    dy = load(dy_ptr + n * dy_n, pooled * C + c[None, :], inside)
+    dy = load(dy_ptr + n * dy_n, pooled * C + c, inside)
     if POOL == "max":
-        byte = pooled * tl.cdiv(C, 2) + c[None, :] // 2
+        byte = pooled * tl.cdiv(C, 2) + c // 2
         code = tl.load(code_ptr + n * code_n + byte, mask=inside, other=68).to(tl.int32)
-        won = ((code >> (c[None, :] % 2 * 4)) & 15) == h % 2 * 2 + w % 2
+        won = ((code >> (c % 2 * 4)) & 15) == h % 2 * 2 + w % 2
     else:
-        byte = (h * W + w).to(tl.int64) * tl.cdiv(C, 8) + c[None, :] // 8
+        byte = (h * W + w).to(tl.int64) * tl.cdiv(C, 8) + c // 8
         mask = tl.load(code_ptr + n * code_n + byte, mask=inside, other=0).to(tl.int32)
-        won = ((mask >> (c[None, :] % 8)) & 1) != 0
+        won = ((mask >> (c % 8)) & 1) != 0
         dy *= 0.25
-    out = p.to(tl.int64) * C + c[None, :]
+    out = p.to(tl.int64) * C + c
     dz = tl.where(won & inside, dy, 0.0)
     tl.store(dz_ptr + n * dz_n + out, dz.to(dz_ptr.dtype.element_ty), mask=in_map)
 
@@ -144,9 +137,8 @@ def _launch(
     launch(
         _relu_pool_fwd_kernel,
         (rows * tiles, cdiv(c, block_c), n),
-        z, *pointers(z, dz, from_target, y, delta, code),
-        h, w, c, *image_strides(z, dz, y, delta, code),
-        POOL=pool, HAS_DIFF=dz is not None, HAS_Y=y is not None, HAS_CODE=code is not None,
+        z, dz, from_target, y, delta, code,
+        h, w, c, *image_strides(z, dz, y, delta, code), POOL=pool,
         BLOCK_W=block_w, BLOCK_C=block_c, num_warps=4,
     )  # fmt: skip
 

@@ -191,6 +191,8 @@ class _Pointer:
 
 def _stand_in(arg):
     """PyTorch warns, and will fail, where a fake tensor is asked for its address."""
+    if isinstance(arg, tuple):
+        return tuple(map(_stand_in, arg))
     return _Pointer(arg) if isinstance(arg, FakeTensor) else arg
 
 
