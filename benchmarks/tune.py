@@ -105,7 +105,7 @@ def tune(
     arch = architecture(device)
     for (c_in, c_out, size), form in product(layers(classes), ("diff", "plain")):
         run = launcher(c_in, c_out, size, dtype, form, device)
-        safe = [tile for tile in candidates if tiles.safe(tile, arch, form) == tile]
+        safe = [tile for tile in candidates if tiles.safe(tile, arch) == tile]
         tile, ms = fastest(run, time, safe)
         flops = 2 * 9 * c_in * c_out * size * size * (2 if form == "diff" else 1)
         rows.append(

@@ -69,7 +69,7 @@ TILES = {
     "warps": _POWER,
     "stages": _WHOLE,
     "descriptors": _FLAG,
-    **dict.fromkeys(("c_in", "c_out"), replace(_WHOLE, needed=False)),
+    **dict.fromkeys(("c_in", "c_out", "c_out_max"), replace(_WHOLE, needed=False)),
     "measured": replace(_TEXT, needed=False),
 }
 DATA_GRADIENT = {

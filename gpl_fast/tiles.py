@@ -1,7 +1,8 @@
 """Which tile a convolution runs with: data, not search; Triton is not imported.
 
-``tiles.json`` holds rows by architecture, dtype, form and maybe channels; a row that carries a
-measurement says where it was made. ``GPL_FAST_TILES`` names a file of rows that go before them, as
+``tiles.json`` holds rows by architecture, dtype, form and maybe channels: what compiles best there
+(registers, no spills, one wait for the tensor cores a step of the loop), until it is measured; a
+row that carries a measurement says where it was made. ``GPL_FAST_TILES`` names a file of rows that go before them, as
 ``benchmarks/tune.py`` writes it.
 """
 
@@ -35,7 +36,8 @@ class Tile:
 
 
 class Row(TypedDict):
-    """A line of the data; ``tile`` is block_h, block_w, block_k, block_n."""
+    """A line of the data; ``tile`` is block_h, block_w, block_k, block_n. One with descriptors is
+    for stride 1 and channels that 8 divides alone."""
 
     arch: int
     dtype: str
@@ -46,6 +48,7 @@ class Row(TypedDict):
     descriptors: bool
     c_in: NotRequired[int]
     c_out: NotRequired[int]
+    c_out_max: NotRequired[int]
     measured: NotRequired[str]
 
 
@@ -59,8 +62,19 @@ def rows() -> list[Row]:
 
 @functools.cache
 def choose(arch: int, dtype: str, form: str, c_in: int, c_out: int, stride: int) -> Tile:
-    """The first row that fits, of the newest architecture up to `arch` (90 is sm_90), cut to these
-    channels and to what the compiler gets right there, whoever wrote the row."""
+    """Of the row that fits, cut to these channels and to what the compiler gets right there,
+    whoever wrote the row."""
+    row = row_of(arch, dtype, form, c_in, c_out, stride)
+    h, w, k, n = row["tile"]
+    fewest = 64 if 90 <= arch < 120 else 16  # rows of a product there
+    n = min(n, max(fewest, 1 << (c_out - 1).bit_length()))
+    tile = Tile(h, w, depth(k, c_in), n, row["warps"], row["stages"], row["descriptors"])
+    return safe(tile, arch)
+
+
+def row_of(arch: int, dtype: str, form: str, c_in: int, c_out: int, stride: int) -> Row:
+    """The first that fits, of the newest architecture up to `arch` (90 is sm_90) that has one."""
+    described = c_in % 8 == 0 and c_out % 8 == 0 and stride == 1
     fitting = [
         row
         for row in rows()
@@ -69,21 +83,26 @@ def choose(arch: int, dtype: str, form: str, c_in: int, c_out: int, stride: int)
         and row["arch"] <= arch
         and row.get("c_in", c_in) == c_in
         and row.get("c_out", c_out) == c_out
+        and c_out <= row.get("c_out_max", c_out)
+        and (described or not row["descriptors"])
     ]
-    newest = max(row["arch"] for row in fitting)
-    row = next(row for row in fitting if row["arch"] == newest)
-    h, w, k, n = row["tile"]
-    k = min(k, max(16, 1 << (c_in - 1).bit_length()))
-    n = min(n, max(16, 1 << (c_out - 1).bit_length()))
-    descriptors = row["descriptors"] and c_in % 8 == 0 and c_out % 8 == 0 and stride == 1
-    return safe(Tile(h, w, k, n, row["warps"], row["stages"], descriptors), arch, form)
+    return max(fitting, key=lambda row: row["arch"])  # of several the first
 
 
-def safe(tile: Tile, arch: int, form: str) -> Tile:
+def depth(block_k: int, c_in: int) -> int:
+    """At most `block_k` input channels at a time; fewer where that leaves out an eighth of what is
+    multiplied: 150 classes, in memory 152, are 5 times 32 and not 3 times 64."""
+    block_k = min(block_k, max(16, 1 << (c_in - 1).bit_length()))
+    while block_k > 32:
+        whole, halves = (-(-c_in // k) * k for k in (block_k, block_k // 2))
+        if 8 * halves > 7 * whole:
+            break
+        block_k //= 2
+    return block_k
+
+
+def safe(tile: Tile, arch: int) -> Tile:
     """The tile as the compiler gets it right there."""
-    if form == "listed" and 90 <= arch < 100:
-        # Descriptors' operands would go to registers that a wgmma in flight still reads.
-        tile = replace(tile, descriptors=False)
     unfenced = 90 <= arch < 120 and not tile.descriptors and not fences_copies()
     return replace(tile, stages=1) if unfenced else tile
 

@@ -1,7 +1,8 @@
 """Every kernel of the package for every architecture: what its launchers would compile.
 
-No spills, no float atomics, shared memory within the limit; convolutions by the architecture's
-tensor-core instruction with pipelined loads.
+No spills, no float atomics, shared memory within the limit, few arguments; convolutions by the
+architecture's tensor-core instruction with pipelined loads, and on sm_90 without a wait that is not
+needed.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import replace
+from itertools import product
 
 import pairwise
 import pytest
@@ -49,7 +51,7 @@ FACTORS = {
     "dtype": (BF16, HALF, FLOAT),
     "kernel": (1, 3, 5, 7),
     "pool": ("max", "avg", "none", "stride"),
-    "c_in": (8, 160, 64),
+    "c_in": (8, 152, 64),
     "c_out": (128, 64, 21),
     "bias": (False, True),
     "reduce": (False, True),
@@ -86,6 +88,13 @@ def listed(form: str, dtype: torch.dtype, kernel: int, c_out: int, masked: bool)
     )  # fmt: skip
 
 
+def tile_of(
+    capability: int, form: str, dtype: torch.dtype, c_in: int, c_out: int, stride: int
+) -> tiles.Tile:
+    name, row = str(dtype).removeprefix("torch."), "listed" if form in LISTED else form
+    return tiles.choose(capability, name, row, c_in, c_out, stride)
+
+
 def conv_block(
     capability: int, *, form: str, dtype: torch.dtype, kernel: int = 3, pool: str = "max",
     c_in: int = 64, c_out: int = 128, bias: bool = False, reduce: bool = False,
@@ -98,9 +107,7 @@ def conv_block(
     y = meta(N, out_h, out_w, c_out, dtype=dtype)
     code = (N, out_h, out_w, -(-c_out // 2)) if pool == "max" else (N, h, w, -(-c_out // 8))
     a = meta(N, H, W, c_in, dtype=dtype)
-    if tile is None:
-        name, row = str(dtype).removeprefix("torch."), "listed" if form in LISTED else form
-        tile = tiles.choose(capability, name, row, c_in, c_out, stride)
+    tile = tile or tile_of(capability, form, dtype, c_in, c_out, stride)
     kernels.conv_block_fwd(
         a,
         weight=meta(kernel**2 * c_in, c_out, dtype=dtype),
@@ -124,62 +131,83 @@ def test_every_pair_occurs():
     assert pairwise.all_pairs(FACTORS, excluded) <= met
 
 
+def check_conv_block(capability: int, options: dict) -> Compiled:
+    """Compile it, and all that is asked of one."""
+    dtype, c_in, c_out = options["dtype"], options.get("c_in", 64), options.get("c_out", 128)
+    stride, kernel = 1 + (options.get("pool") == "stride"), options.get("kernel", 3)
+    tile = tile_of(capability, options["form"], dtype, c_in, c_out, stride)
+    compiled = compiled_once(capability, lambda: conv_block(capability, **options))
+    # Copies of 4 bytes are the smallest there are: rows of 21 halves begin in between.
+    copied = c_out % 8 == 0 and (tile.descriptors or tiles.fences_copies() or tile.stages > 1)
+    # And one step is no loop.
+    pipelined = copied and kernel**2 * c_in > tile.block_k
+    few = options["form"] == "topk and rest" and compiled.spills <= 128
+    check(replace(compiled, spills=0) if few else compiled, pipelined=pipelined)
+    assert compiled.arguments <= 20
+    assert compiled.warps == tile.warps
+    assert ("TMA load" in compiled.instructions) == tile.descriptors
+    if capability == 90 and dtype != FLOAT and pipelined:
+        branches = 2 if options["form"] == "diff" else 1
+        assert compiled.slow(branches * tile.block_k // 16) == []
+    return compiled
+
+
 @pytest.mark.parametrize("case", COVERING, ids=name)
 def test_conv_block(case):
     options = dict(case)
-    capability = options.pop("capability")
-    compiled = compiled_once(capability, lambda: conv_block(capability, **options))
-    # Copies of 4 bytes are the smallest there are: rows of 21 halves begin in between.
-    by_pointers = case["pool"] == "stride" or (capability == 90 and case["form"] in LISTED)
-    pipelined = case["c_out"] % 8 == 0 and (not by_pointers or copies_are_fenced(capability))
-    check(but_for_occupancy(compiled, case["form"]), pipelined=pipelined)
+    check_conv_block(options.pop("capability"), options)
 
 
-def copies_are_fenced(capability: int) -> bool:
-    """Whether loads by pointers are pipelined: where products read by the async proxy, Triton has
-    to put a fence between."""
-    return tiles.fences_copies() or not 90 <= capability < 120
+# The layers of the default network: the first of Cityscapes and of ADE20K, then the others.
+LAYERS = {
+    "form": ("diff", "plain", *LISTED),
+    "layer": ((24, 64), (152, 64), (64, 128), (256, 512)),
+    "pool": ("max", "avg", "none", "stride"),
+    "dtype": (BF16, HALF),
+    "reduce": (True, False),
+    "bias": (False, True),
+}
 
 
-def chosen(capability: int, row: tiles.Row) -> bool:
-    """Whether a launch can run with the row on this architecture, for some form."""
-    for form in tiles.FORMS:
-        fitting = [
-            r for r in tiles.rows()
-            if r["dtype"] == row["dtype"] and r["arch"] <= capability and r["form"] in (form, "any")
-        ]  # fmt: skip
-        newest = max((r["arch"] for r in fitting), default=None)
-        if row is next((r for r in fitting if r["arch"] == newest), None):
-            return True
-    return False
+def no_layer(case: pairwise.Case) -> bool:
+    """A list is of the first layer."""
+    later = case.get("layer", (0, 0))[1] > 64
+    return excluded(case) or (later and case.get("form") in LISTED)
 
 
-ROWS = [
-    pytest.param(row, capability, id=f"{row['arch']}-{row['dtype']}-{row['form']}-on-{capability}")
-    for row in tiles.rows()
-    for capability in CAPABILITIES
-    if chosen(capability, row)
-]
+@pytest.mark.parametrize("case", pairwise.covering(LAYERS, no_layer, lambda case: 0.0), ids=name)
+def test_nothing_waits_on_sm_90(case):
+    options = dict(case)
+    c_in, c_out = options.pop("layer")
+    check_conv_block(90, options | {"c_in": c_in, "c_out": c_out})
 
 
-@pytest.mark.parametrize(("row", "capability"), ROWS)
-def test_rows_of_the_table(row, capability, monkeypatch):
-    """Uncut: as many channels as the tile has, and more."""
-    monkeypatch.setattr(tiles, "rows", lambda: [row])
-    tiles.choose.cache_clear()
-    form = {"any": "diff", "listed": "topk and rest"}.get(row["form"], row["form"])
-    options = {"form": form, "dtype": getattr(torch, row["dtype"]), "c_in": 160, "c_out": 512}
-    compiled = compiled_once(capability, lambda: conv_block(capability, **options))
-    tiles.choose.cache_clear()
-    check(compiled, pipelined=row["descriptors"] or copies_are_fenced(capability))
-    assert compiled.warps == row["warps"]
-    if row["descriptors"] and capability >= 90:
-        assert "TMA load" in compiled.instructions
+def launches_of_rows():
+    """Each row of the table, by each architecture and form that takes it: uncut, with as many
+    channels as the tile has and more, or where it is of odd ones."""
+    found = {}
+    for capability, dtype, form, c_out, stride in product(
+        CAPABILITIES, ("bfloat16", "float16", "float32"), tiles.FORMS, (64, 512, 21), (1, 2)
+    ):
+        if stride == 1 or form == "diff":
+            row = tiles.row_of(capability, dtype, form, 192, c_out, stride)
+            case = capability, {"listed": "topk and rest"}.get(form, form), dtype, c_out, stride
+            found.setdefault((capability, id(row), form == "listed"), case)
+    return found
+
+
+ROWS = launches_of_rows()
+
+
+@pytest.mark.parametrize("case", ROWS.values(), ids=lambda case: "-".join(map(str, case)))
+def test_rows_of_the_table(case):
+    capability, form, dtype, c_out, stride = case
+    options = {"form": form, "dtype": getattr(torch, dtype), "c_in": 192, "c_out": c_out}
+    check_conv_block(capability, options | {"pool": "stride" if stride == 2 else "max"})
 
 
 def test_every_row_is_run_somewhere():
-    met = {id(param.values[0]) for param in ROWS}
-    assert all(id(row) in met for row in tiles.rows())
+    assert {row for _, row, _ in ROWS} == set(map(id, tiles.rows()))
 
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90])

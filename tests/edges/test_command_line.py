@@ -445,7 +445,8 @@ def test_rows_of_one_s_own_are_read_and_their_file_is_named(monkeypatch, tmp_pat
 RIGHT = {
     "GPL_FAST_TILES": {
         "arch": 90, "dtype": "bfloat16", "form": "diff", "c_in": 64, "c_out": 128,
-        "tile": [8, 16, 64, 64], "warps": 8, "stages": 3, "descriptors": False, "measured": "here",
+        "c_out_max": 128, "tile": [8, 16, 64, 64], "warps": 8, "stages": 3, "descriptors": False,
+        "measured": "here",
     },
     "GPL_FAST_DATA_GRADIENT": {
         "arch": 90, "dtype": "float32", "first": True, "in_channels": 19, "out_channels": 64,
@@ -462,6 +463,7 @@ BAD_VALUES = {
     "stages": [0, "3"],
     "descriptors": [0, "false", None],
     "c_in": [None, 1.5],
+    "c_out_max": [0, "64"],
     "first": [1, "yes"],
     "in_channels": [0, -19],  # a ratio is taken
     "kernel_ms": ["1", float("nan"), float("inf"), -1, True],

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import triton
-from hazards import overwritten, unfenced
+from hazards import between_waits, from_registers, overwritten, unfenced
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from triton.backends.compiler import GPUTarget
@@ -64,6 +64,8 @@ class Compiled:
     registers: int  # of a thread
     spills: int  # bytes stored and loaded
     shared: int  # bytes
+    arguments: int  # tensors and numbers that a launch hands over
+    warnings: frozenset[str]  # C75xx: ptxas waits for each wgmma, or moves its registers
     instructions: frozenset[str]  # names from INSTRUCTIONS
     assembly: str = field(repr=False)
     binary: bytes = field(repr=False)  # what a GPU would run
@@ -83,6 +85,17 @@ class Compiled:
         if "wgmma" in self.instructions:
             sass = disassembled(self.binary)
             found += [f"a wgmma in flight reads what is written by {t}" for t in overwritten(sass)]
+        return found
+
+    def slow(self, products: int) -> list[str]:
+        """What keeps the tensor cores of sm_90 waiting, and why: `products` are those of a step of
+        the loop, a wgmma each."""
+        sass = disassembled(self.binary)
+        found = [f"ptxas says {code}" for code in sorted(self.warnings)]
+        found += [f"its operand goes through registers: {text}" for text in from_registers(sass)]
+        runs = between_waits(sass)
+        if min(runs, default=0) < products:
+            found.append(f"expected {products} products from one wait to the next, got {runs}")
         return found
 
 
@@ -202,8 +215,9 @@ def _stand_in(arg):
 def _inspect(kernel, name: str, capability: int | str) -> Compiled:
     if isinstance(capability, int):
         assembly = kernel.asm["ptx"]
-        registers, spills = _ptxas(assembly, capability)
+        registers, spills, warnings = _ptxas(assembly, capability)
     else:
+        warnings = frozenset()
         assembly = kernel.asm["amdgcn"]
         registers = _first(r"\.vgpr_count:\s+(\d+)", assembly)
         spills = 4 * sum(
@@ -217,10 +231,17 @@ def _inspect(kernel, name: str, capability: int | str) -> Compiled:
         registers=registers,
         spills=spills,
         shared=kernel.metadata.shared,
+        arguments=_arguments(kernel.src.signature.values()),
+        warnings=warnings,
         instructions=frozenset(found),
         assembly=assembly,
         binary=kernel.asm["cubin" if isinstance(capability, int) else "hsaco"],
     )
+
+
+def _arguments(types) -> int:
+    """Of a signature, in which tuples are spread and constants stay behind."""
+    return sum(_arguments(t) if isinstance(t, tuple) else t != "constexpr" for t in types)
 
 
 def _first(pattern: str, text: str) -> int:
@@ -229,22 +250,25 @@ def _first(pattern: str, text: str) -> int:
     return int(found.group(1))
 
 
-def _ptxas(ptx: str, capability: int) -> tuple[int, int]:
-    """(registers, bytes spilled): the assembler that comes with Triton, asked once more."""
+def _ptxas(ptx: str, capability: int) -> tuple[int, int, frozenset[str]]:
+    """(registers, bytes spilled, codes of warnings about wgmma): the assembler that comes with
+    Triton, asked once more."""
     from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
         arch = f"--gpu-name={sm_arch_from_capability(capability)}"
-        report = subprocess.run(
+        done = subprocess.run(
             [get_ptxas(capability).path, "-v", arch, source, "-o", f"{source}.cubin"],
             capture_output=True,
             text=True,
             check=True,
-        ).stderr
+        )
+    report = done.stdout + done.stderr
     spills = sum(_first(rf"(\d+) bytes spill {kind}", report) for kind in ("stores", "loads"))
-    return _first(r"Used (\d+) registers", report), spills
+    registers = _first(r"Used (\d+) registers", report)
+    return registers, spills, frozenset(re.findall(r"\bC75\d\d\b", report))
 
 
 def disassembled(binary: bytes) -> str:

@@ -1,4 +1,5 @@
-"""What makes a wgmma read something else than it should: found by walking the compiled code.
+"""What makes a wgmma read something else than it should, found by walking the compiled code; and
+what makes it wait.
 
 A walk goes along every path from the first instruction and carries a state; it ends where a state
 has been seen at that instruction before.
@@ -84,6 +85,22 @@ def overwritten(sass: str) -> list[str]:
         return flight, any(written(i.text) & group for group in flight)
 
     return walk(code, (frozenset(),), step)
+
+
+def from_registers(sass: str) -> list[str]:
+    """wgmmas whose A operand is a range of registers."""
+    return re.findall(r"HGMMA\S* R\d+, R\d+[^;]*", sass)
+
+
+def between_waits(sass: str) -> list[int]:
+    """How many wgmmas there are from one wait to the next, in the order of the code; no zeros."""
+    runs = [0]
+    for found in re.findall(r"\b(?:HGMMA\.|WARPGROUP\.DEPBAR)", sass):
+        if found == "HGMMA.":
+            runs[-1] += 1
+        elif runs[-1]:
+            runs.append(0)
+    return [run for run in runs if run]
 
 
 def committed(flight: Flight) -> Flight:
