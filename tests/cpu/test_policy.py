@@ -184,15 +184,12 @@ def test_few_channels_do_not_average_the_rounding_of_points():
     assert said(call) == on_cpu((both(TWO, FOUR), PAIRS(4)), *MIXED[1:])
 
 
-def test_lists_are_read_by_pointers_on_sm_90_alone():
-    for gpu, kind, descriptors in (
-        ("sm_90", "labels", False), ("sm_90", "topk", False), ("sm_90", "dense", True),
-        ("sm_100", "labels", True),
-    ):  # fmt: skip
-        net = GenericPerceptualLoss(150).net
+@pytest.mark.parametrize("gpu", ["sm_80", "sm_90", "sm_100", "sm_120"])
+def test_every_step_is_read_by_descriptors_from_sm_90_on(gpu):
+    net = GenericPerceptualLoss(150).net
+    for kind in ("labels", "topk", "dense"):
         plan = Plan(call_of(net, kind=kind, dtype=BF16, policy=gpu), 1, 64, 64)
-        assert plan.how[0].tile.descriptors is descriptors
-        assert all(how.tile.descriptors for how in plan.how[1:])
+        assert {how.tile.descriptors for how in plan.how} == {gpu != "sm_80"}
 
 
 @pytest.mark.parametrize("name", ["avx", "sm_", "gpu", "", "sm_90a"])

@@ -54,19 +54,40 @@ def chosen(arch, form, *, dtype="bfloat16", c_out=64, stride=1):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_lists_are_read_by_pointers_on_sm_90_alone(dtype):
-    assert not chosen(90, "listed", dtype=dtype).descriptors
-    for arch, form in ((90, "diff"), (90, "plain"), (100, "listed"), (120, "listed")):
+def test_descriptors_are_for_channels_and_strides_that_they_can_read(dtype):
+    for arch, form in ((90, "plain"), (90, "listed"), (100, "diff"), (120, "listed")):
         assert chosen(arch, form, dtype=dtype).descriptors
+        assert not chosen(arch, form, dtype=dtype, c_out=21).descriptors
+        assert not chosen(arch, form, dtype=dtype, stride=2).descriptors
+    # With them TF32 waits between the products of both branches on sm_90.
+    assert chosen(90, "diff", dtype=dtype).descriptors == (dtype != "float32")
 
 
-@pytest.mark.parametrize("form", ["listed", "any"])
-def test_rows_of_a_users_own_do_not_bring_them_back(form, user_rows):
-    row = {"arch": 90, "dtype": "bfloat16", "form": form, "tile": [8, 8, 32, 64], "warps": 4,
-           "stages": 2, "descriptors": True}  # fmt: skip
+def test_a_row_of_ones_own_goes_before(user_rows):
+    row = {"arch": 90, "dtype": "bfloat16", "form": "listed", "tile": [8, 8, 32, 64], "warps": 4,
+           "stages": 2, "descriptors": True, "c_out_max": 64}  # fmt: skip
     user_rows(row)
-    assert chosen(90, "listed") == tiles.Tile(8, 8, 32, 64, 4, chosen(90, "listed").stages, False)
-    assert chosen(90, "diff").block_k == (32 if form == "any" else 64)
+    assert chosen(90, "listed") == tiles.Tile(8, 8, 32, 64, 4, 2, True)
+    assert chosen(90, "listed", c_out=128) != chosen(90, "listed")
+    assert not chosen(90, "listed", c_out=21).descriptors
+    assert chosen(90, "diff").block_k == 64
+
+
+def test_wider_rows_of_sm_90_are_not_inherited():
+    """sm_120 has less than half its shared memory."""
+    assert chosen(90, "diff").block_h == 16
+    for arch in (80, 86, 89, 120):
+        wide = chosen(arch, "diff", c_out=512)
+        assert chosen(arch, "diff").block_h == wide.block_h == 8
+        assert wide.block_k * wide.block_n <= 4096
+
+
+@pytest.mark.parametrize(
+    ("c_in", "block_k"), [(8, 16), (24, 32), (64, 64), (152, 32), (160, 32), (304, 64), (848, 64), (1208, 64)]
+)
+def test_channels_are_padded_by_what_they_need(c_in, block_k):
+    """An eighth more than 64 at a time would multiply is left out."""
+    assert tiles.choose.__wrapped__(90, "bfloat16", "diff", c_in, 64, 1).block_k == block_k
 
 
 @pytest.mark.parametrize("fences", [False, True])
@@ -77,7 +98,7 @@ def test_unfenced_copies_are_not_pipelined(fences, monkeypatch):
     for arch, stages_ in ((80, 3), (89, 3), (90, async_proxy), (100, async_proxy), (120, 3)):
         assert chosen(arch, "diff", stride=2).stages == stages_
         assert chosen(arch, "plain", c_out=21).stages == stages_
-    assert chosen(90, "listed").stages == async_proxy
+    assert chosen(90, "diff", dtype="float32").stages == async_proxy
     assert chosen(90, "diff").stages == chosen(100, "listed").stages == 3  # by TMA
 
 

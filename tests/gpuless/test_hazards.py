@@ -1,4 +1,5 @@
-"""The scanners of `hazards`: code with a hazard is flagged, the same code without it is not."""
+"""The scanners of `hazards`, and what makes a wgmma wait: code with a fault is flagged, the same
+code without it is not."""
 
 from __future__ import annotations
 
@@ -7,8 +8,9 @@ import re
 import pytest
 import torch
 import triton
-from ahead_of_time import check, compiling_for
-from hazards import overwritten, unfenced, written
+import triton.language as tl
+from ahead_of_time import Compiled, check, compile_for, compiling_for, meta
+from hazards import between_waits, from_registers, overwritten, unfenced, written
 from test_kernels import conv_block
 
 from gpl_fast import tiles
@@ -27,11 +29,83 @@ def compiled_with(capability, dtype, form, *, stages, descriptors):
 # ------------------------------------------------------------------------- operands in registers
 
 
-def test_labels_by_descriptors_are_flagged_on_sm_90():
-    """Why the table has them by pointers."""
-    compiled = compiled_with(90, torch.bfloat16, "labels", stages=3, descriptors=True)
+@triton.jit
+def _pixels_by_channels_kernel(
+    a_ptr, d_ptr, weight_ptr, z_ptr, H, W,
+    BOTH: tl.constexpr, C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """A 3 x 3 convolution the other way around, map · weight: a descriptor's tile of pixels, made
+    a matrix, goes to the tensor cores through registers."""
+    P: tl.constexpr = BLOCK_H * BLOCK_W
+    a_map = tl.make_tensor_descriptor(a_ptr, [H, W, C], [W * C, C, 1], [BLOCK_H, BLOCK_W, C])
+    d_map = tl.make_tensor_descriptor(d_ptr, [H, W, C], [W * C, C, 1], [BLOCK_H, BLOCK_W, C])
+    weights = tl.make_tensor_descriptor(weight_ptr, [9 * C, C], [C, 1], [C, C])
+    z = tl.zeros((P, C), tl.float32)
+    dz = z
+    for tap in range(9):
+        at = [tl.program_id(0) * BLOCK_H + tap // 3 - 1, tap % 3 - 1, 0]
+        weight = weights.load([tap * C, 0])
+        z = tl.dot(a_map.load(at).reshape(P, C), weight, z)
+        if BOTH:
+            dz = tl.dot(d_map.load(at).reshape(P, C), weight, dz)
+    at = tl.arange(0, P)[:, None] * C + tl.arange(0, C)[None, :]
+    tl.store(z_ptr + at, z * dz)
+
+
+def pixels_by_channels(*, both: bool) -> Compiled:
+    a, z = meta(64, 16, 64, dtype=torch.bfloat16), meta(64, 16, 64, dtype=torch.float32)
+    weight = meta(9 * 64, 64, dtype=torch.bfloat16)
+    return compile_for(
+        _pixels_by_channels_kernel, 90, a, a, weight, z, 64, 16, BOTH=both, C=64, BLOCK_H=8,
+        BLOCK_W=16, num_warps=8, num_stages=3,
+    )  # fmt: skip
+
+
+def test_the_other_way_around_registers_are_overwritten():
+    """Why output channels go before pixels."""
+    compiled = pixels_by_channels(both=False)
     with pytest.raises(AssertionError, match=r"a wgmma in flight reads what is written by LDSM"):
         check(compiled)
+    assert any("goes through registers" in fault for fault in compiled.slow(4))
+
+
+def test_the_other_way_around_both_branches_are_serialised():
+    faults = "; ".join(pixels_by_channels(both=True).slow(8))
+    assert re.search(r"ptxas says C75\d\d", faults)
+    assert "goes through registers" in faults
+    assert "expected 8 products from one wait to the next, got [1, 1" in faults
+
+
+def test_a_wait_between_two_products_is_found():
+    """Why the table has both branches in TF32 by pointers."""
+    described = compiled_with(90, torch.float32, "diff", stages=3, descriptors=True)
+    pointed = compiled_with(90, torch.float32, "diff", stages=3, descriptors=False)
+    (fault,) = described.slow(8)
+    assert re.search(r"expected 8 products from one wait to the next, got \[.*4", fault)
+    assert pointed.slow(8) == [] or not tiles.fences_copies()
+
+
+def test_arguments_are_counted():
+    """Tuples are spread; what is constant stays behind."""
+    assert pixels_by_channels(both=False).arguments == 6
+    assert compiled_with(90, torch.bfloat16, "plain", stages=3, descriptors=True).arguments == 9
+    assert compiled_with(90, torch.bfloat16, "labels", stages=3, descriptors=True).arguments == 15
+
+
+@pytest.mark.parametrize(
+    ("lines", "runs", "registers"),
+    [
+        (("A8", "WAIT", "A8", "WAIT"), [1, 1], 2),
+        (("SHARED", "SHARED", "WAIT"), [2], 0),
+        (("SHARED", "@P0 BRA 0x0", "SHARED", "WAIT", "SHARED"), [2, 1], 0),
+        (("SHARED", "SHARED", "WAIT", "SYNCS", "WAIT", "EXIT"), [2], 0),
+        (("EXIT",), [], 0),
+    ],
+)
+def test_what_waits(lines, runs, registers):
+    text = sass(*(globals().get(line, line) for line in lines))
+    assert between_waits(text) == runs
+    assert len(from_registers(text)) == registers
 
 
 def sass(*lines: str) -> str:
@@ -133,7 +207,7 @@ def test_a_triton_without_the_fence_makes_no_such_copies(capability, case, monke
         conv_block(capability, dtype=torch.bfloat16, **options)
     tiles.choose.cache_clear()
     by_pointers = "TMA load" not in compiled[-1].instructions
-    assert by_pointers or (case == "labels" and capability == 100)
+    assert by_pointers == (case != "labels")
     check(compiled[-1], pipelined=not by_pointers)
     assert "cp.async" not in compiled[-1].instructions
 

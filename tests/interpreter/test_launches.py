@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import inspect
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from cases import call_of
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from gpl_fast import LossNet
 from gpl_fast.fast import policy
@@ -40,8 +42,12 @@ BLOCK, PACK = "_conv_block_fwd_kernel", "_softmax_pack_fwd_kernel"
 class Launch:
     kernel: str
     grid: tuple[int, ...]
-    tensors: list[Tensor]
+    args: dict[str, Any]  # by the names of the kernel's parameters
     meta: dict[str, Any]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [t for t in tree_leaves(tuple(self.args.values())) if isinstance(t, Tensor)]
 
 
 @pytest.fixture
@@ -50,8 +56,8 @@ def launches(monkeypatch):
     found: list[Launch] = []
 
     def launch(kernel, grid, *args, **meta):
-        tensors = [t for t in args if isinstance(t, Tensor)]
-        found.append(Launch(kernel.fn.__name__, tuple(grid), tensors, meta))
+        named = dict(zip(inspect.signature(kernel.fn).parameters, args, strict=False))
+        found.append(Launch(kernel.fn.__name__, tuple(grid), named, meta))
 
     for stage in (conv_block, *STAGES):
         monkeypatch.setattr(stage, "launch", launch)
@@ -175,7 +181,8 @@ def test_shapes_dtypes_and_devices(kind, dtype, pool, launches):
     assert forms == [first] + [rest] * (len(forms) - 1)
     # Nothing of the last block but its difference, and its sum from the block itself.
     if kind != "features" and pool != "stride":
-        assert not [launch for launch in launches if launch.kernel == BLOCK][-1].meta["HAS_Y"]
+        last = [launch for launch in launches if launch.kernel == BLOCK][-1]
+        assert last.args["y_ptr"] is None
         assert "_diff_reduce_fwd_kernel" not in kernels
 
 
@@ -189,11 +196,29 @@ def test_descriptors_where_the_table_and_the_channels_allow_them(launches):
     assert blocks == {(1, True), (2, False)}
 
 
-@pytest.mark.parametrize(("kind", "first"), [("dense", True), ("labels", False), ("topk", False)])
-def test_lists_are_read_by_pointers(kind, first, launches):
+@pytest.mark.parametrize("kind", ["dense", "labels", "topk"])
+def test_the_first_layer_is_read_by_descriptors(kind, launches):
     walks(kind, (1, 19, 32, 32), blocks=(1, 1))
     blocks = [launch.meta["DESCRIPTORS"] for launch in launches if launch.kernel == BLOCK]
-    assert blocks == [first, True]
+    assert blocks == [True, True]
+
+
+@pytest.mark.parametrize("kind", ["dense", "labels", "topk", "features"])
+def test_what_a_form_does_not_need_is_not_passed(kind, launches):
+    """None is a constant of the kernel; a tensor is asked for its address at each launch."""
+    walks(kind, (1, 19, 32, 32), blocks=(1, 1))
+    first = next(launch for launch in launches if launch.kernel == BLOCK)
+    given = {name for name, value in first.args.items() if value is not None}
+    always = {"a_ptr", "weight_ptr", "y_ptr", "a_size", "place", "y_rows"}
+    both = {"from_target_ptr", "delta_ptr", "delta_rows", "code_ptr", "code_rows"}
+    assert given - {"partial_ptr", "bias_ptr"} == always | {
+        "dense": both | {"d_ptr", "d_rows", "a_rows"}, "labels": both | {"list_ptrs"},
+        "topk": both | {"list_ptrs"}, "features": {"a_rows", "code_ptr", "code_rows"},
+    }[kind]  # fmt: skip
+    missing = {"labels": {1, 2, 3}, "topk": {3}}.get(kind)
+    if missing is not None:
+        assert {i for i, t in enumerate(first.args["list_ptrs"]) if t is None} == missing
+    assert len(first.tensors) + 7 <= 20
 
 
 def test_true_float32_is_atens(launches, monkeypatch):
@@ -232,8 +257,10 @@ def test_no_images_launch_nothing(kind, pool, launches):
     assert dx.shape == (0, 19, 37, 51)
 
 
-def test_the_allocator_is_pytorchs_for_the_launch_alone(monkeypatch):
-    """The caller may have set one for kernels of its own."""
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_the_allocator_is_pytorchs_for_the_launch_alone(descriptors, monkeypatch):
+    """Where there are descriptors to put into memory; the caller may have set one for kernels of
+    its own."""
     allocator = importlib.import_module("triton.runtime._allocation")._allocator
     seen, entered = [], []
 
@@ -251,14 +278,15 @@ def test_the_allocator_is_pytorchs_for_the_launch_alone(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(launch, "INTERPRETED", False)
     x = SimpleNamespace(device=CUDA)
+    meta = {"BLOCK": 8, "DESCRIPTORS": descriptors}
     before = allocator.get()
     triton.set_allocator(mine)
     try:
-        launch.launch({(4, 2): kernel}, [4, 2], x, 5, BLOCK=8)
+        launch.launch({(4, 2): kernel}, [4, 2], x, 5, **meta)
         assert allocator.get() is mine
     finally:
         triton.set_allocator(before)
-    assert seen == [(launch._allocate, (x, 5), {"BLOCK": 8})]
+    assert seen == [(launch._allocate if descriptors else mine, (x, 5), meta)]
     assert entered == [CUDA]
 
 
