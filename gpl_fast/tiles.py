@@ -2,8 +2,8 @@
 
 ``tiles.json`` holds rows by architecture, dtype, form and maybe channels: what compiles best there
 (registers, no spills, one wait for the tensor cores a step of the loop), until it is measured; a
-row that carries a measurement says where it was made. ``GPL_FAST_TILES`` names a file of rows that go before them, as
-``benchmarks/tune.py`` writes it.
+row that carries a measurement says where it was made. ``GPL_FAST_TILES`` names a file of rows that
+go before them, as ``benchmarks/tune.py`` writes it.
 """
 
 from __future__ import annotations

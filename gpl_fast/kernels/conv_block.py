@@ -45,7 +45,7 @@ def _pooled(h0, w0, rows, W, PH: tl.constexpr, PW: tl.constexpr):
     do_not_specialize_on_alignment=["from_target_ptr"],
 )  # fmt: skip
 def _conv_block_fwd_kernel(
-    a_ptr, weight_ptr, bias_ptr,  # the carried map or u of a list, (K² C_IN, C_OUT), (C_OUT,) float32
+    a_ptr, weight_ptr, bias_ptr,  # the carried map, or u; (K² C_IN, C_OUT); (C_OUT,) float32
     y_ptr, code_ptr,  # what the step puts out, NHWC; max: 4-bit codes, else 1-bit masks
     a_size, place,  # pairs: H_IN, W_IN; the image's row of the convolution's first, its rows
     a_rows, y_rows, code_rows,  # from one image to the next; of a list `a` has no others

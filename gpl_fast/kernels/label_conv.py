@@ -179,15 +179,14 @@ def _launch(target: Listed, from_target: Tensor, row0: int, z: Tensor, dz: Tenso
     n, rows, w, c_out = z.shape
     if z.numel() == 0:
         return
-    values, labels = target.values, target.labels
-    height, width = (values if labels is None else labels).shape[-2:]
+    height, width = next(t.shape[-2:] for t in (target.labels, target.values) if t is not None)
     block_c = min(triton.next_power_of_2(c_out), 64)
     launch(
         _label_conv_fwd_kernel,
         (cdiv(rows * w, PIXELS), cdiv(c_out, block_c), n),
         z, dz, from_target, list_tensors(target), height, width,
-        0 if values is None else values.shape[1], target.taken_row0, target.taken.shape[1], row0,
-        rows, *image_strides(z, dz),
-        C=target.table.shape[1], C_OUT=c_out, LABELS=labels is not None,
-        K=round(target.table.shape[0] ** 0.5), BLOCK_P=PIXELS, BLOCK_C=block_c, num_warps=4,
+        0 if target.values is None else target.values.shape[1], target.taken_row0,
+        target.taken.shape[1], row0, rows, *image_strides(z, dz),
+        C=target.table.shape[1], C_OUT=c_out, LABELS=target.labels is not None,
+        K=round(target.table.shape[0] ** 0.5), BLOCK_P=PIXELS, BLOCK_C=block_c, num_warps=8, maxnreg=128,
     )  # fmt: skip

@@ -83,7 +83,8 @@ def test_wider_rows_of_sm_90_are_not_inherited():
 
 
 @pytest.mark.parametrize(
-    ("c_in", "block_k"), [(8, 16), (24, 32), (64, 64), (152, 32), (160, 32), (304, 64), (848, 64), (1208, 64)]
+    ("c_in", "block_k"),
+    [(8, 16), (24, 32), (64, 64), (152, 32), (160, 32), (304, 64), (848, 64), (1208, 64)],
 )
 def test_channels_are_padded_by_what_they_need(c_in, block_k):
     """An eighth more than 64 at a time would multiply is left out."""

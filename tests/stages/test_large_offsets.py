@@ -166,6 +166,22 @@ def test_label_conv_in_a_large_table(stages, sparse):
     assert torch.equal(dz[0, 0, 0, -64:], -table[-1, -1, -64:].float())
 
 
+def test_topk_conv_of_a_long_list(stages, sparse):
+    """The last value and index of a pixel lie beyond 2^31."""
+    k, width = 65, 2**25 + 32
+    values, indices = (sparse(1, k, 1, width, dtype=dtype) for dtype in (FLOAT, torch.int64))
+    assert values.numel() > FAR + width
+    values[0, -1, 0, -32:], indices[0, -1, 0, -32:] = torch.rand(32), torch.randint(3, (32,))
+    table, taken = torch.randn(1, 3, 8), sparse(1, 1, width, dtype=BYTE)
+    z, dz = (sparse(1, 1, width, 8, dtype=FLOAT) for _ in range(2))
+    stages.topk_conv_fwd(
+        values, topk_indices=indices, table=table, from_target=BRANCH, taken=taken, taken_row0=0,
+        row0=0, z=z, dz=dz,
+    )  # fmt: skip
+    want = -values[0, -1, 0, -32:, None] * table[0][indices[0, -1, 0, -32:]]
+    torch.testing.assert_close(dz[0, 0, -32:], want)
+
+
 def test_diff_reduce_of_a_long_image(stages, sparse, monkeypatch):
     module, partials = importlib.import_module("gpl_fast.kernels.diff_reduce"), []
     shipped = module.launch
@@ -266,16 +282,7 @@ def test_lists_whose_ranks_are_far_apart(stages, sparse):
 
     values, indices = listed(FLOAT), listed(torch.int64)
     values[0, 2], indices[0, 2] = torch.rand(2, 4), torch.randint(3, (2, 4))
-    table, taken = torch.randn(1, 3, 8), torch.zeros(1, 2, 4, dtype=BYTE)
-    z, dz = torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 4, 8)
-    stages.topk_conv_fwd(
-        values, topk_indices=indices, table=table, from_target=BRANCH, taken=taken, taken_row0=0,
-        row0=0, z=z, dz=dz,
-    )  # fmt: skip
-    want = -values[0, 2, -1, :, None] * table[0][indices[0, 2, -1]]
-    torch.testing.assert_close(dz[0, -1], want)
-    assert want.any()
-
+    taken = torch.zeros(1, 2, 4, dtype=BYTE)
     x, y = torch.randn(1, 3, 2, 4), torch.zeros(1, 2, 4, 8)
     stages.softmax_pack_fwd(
         x, activation=0, target_activation=0, temperature=1.0, row0=0, rows=2, core0=0,
