@@ -23,7 +23,8 @@ CSRC    := $(foreach folder,csrc csrc/* csrc/*/*,$(wildcard $(addprefix $(folder
 BUILD   := $(CSRC) $(wildcard csrc/*.py) setup.py gpl_fast/environment.py gpl_fast/sources.py
 
 .PHONY: help venv build demo check check-cpu check-interpreter
-.PHONY: test test-cpu test-edges test-stages test-interpreter test-compile test-cuda sanitize lint
+.PHONY: test test-cpu test-edges test-stages test-interpreter test-compile test-compile-all test-cuda
+.PHONY: sanitize lint
 .PHONY: bench bench-gpu gpu-report toy wheel clean
 .DELETE_ON_ERROR:
 
@@ -37,6 +38,7 @@ help:
 	@echo "  test-interpreter  the whole loss by Triton's kernels, interpreted"
 	@echo "  test-compile      what Triton and nvcc made of the kernels, for every GPU"
 	@echo "  test-cuda         backward walks by CUDA's kernels on the CPU; faults put into these"
+	@echo "make test-compile-all  what every Triton from 3.6 on made of them: minutes each, the network"
 	@echo "make sanitize  the CPU kernels under AddressSanitizer and UBSan"
 	@echo "make lint   ruff, mypy, clang-format"
 	@echo "make bench  time and memory on this machine, ten minutes on two cores"
@@ -100,6 +102,23 @@ test-interpreter: $(LIBRARY)
 
 test-compile: $(LIBRARY)
 	$(PY) -m pytest tests/compile tests/gpuless $(OF_CUDA:%=--ignore=%)
+
+# Each in a folder that goes before the environment's own; `make -k` goes on where one cannot be had.
+TRITONS ?= 3.6.0 3.7.1 3.8.0 3.9.0
+TRITON_FOLDER := .cache/tritons
+
+test-compile-all: $(TRITONS:%=test-compile-%)
+
+test-compile-%: $(LIBRARY) $(TRITON_FOLDER)/%/.ready
+	PYTHONPATH="$(CURDIR)/$(TRITON_FOLDER)/$*" $(PY) -m pytest tests/compile tests/gpuless \
+	  $(OF_CUDA:%=--ignore=%) --ignore=tests/compile/test_nvcc.py $(TESTS)
+
+.PRECIOUS: $(TRITON_FOLDER)/%/.ready
+$(TRITON_FOLDER)/%/.ready: | $(READY)
+	rm -rf $(@D)
+	$(PY) -m pip install -q --no-cache-dir --no-deps --target $(@D) triton==$* || { \
+	  echo "test-compile-all: Triton $* cannot be had here; nothing was tested with it"; exit 1; }
+	touch $@
 
 test-cuda: $(LIBRARY)
 	$(PY) -m pytest tests/cuda_on_cpu $(OF_CUDA)

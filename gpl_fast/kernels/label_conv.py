@@ -188,5 +188,6 @@ def _launch(target: Listed, from_target: Tensor, row0: int, z: Tensor, dz: Tenso
         0 if target.values is None else target.values.shape[1], target.taken_row0,
         target.taken.shape[1], row0, rows, *image_strides(z, dz),
         C=target.table.shape[1], C_OUT=c_out, LABELS=target.labels is not None,
-        K=round(target.table.shape[0] ** 0.5), BLOCK_P=PIXELS, BLOCK_C=block_c, num_warps=8, maxnreg=128,
+        K=round(target.table.shape[0] ** 0.5), BLOCK_P=PIXELS, BLOCK_C=block_c, num_warps=8,
+        maxnreg=128,  # of two programs at a time; on its own the assembler spills for more
     )  # fmt: skip

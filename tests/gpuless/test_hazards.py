@@ -15,6 +15,7 @@ from test_kernels import conv_block
 
 from gpl_fast import tiles
 
+VERSION = tuple(map(int, re.findall(r"\d+", triton.__version__)[:3]))
 SHIPPED = {torch.bfloat16: (8, 16, 64, 64), torch.float32: (8, 16, 32, 64)}
 
 
@@ -62,10 +63,11 @@ def pixels_by_channels(*, both: bool) -> Compiled:
 
 
 def test_the_other_way_around_registers_are_overwritten():
-    """Why output channels go before pixels."""
+    """Why output channels go before pixels: Triton 3.9 is the first that waits."""
     compiled = pixels_by_channels(both=False)
-    with pytest.raises(AssertionError, match=r"a wgmma in flight reads what is written by LDSM"):
-        check(compiled)
+    if VERSION < (3, 9):
+        with pytest.raises(AssertionError, match=r"a wgmma in flight reads what is written by LDS"):
+            check(compiled)
     assert any("goes through registers" in fault for fault in compiled.slow(4))
 
 
@@ -214,9 +216,7 @@ def test_a_triton_without_the_fence_makes_no_such_copies(capability, case, monke
 
 def test_the_versions_of_triton():
     """3.7.1 is the first that fences; what comes after it goes on."""
-    version = tuple(map(int, re.findall(r"\d+", triton.__version__)[:3]))
-    fences = version not in {(3, 6, 0), (3, 7, 0)}
-    assert fences == tiles.fences_copies()
+    assert (VERSION not in {(3, 6, 0), (3, 7, 0)}) == tiles.fences_copies()
 
 
 COPY = "cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10"
