@@ -10,25 +10,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Classes that a program holds at most, of as many pixels as a sector has logits.
-HELD = 1536
+# Classes that a program holds at most, of as many pixels as a sector of 32 bytes has logits.
+HELD = 1280
 
 
-def tiling(classes: int, channels: int, width: int) -> dict[str, int]:
-    """What a program of either kernel covers: 24 to 48 logits a thread.
+def tiling(classes: int, channels: int, width: int, most: int = HELD) -> dict[str, int]:
+    """What a program of either kernel covers: 24 to 40 logits a thread, where they are held.
 
-    TILES of BLOCK_C x BLOCK_W hold the `channels` of a map, WHOLE of them nothing but `classes`.
+    Tiles of BLOCK_C x BLOCK_W: TILES for the `channels` of a map, WHOLE of them full of `classes`.
     """
-    held = channels <= HELD
-    if channels <= 64:
-        block_c, block_w, warps = max(min(triton.next_power_of_2(channels), 32), 2), 128, 4
-        block_w, warps = (2048 // block_c, 2) if channels <= 32 else (64, 4)
+    held = channels <= most
+    if channels <= 32:
+        block_c, warps = max(triton.next_power_of_2(channels), 2), 2
+        block_w = 2048 // block_c
     elif channels <= 256:
-        block_c, block_w, warps = 32, 32, 4 if channels <= 160 else 8
-    elif channels <= HELD:
+        block_c, block_w, warps = 32, 64 if channels <= 64 else 32, 4 if channels <= 160 else 8
+    elif held:
         block_c, block_w, warps = 128, 16 if channels <= 512 else 8, 8
     else:
-        block_c, block_w, warps = 64, 64, 4
+        block_c, block_w, warps = 64, 32, 8
     return {
         "HELD": held,
         "TILES": -(-channels // block_c) if held else 1,

@@ -12,6 +12,7 @@ from torch import Tensor
 from gpl_fast.kernels.class_maps import hold_map, map_of
 from gpl_fast.kernels.launch import ACTIVATION_NAMES, cdiv, launch
 from gpl_fast.kernels.logits import (
+    HELD,
     hold_logits,
     inverse_of,
     layout_of,
@@ -152,7 +153,10 @@ def softmax_bwd(
     if n * channels * width * rows == 0:
         return
     kind = ACTIVATION_NAMES[activation]
-    how = tiling(channels, channels, width)
+    own_lse = kind != "softmax" or temperature != 1.0
+    # Of each logit held, two exponentials would be too.
+    most = 1024 if ce_labels is not None and own_lse else HELD
+    how = tiling(channels, channels, width, most)
     layout, strides = layout_of(x)
     dx_layout, dx_strides = layout_of(dx)
     same = (dx_layout, dx_strides) == (layout, strides)
@@ -163,6 +167,6 @@ def softmax_bwd(
         height, width, row0, None if temperature == 1.0 else inverse_of(temperature),
         None if dy is None else dy.stride(0), strides, None if same else dx_strides,
         C=channels, SMOOTHING=label_smoothing, ACTIVATION=kind,
-        OWN_LSE=kind != "softmax" or temperature != 1.0, LAYOUT=layout, DX_LAYOUT=dx_layout,
+        OWN_LSE=own_lse, LAYOUT=layout, DX_LAYOUT=dx_layout,
         C_PAD=channels if dy is None else dy.shape[3], **how,
     )  # fmt: skip
