@@ -1,17 +1,53 @@
-"""Tiles of logits, (BLOCK_C, BLOCK_W) of a row: activation, log-sum-exp, cross-entropy."""
+"""Tiles of logits, (BLOCK_C, BLOCK_W) of a row: their sizes, loads and stores.
+
+A program holds all classes of its pixels in registers, as a tuple of tiles, where they fit (HELD):
+then it reads them once. Else it holds none and reads them again, tile by tile, for every pass.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-CLASSES = 64  # of a tile, at most
+# Classes that a program holds at most, of as many pixels as a sector of 32 bytes has logits.
+HELD = 1280
 
 
-def blocks(channels: int, width: int) -> tuple[int, int]:
-    """Classes and pixels of a tile."""
-    block_c = min(triton.next_power_of_2(channels), CLASSES)
-    return block_c, min(triton.next_power_of_2(width), 64 if block_c >= 32 else 256)
+def tiling(classes: int, channels: int, width: int, most: int = HELD) -> dict[str, int]:
+    """What a program of either kernel covers: 16 to 40 logits a thread, where they are held.
+
+    Tiles of BLOCK_C x BLOCK_W: TILES for the `channels` of a map, WHOLE of them full of `classes`.
+    """
+    held = channels <= most
+    if channels <= 32:
+        block_c, warps = max(triton.next_power_of_2(channels), 2), 2 if channels > 8 else 4
+        block_w = 2048 // block_c
+    elif channels <= 256:
+        block_c, block_w, warps = 32, 64 if channels <= 64 else 32, 4 if channels <= 160 else 8
+    elif held:
+        block_c, block_w, warps = 128, 16 if channels <= 512 else 8, 8
+    else:
+        block_c, block_w, warps = 64, 32, 8
+    return {
+        "HELD": held,
+        "TILES": -(-channels // block_c) if held else 1,
+        "WHOLE": classes // block_c if held else 0,
+        "BLOCK_C": block_c,
+        "BLOCK_W": min(triton.next_power_of_2(width), block_w),
+        "num_warps": warps,
+    }
+
+
+def layout_of(x: Tensor) -> tuple[str, tuple[int, ...]]:
+    """The layout of logits (N, C, H, W), of any number of rows of an image, and what its strides
+    are made of."""
+    (n, c, _, w), strides = x.shape, x.stride()
+    if strides[2:] == (w, 1) and (n == 1 or strides[0] == c * strides[1]):
+        return "nchw", strides[1:2]
+    if strides[1:] == (1, w * c, c):
+        return "nhwc", strides[:1]
+    return "any", strides
 
 
 def inverse_of(temperature: float) -> float:
@@ -20,87 +56,86 @@ def inverse_of(temperature: float) -> float:
 
 
 @triton.jit
-def activate(x, m, inv_t, ACTIVATION: tl.constexpr):
-    """e^((x − m) / T) for softmax, sigmoid of x / T, or x / T itself; x in float32."""
-    if ACTIVATION == "softmax":
-        return tl.exp((x - m) * inv_t)
-    if ACTIVATION == "sigmoid":
-        return 1.0 / (1.0 + tl.exp(-(x * inv_t)))
-    return x * inv_t
+def row_of(x_ptr, strides, n, h, C: tl.constexpr, W, LAYOUT: tl.constexpr):
+    """(pointer to the row's first logit, its stride of a class, of a pixel)"""
+    h = h.to(tl.int64)
+    if LAYOUT == "nchw":
+        return x_ptr + n * C * strides[0] + h * W, strides[0], 1
+    elif LAYOUT == "nhwc":
+        return x_ptr + n * strides[0] + h * W * C, 1, C
+    else:
+        return x_ptr + n * strides[0] + h * strides[2], strides[1], strides[3]
 
 
 @triton.jit
-def less_one(y, x, inv_t, ACTIVATION: tl.constexpr):
-    """y' − 1: where x is large, nothing of it is left in a sigmoid's y'."""
-    if ACTIVATION == "sigmoid":
-        return -activate(-x, 0.0, inv_t, ACTIVATION)
-    return y - 1.0
-
-
-@triton.jit
-def slope(x, inv_t, ACTIVATION: tl.constexpr):
-    """act' at x / T of an activation of each logit by itself: y' (1 − y') without cancellation."""
-    s = tl.full(x.shape, 1.0, tl.float32)
-    if ACTIVATION == "sigmoid":
-        s = 1.0 / (1.0 + tl.exp(0.0 - x * inv_t)) / (1.0 + tl.exp(x * inv_t))
-    return s
-
-
-@triton.jit
-def load_logits(x_ptr, c, w, stride_c, stride_w, C, W, BLOCK_C: tl.constexpr):
-    """A tile, (BLOCK_C, BLOCK_W) float32; −inf beyond the last class."""
+def _load(row_ptr, c, w, inside, stride_c, stride_w, C: tl.constexpr, FULL: tl.constexpr):
     at = c[:, None].to(tl.int64) * stride_c + w[None, :].to(tl.int64) * stride_w
-    inside = (c[:, None] < C) & (w[None, :] < W)
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    return tl.where(c[:, None] < C, x, float("-inf"))
+    if FULL:  # what is outside of the row is in columns of its own
+        return tl.load(row_ptr + at, mask=inside[None, :]).to(tl.float32)
+    else:
+        live = (c[:, None] < C) & inside[None, :]
+        return tl.load(row_ptr + at, mask=live, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
-def log_sum_exp(x_ptr, w, stride_c, stride_w, C, W, inv_t, BLOCK_C: tl.constexpr,
-                BLOCK_W: tl.constexpr):  # fmt: skip
-    """(max, Σ e^((x − max) / T)) over the classes, (BLOCK_W,) each."""
-    m = tl.full((BLOCK_W,), float("-inf"), tl.float32)
-    s = tl.zeros((BLOCK_W,), tl.float32)
-    for c0 in range(0, C, BLOCK_C):
+def load_logits(row_ptr, c0, w, inside, stride_c, stride_w, C: tl.constexpr, FULL: tl.constexpr,
+                LAYOUT: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+    """Classes from c0 on, (BLOCK_C, BLOCK_W) float32; −inf beyond the last, unless FULL."""
+    if LAYOUT == "nhwc":
         c = c0 + tl.arange(0, BLOCK_C)
-        x = load_logits(x_ptr, c, w, stride_c, stride_w, C, W, BLOCK_C)
-        higher = tl.maximum(m, tl.max(x, axis=0))
-        # −inf − −inf where every logit so far is −inf: s is 0 then, or NaN
-        s = tl.where(m == float("-inf"), s, s * tl.exp((m - higher) * inv_t))
-        e = tl.exp((x - higher[None, :]) * inv_t)
-        s += tl.sum(tl.where(x == float("-inf"), 0.0, e), axis=0)
-        m = higher
-    return m, s
+        return _load(row_ptr, c, w, inside, stride_c, stride_w, C, FULL)
+    else:
+        # A thread has pairs of classes, which a map has side by side.
+        c = c0 + 2 * tl.arange(0, BLOCK_C // 2)
+        even = _load(row_ptr, c, w, inside, stride_c, stride_w, C, FULL)
+        odd = _load(row_ptr, c + 1, w, inside, stride_c, stride_w, C, FULL)
+        return tl.join(even, odd).permute(0, 2, 1).reshape(BLOCK_C, w.shape[0])
 
 
 @triton.jit
-def cross_entropy(x_ptr, ce_labels_ptr, class_weight_ptr, at, w, inside, m, log_s, stride_c,
-                  stride_w, C, W, smoothing, HAS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr,
-                  BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr):  # fmt: skip
-    """Loss and weight of each pixel, (BLOCK_W,) float32, 0 where it does not count.
+def hold_logits(row_ptr, w, inside, stride_c, stride_w, C: tl.constexpr, LAYOUT: tl.constexpr,
+                HELD: tl.constexpr, TILES: tl.constexpr, WHOLE: tl.constexpr,
+                BLOCK_C: tl.constexpr):  # fmt: skip
+    """All classes, TILES tiles; nothing where they are not held."""
+    xs = ()
+    if HELD:
+        for i in tl.static_range(TILES):
+            x = load_logits(row_ptr, i * BLOCK_C, w, inside, stride_c, stride_w, C, i < WHOLE,
+                            LAYOUT, BLOCK_C)  # fmt: skip
+            xs = xs + (x,)  # type: ignore[assignment] # noqa: RUF005
+    return xs
 
-    lse = m + log_s, kept apart: lse − x_c of a confident pixel is about log_s alone.
-    """
-    label = tl.load(ce_labels_ptr + at, mask=inside, other=-1)
-    counted = (label >= 0) & (label < C)
-    label = tl.where(counted, label, 0)
-    weight = tl.where(counted, 1.0, 0.0)
-    if HAS_WEIGHT:
-        weight *= tl.load(class_weight_ptr + label, mask=counted, other=0.0)
-    x_label = tl.load(x_ptr + label * stride_c + w.to(tl.int64) * stride_w, mask=counted, other=0.0)
-    loss = weight * (1.0 - smoothing) * ((m - x_label.to(tl.float32)) + log_s)
-    if SMOOTH:
-        # e/C Σ w_c (lse − x_c)
-        below = tl.zeros((BLOCK_W,), tl.float32)
-        weights = 0.0
-        for c0 in range(0, C, BLOCK_C):
-            c = c0 + tl.arange(0, BLOCK_C)
-            cw = tl.where(c < C, 1.0, 0.0)
-            if HAS_WEIGHT:
-                cw = tl.load(class_weight_ptr + c, mask=c < C, other=0.0)
-            cw *= smoothing / C
-            x = m[None, :] - load_logits(x_ptr, c, w, stride_c, stride_w, C, W, BLOCK_C)
-            below += tl.sum(tl.where(c[:, None] < C, cw[:, None] * x, 0.0), axis=0)
-            weights += tl.sum(cw)
-        loss += weights * log_s + below
-    return tl.where(counted, loss, 0.0), weight
+
+@triton.jit
+def logits_of(xs, i: tl.constexpr, row_ptr, c0, w, inside, stride_c, stride_w, C: tl.constexpr,
+              LAYOUT: tl.constexpr, HELD: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+    """Tile i of those held, or the one from class c0 on."""
+    if HELD:
+        return xs[i]
+    else:
+        return load_logits(row_ptr, c0, w, inside, stride_c, stride_w, C, False, LAYOUT, BLOCK_C)
+
+
+@triton.jit
+def store_logits(row_ptr, value, c0, w, inside, stride_c, stride_w, C: tl.constexpr,
+                 FULL: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+    """As `load_logits`."""
+    value = value.to(row_ptr.dtype.element_ty)
+    if LAYOUT == "nhwc":
+        c = c0 + tl.arange(0, BLOCK_C)
+        _store(row_ptr, value, c, w, inside, stride_c, stride_w, C, FULL)
+    else:
+        pairs = value.reshape(BLOCK_C // 2, 2, w.shape[0]).permute(0, 2, 1)
+        even, odd = tl.split(pairs)
+        c = c0 + 2 * tl.arange(0, BLOCK_C // 2)
+        _store(row_ptr, even, c, w, inside, stride_c, stride_w, C, FULL)
+        _store(row_ptr, odd, c + 1, w, inside, stride_c, stride_w, C, FULL)
+
+
+@triton.jit
+def _store(row_ptr, value, c, w, inside, stride_c, stride_w, C: tl.constexpr, FULL: tl.constexpr):
+    at = c[:, None].to(tl.int64) * stride_c + w[None, :].to(tl.int64) * stride_w
+    if FULL:
+        tl.store(row_ptr + at, value, mask=inside[None, :])
+    else:
+        tl.store(row_ptr + at, value, mask=(c[:, None] < C) & inside[None, :])

@@ -5,172 +5,183 @@ Twin of ``csrc/cpu/softmax_pack.cpp``: the same arguments, the same meaning.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpl_fast.kernels.launch import ACTIVATION_NAMES, image_strides, launch, pointers, ranks
+from gpl_fast.kernels.class_maps import store_map, store_zeros, topk_tile, zeroed
+from gpl_fast.kernels.launch import ACTIVATION_NAMES, cdiv, launch
 from gpl_fast.kernels.logits import (
-    activate,
-    blocks,
-    cross_entropy,
+    hold_logits,
     inverse_of,
-    less_one,
-    load_logits,
-    log_sum_exp,
+    layout_of,
+    logits_of,
+    row_of,
+    tiling,
 )
+from gpl_fast.kernels.softmax import activate, cross_entropy, less_one, log_sum_exp
+
+MOST_LSE_T = tl.constexpr(2.0**96)
 
 
 @triton.jit
-def _topk_tile(values_ptr, indices_ptr, rest_ptr, first, at, c, inside, plane, k,
-               HAS_REST: tl.constexpr, FAR: tl.constexpr, BLOCK_C: tl.constexpr,
-               BLOCK_W: tl.constexpr):  # fmt: skip
-    """The target's map from its listed classes, (BLOCK_C, BLOCK_W)."""
-    if FAR:  # in 32 bits the list's registers are fewer
-        plane += tl.zeros((), tl.int64)
-    t = tl.zeros((BLOCK_C, BLOCK_W), tl.float32)
-    if HAS_REST:
-        t += tl.load(rest_ptr + at, mask=inside, other=0.0)[None, :]
-        for j in range(0, k):
-            index = tl.load(indices_ptr + first + j * plane, mask=inside, other=-1)
-            t = tl.where(c[:, None] == index[None, :], 0.0, t)
-    for j in range(0, k):
-        index = tl.load(indices_ptr + first + j * plane, mask=inside, other=-1)
-        value = tl.load(values_ptr + first + j * plane, mask=inside, other=0.0)
-        t += tl.where(c[:, None] == index[None, :], value[None, :], 0.0)
-    return t
+def _activated(x, m, factor, inv_t, ACTIVATION: tl.constexpr):
+    """y' of a tile."""
+    y = activate(x, m[None, :], inv_t, ACTIVATION)
+    if ACTIVATION == "softmax":
+        y *= factor[None, :]
+    return y
 
 
 @triton.jit(
-    do_not_specialize=["row0", "core0", "core_rows", "k"],
+    do_not_specialize=["H", "row0", "core0", "core_rows"],
     # Of a chunk of images they begin anywhere, and each alignment would be another kernel.
     do_not_specialize_on_alignment=["from_target_ptr"],
 )
 def _softmax_pack_fwd_kernel(
-    x_ptr,  # (N, C, H, W), any strides
-    target_ptr,  # (N, C, H, W) or the same as x
+    x_ptr, target_ptr,  # (N, C, H, W), any strides
     valid_ptr, from_target_ptr, labels_ptr,  # (N, H, W), (N,), (N, H, W)
-    values_ptr, indices_ptr, rest_ptr,  # (N, k, H, W), (N, k, H, W), (N, H, W)
-    ce_labels_ptr, class_weight_ptr, ce_rows_ptr,  # (N, H, W), (C,), (N, H, 2) float64
+    values_ptr, indices_ptr, rest_ptr,  # (N, K, H, W), (N, K, H, W), (N, H, W)
+    ce_labels_ptr, class_weight_ptr, ce_ptr,  # (N, H, W), (C,), (N, H, tiles, 2) float64
     y_ptr, delta_ptr, taken_ptr,  # (N, rows, W, C_PAD) twice, (N, rows, W)
     lse_ptr, ce_lse_ptr,  # (N, H, W)
-    C, H, W, row0, core0, core_rows, k, inv_t, target_inv_t, lse_t, smoothing,
-    x_strides, target_strides, topk_strides, map_strides,  # n c h w, n c h w, n k, y delta
-    ACTIVATION: tl.constexpr, TARGET_ACTIVATION: tl.constexpr,
-    KIND: tl.constexpr,  # of the target: "", "dense", "labels" or "topk"
-    HAS_VALID: tl.constexpr, HAS_REST: tl.constexpr, FAR: tl.constexpr,  # ranks beyond 2^31
-    HAS_LSE: tl.constexpr, HAS_CE: tl.constexpr, OWN_LSE: tl.constexpr, HAS_CE_LSE: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, HAS_MAPS: tl.constexpr,
-    C_PAD: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
+    H, W, row0, core0, core_rows, inv_t, y_n, delta_n, topk_n, topk_k, x_strides, target_strides,
+    C: tl.constexpr, K: tl.constexpr, SMOOTHING: tl.constexpr,
+    ACTIVATION: tl.constexpr, TARGET_ACTIVATION: tl.constexpr, AS_IT_IS: tl.constexpr,
+    OWN_LSE: tl.constexpr, FAR: tl.constexpr,  # ranks beyond 2^31
+    LAYOUT: tl.constexpr, TARGET_LAYOUT: tl.constexpr, HELD: tl.constexpr, TILES: tl.constexpr,
+    WHOLE: tl.constexpr, C_PAD: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    x_n, x_c, x_h, x_w = x_strides
-    t_n, t_c, t_h, t_w = target_strides
-    topk_n, topk_k = topk_strides
-    y_n, delta_n = map_strides
-    r, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    tiles = tl.cdiv(W, BLOCK_W)
+    r, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    n = tl.program_id(1).to(tl.int64)
     h = row0 + r
-    rows = tl.num_programs(0)
-    in_image = (h >= 0) & (h < H)
-    core = in_image & (h >= core0) & (h < core0 + core_rows)
-    x_ptr += n * x_n + h.to(tl.int64) * x_h
-    target_ptr += n * t_n + h.to(tl.int64) * t_h
-    ce_sum = tl.zeros((BLOCK_W,), tl.float64)
-    ce_weight = tl.zeros((BLOCK_W,), tl.float64)
-    for w0 in range(0, W, BLOCK_W):
-        w = w0 + tl.arange(0, BLOCK_W)
-        inside = (w < W) & in_image
-        width = tl.where(in_image, W, 0)  # nothing is read in a row outside the image
-        at = (n * H + h) * W + w
-        # (1) log-sum-exp, cross-entropy
-        m, s = tl.zeros((BLOCK_W,), tl.float32), tl.full((BLOCK_W,), 1.0, tl.float32)
+    w = tile * BLOCK_W + tl.arange(0, BLOCK_W)
+    on_map = w < W
+    out = (r * W + w).to(tl.int64) * C_PAD
+    if y_ptr is not None:
+        y_ptr += n * y_n
+    if delta_ptr is not None:
+        delta_ptr += n * (y_n if delta_n is None else delta_n)
+    if taken_ptr is not None:
+        taken_ptr += n * (y_n // C_PAD) + r * W + w
+    if (h < 0) | (h >= H):
+        if y_ptr is not None:
+            store_zeros(y_ptr, out, on_map, C_PAD, BLOCK_C, BLOCK_W)
+        if delta_ptr is not None:
+            store_zeros(delta_ptr, out, on_map, C_PAD, BLOCK_C, BLOCK_W)
+        if taken_ptr is not None:
+            tl.store(taken_ptr, tl.zeros((BLOCK_W,), tl.uint8), mask=on_map)
+        return
+    at = (n * H + h) * W + w
+    in_core = h == h
+    if core0 is not None:
+        in_core = (h >= core0) & (h < core0 + core_rows)
+    core = on_map & in_core
+    x_row, x_c, x_w = row_of(x_ptr, x_strides, n, h, C, W, LAYOUT)
+    xs = hold_logits(x_row, w, on_map, x_c, x_w, C, LAYOUT, HELD, TILES, WHOLE,
+                     BLOCK_C)  # fmt: skip
+    # (1) log-sum-exp, cross-entropy
+    by = 1.0 if inv_t is None else inv_t
+    m, s = tl.zeros((BLOCK_W,), tl.float32), tl.full((BLOCK_W,), 1.0, tl.float32)
+    if ACTIVATION == "softmax":
+        m, s = log_sum_exp(xs, x_row, w, on_map, x_c, x_w, by, C, LAYOUT, HELD, TILES, BLOCK_C)
+    if lse_ptr is not None:
+        # Times any log sum it is less than half an ulp of float's largest number.
+        lse_t = 1.0 if inv_t is None else tl.minimum(tl.div_rn(1.0, inv_t), MOST_LSE_T)
+        tl.store(lse_ptr + at, m + lse_t * tl.log(s), mask=core)
+    if ce_labels_ptr is not None:
+        cm, cs = m, s
+        if OWN_LSE:
+            cm, cs = log_sum_exp(xs, x_row, w, on_map, x_c, x_w, 1.0, C, LAYOUT, HELD, TILES,
+                                 BLOCK_C)  # fmt: skip
+        log_s = tl.log(cs)
+        if ce_lse_ptr is not None:
+            tl.store(ce_lse_ptr + at, cm + log_s, mask=core)
+        loss, weight = cross_entropy(
+            xs, x_row, ce_labels_ptr, class_weight_ptr, at, w, core, cm, log_s, x_c, x_w,
+            SMOOTHING, C, LAYOUT, HELD, TILES, BLOCK_C,
+        )  # fmt: skip
+        part = ce_ptr + ((n * H + h) * tiles + tile) * 2
+        tl.store(part, tl.sum(loss.to(tl.float64)), mask=in_core)
+        tl.store(part + 1, tl.sum(weight.to(tl.float64)), mask=in_core)
+    if y_ptr is None:
+        return
+    # (2) y', the target, their difference, eq. (6)
+    keep = on_map
+    if valid_ptr is not None:
+        keep = on_map & (tl.load(valid_ptr + at, mask=on_map, other=0) != 0)
+    factor = 1.0 / s
+    ts = ()
+    if target_ptr is not None:
+        t_row, t_c, t_w = row_of(target_ptr, x_strides if target_strides is None else
+                                 target_strides, n, h, C, W, TARGET_LAYOUT)  # fmt: skip
+        ts = hold_logits(t_row, w, on_map, t_c, t_w, C, TARGET_LAYOUT, HELD, TILES, WHOLE,
+                         BLOCK_C)  # fmt: skip
+        t_by = 1.0 if AS_IT_IS else by
+        tm, t_factor = m, factor
+        if TARGET_ACTIVATION == "softmax":
+            tm, t_s = log_sum_exp(ts, t_row, w, on_map, t_c, t_w, t_by, C, TARGET_LAYOUT, HELD,
+                                  TILES, BLOCK_C)  # fmt: skip
+            t_factor = 1.0 / t_s
+        carried = tl.load(from_target_ptr + n) != 0
+    if labels_ptr is not None:
+        label = tl.load(labels_ptr + at, mask=keep, other=-1)
+        known = keep & (label >= 0) & (label < C)
+        of_label = x_row + tl.where(known, label, 0) * x_c + w.to(tl.int64) * x_w
+        x_label = tl.load(of_label, mask=known, other=0.0).to(tl.float32)
+        y_label = activate(x_label, m, by, ACTIVATION)
         if ACTIVATION == "softmax":
-            m, s = log_sum_exp(x_ptr, w, x_c, x_w, C, width, inv_t, BLOCK_C, BLOCK_W)
-        if HAS_LSE:
-            tl.store(lse_ptr + at, m + lse_t * tl.log(s), mask=inside & core)
-        if HAS_CE:
-            cm, cs = m, s
-            if OWN_LSE:
-                cm, cs = log_sum_exp(x_ptr, w, x_c, x_w, C, width, 1.0, BLOCK_C, BLOCK_W)
-            log_s = tl.log(cs)
-            if HAS_CE_LSE:
-                tl.store(ce_lse_ptr + at, cm + log_s, mask=inside & core)
-            loss, weight = cross_entropy(
-                x_ptr, ce_labels_ptr, class_weight_ptr, at, w, inside & core, cm, log_s, x_c, x_w,
-                C, width, smoothing, HAS_WEIGHT, SMOOTH, BLOCK_C, BLOCK_W,
-            )  # fmt: skip
-            ce_sum += loss.to(tl.float64)
-            ce_weight += weight.to(tl.float64)
-        if HAS_MAPS:
-            # (2) y', the target, their difference                                            (6)
-            keep = inside
-            if HAS_VALID:
-                keep = keep & (tl.load(valid_ptr + at, mask=inside, other=0) != 0)
-            factor = 1.0 / s
-            tm, t_factor = m, factor
-            if KIND == "dense" and TARGET_ACTIVATION == "softmax":
-                tm, ts = log_sum_exp(target_ptr, w, t_c, t_w, C, width, target_inv_t, BLOCK_C,
-                                     BLOCK_W)  # fmt: skip
-                t_factor = 1.0 / ts
-            first = n * topk_n + h.to(tl.int64) * W + w
-            take = tl.zeros((BLOCK_W,), tl.int1)
-            label = tl.full((BLOCK_W,), -1, tl.int64)
-            if KIND == "labels":
-                label = tl.load(labels_ptr + at, mask=keep, other=-1)
-                known = keep & (label >= 0) & (label < C)
-                here = tl.where(known, label, 0) * x_c + w.to(tl.int64) * x_w
-                x_label = tl.load(x_ptr + here, mask=known, other=0.0).to(tl.float32)
-                y_label = activate(x_label, m, inv_t, ACTIVATION)
-                if ACTIVATION == "softmax":
-                    y_label *= factor
-                take = known & (y_label > 0.5)
-            if KIND == "topk":
-                # |y' − t|² < |y'|², that is Σ t (2y' − t) > 0
-                gain = tl.zeros((BLOCK_W,), tl.float32)
-                for c0 in range(0, C, BLOCK_C):
-                    c = c0 + tl.arange(0, BLOCK_C)
-                    x = load_logits(x_ptr, c, w, x_c, x_w, C, width, BLOCK_C)
-                    y = activate(x, m[None, :], inv_t, ACTIVATION)
-                    if ACTIVATION == "softmax":
-                        y *= factor[None, :]
-                    t = _topk_tile(values_ptr, indices_ptr, rest_ptr, first, at, c, keep, topk_k,
-                                   k, HAS_REST, FAR, BLOCK_C, BLOCK_W)  # fmt: skip
-                    gain += tl.sum(tl.where(c[:, None] < C, t * ((y - t) + y), 0.0), axis=0)
-                take = keep & (gain > 0)
-            if KIND == "labels" or KIND == "topk":
-                tl.store(taken_ptr + (n * rows + r) * W + w, take.to(tl.uint8), mask=w < W)
-            for c0 in range(0, C_PAD, BLOCK_C):
-                c = c0 + tl.arange(0, BLOCK_C)
-                x = load_logits(x_ptr, c, w, x_c, x_w, C, width, BLOCK_C)
-                y = activate(x, m[None, :], inv_t, ACTIVATION)
-                if ACTIVATION == "softmax":
-                    y *= factor[None, :]
-                live = keep[None, :] & (c[:, None] < C)
-                if KIND == "dense":
-                    x = load_logits(target_ptr, c, w, t_c, t_w, C, width, BLOCK_C)
-                    t = activate(x, tm[None, :], target_inv_t, TARGET_ACTIVATION)
-                    if TARGET_ACTIVATION == "softmax":
-                        t *= t_factor[None, :]
-                    d = tl.where(live, y - t, 0.0)
-                    y = tl.where(tl.load(from_target_ptr + n) != 0, t, y)
-                    out = (r * W + w[None, :]).to(tl.int64) * C_PAD + c[:, None]
-                    inside_map = (w[None, :] < W) & (c[:, None] < C_PAD)
-                    tl.store(delta_ptr + n * delta_n + out, d.to(delta_ptr.dtype.element_ty),
-                             mask=inside_map)  # fmt: skip
-                if KIND == "labels":
-                    one = (c[:, None] == label[None, :]) & take[None, :]
-                    y = tl.where(one, less_one(y, x, inv_t, ACTIVATION), y)
-                if KIND == "topk":
-                    t = _topk_tile(values_ptr, indices_ptr, rest_ptr, first, at, c, keep, topk_k,
-                                   k, HAS_REST, FAR, BLOCK_C, BLOCK_W)  # fmt: skip
-                    y = tl.where(take[None, :], y - t, y)
-                y = tl.where(live, y, 0.0)
-                out = (r * W + w[None, :]).to(tl.int64) * C_PAD + c[:, None]
-                tl.store(y_ptr + n * y_n + out, y.to(y_ptr.dtype.element_ty),
-                         mask=(w[None, :] < W) & (c[:, None] < C_PAD))  # fmt: skip
-    if HAS_CE and core:
-        row = ce_rows_ptr + (n * H + h) * 2
-        tl.store(row, tl.sum(ce_sum))
-        tl.store(row + 1, tl.sum(ce_weight))
+            y_label *= factor
+        take = known & (y_label > 0.5)
+        y_label = less_one(y_label, x_label, by, ACTIVATION)
+    if values_ptr is not None:
+        # |y' − t|² < |y'|², that is Σ t (2y' − t) > 0
+        gain = tl.zeros((BLOCK_W,), tl.float32)
+        first = n * (K * topk_k if topk_n is None else topk_n) + h.to(tl.int64) * W + w
+        for c0 in range(0, C, TILES * BLOCK_C):
+            for i in tl.static_range(TILES):
+                c = c0 + i * BLOCK_C + tl.arange(0, BLOCK_C)
+                x = logits_of(xs, i, x_row, c0, w, on_map, x_c, x_w, C, LAYOUT, HELD, BLOCK_C)
+                y = _activated(x, m, factor, by, ACTIVATION)
+                t = topk_tile(values_ptr, indices_ptr, rest_ptr, first, at, c, keep, topk_k, K,
+                               FAR, BLOCK_C, BLOCK_W)  # fmt: skip
+                gain += tl.sum(tl.where(c[:, None] < C, t * ((y - t) + y), 0.0), axis=0)
+        take = keep & (gain > 0)
+    if taken_ptr is not None:
+        tl.store(taken_ptr, take.to(tl.uint8), mask=on_map)
+    for c0 in range(0, C_PAD, TILES * BLOCK_C):
+        for i in tl.static_range(TILES):
+            c = c0 + i * BLOCK_C + tl.arange(0, BLOCK_C)
+            x = logits_of(xs, i, x_row, c0, w, on_map, x_c, x_w, C, LAYOUT, HELD, BLOCK_C)
+            y = _activated(x, m, factor, by, ACTIVATION)
+            if target_ptr is not None:
+                x = logits_of(ts, i, t_row, c0, w, on_map, t_c, t_w, C, TARGET_LAYOUT, HELD,
+                              BLOCK_C)  # fmt: skip
+                t = _activated(x, tm, t_factor, t_by, TARGET_ACTIVATION)
+                d = zeroed(y - t, c, keep, valid_ptr is not None, C, i < WHOLE)
+                y = tl.where(carried, t, y)
+                store_map(delta_ptr, out, d, c, on_map, C_PAD, i < WHOLE)
+            if labels_ptr is not None:
+                one = (c[:, None] == label[None, :]) & take[None, :]
+                y = tl.where(one, y_label[None, :], y)
+            if values_ptr is not None:
+                t = topk_tile(values_ptr, indices_ptr, rest_ptr, first, at, c, keep, topk_k, K,
+                               FAR, BLOCK_C, BLOCK_W)  # fmt: skip
+                y = tl.where(take[None, :], y - t, y)
+            y = zeroed(y, c, keep, valid_ptr is not None, C, i < WHOLE)
+            store_map(y_ptr, out, y, c, on_map, C_PAD, i < WHOLE)
+
+
+@triton.jit(do_not_specialize=["H", "row0"])
+def _row_sums_kernel(parts_ptr, sums_ptr, H, row0, TILES: tl.constexpr, BLOCK: tl.constexpr):
+    """(N, H, TILES, 2) -> (N, H, 2) float64, of the rows from row0 on."""
+    row = tl.program_id(1).to(tl.int64) * H + row0 + tl.program_id(0)
+    t = tl.arange(0, BLOCK)[:, None]
+    of = tl.arange(0, 2)
+    parts = tl.load(parts_ptr + row * TILES * 2 + t * 2 + of[None, :], mask=t < TILES, other=0.0)
+    tl.store(sums_ptr + row * 2 + of, tl.sum(parts, axis=0))
 
 
 def softmax_pack_fwd(
@@ -187,30 +198,45 @@ def softmax_pack_fwd(
     n, channels, height, width = x.shape
     if n * channels * width * rows == 0:
         return
-    lists = {"dense": target, "labels": labels, "topk": topk_values}
-    kind = next((name for name, t in lists.items() if t is not None), "")
     of_x, of_target = ACTIVATION_NAMES[activation], ACTIVATION_NAMES[target_activation]
-    inv_t, as_it_is = inverse_of(temperature), of_target == "none" != of_x
     c_pad = channels if y is None else y.shape[3]
-    block_c, block_w = blocks(c_pad, width)
-    k, topk_strides = ranks(topk_values)
+    how = tiling(channels, c_pad, width)
+    tiles = cdiv(width, how["BLOCK_W"])
+    strip = max(row0, 0), min(row0 + rows, height)
+    core = max(strip[0], core0), min(strip[1], core0 + core_rows)
+    whole = core == strip or (ce_labels is None and lse is None)
+    parts = ce_rows
+    if ce_labels is not None and tiles > 1:
+        parts = torch.empty((n, height, tiles, 2), dtype=torch.float64, device=x.device)
+    layout, strides = layout_of(x)
+    of_list: dict[str, int | None] = {"K": 0, "topk_n": None, "topk_k": None, "FAR": False}
+    if topk_values is not None:
+        k, (image, rank) = topk_values.shape[1], topk_values.stride()[:2]
+        of_list = {"K": k, "topk_n": image, "topk_k": rank, "FAR": k * rank >= 2**31}
+        if n == 1 or image == k * rank:
+            of_list["topk_n"] = None
+    y_n, delta_n = (None if t is None else t.stride(0) for t in (y, delta))
+    if delta_n == y_n:
+        delta_n = None
+    target_layout, target_strides = layout_of(x if target is None else target)
     launch(
         _softmax_pack_fwd_kernel,
-        (rows, n),
-        x,
-        *pointers(x, target, valid, from_target, labels, topk_values, topk_indices, topk_rest),
-        *pointers(x, ce_labels, class_weight, ce_rows, y, delta, taken, lse, ce_lse),
-        channels, height, width, row0, core0, core_rows, k,
-        inv_t, 1.0 if as_it_is else inv_t, min(temperature, 2.0**96), label_smoothing,
-        x.stride(), (x if target is None else target).stride(), topk_strides,
-        image_strides(y, delta),
-        ACTIVATION=of_x, TARGET_ACTIVATION=of_target, KIND=kind,
-        HAS_VALID=valid is not None, HAS_REST=topk_rest is not None,
-        FAR=k * topk_strides[1] >= 2**31,
-        HAS_LSE=lse is not None, HAS_CE=ce_labels is not None,
-        OWN_LSE=of_x != "softmax" or temperature != 1.0, HAS_CE_LSE=ce_lse is not None,
-        HAS_WEIGHT=class_weight is not None, SMOOTH=label_smoothing != 0.0,
-        HAS_MAPS=y is not None, C_PAD=c_pad, BLOCK_C=block_c, BLOCK_W=block_w,
-        # A list's tile beside the logits' is too much for the registers of four warps.
-        num_warps=8 if kind == "topk" and block_c * block_w >= 4096 else 4, enable_fp_fusion=False,
+        (rows * tiles, n),
+        x, target, valid, from_target, labels, topk_values, topk_indices, topk_rest, ce_labels,
+        class_weight, parts, y, delta, taken, lse, ce_lse, height, width, row0,
+        None if whole else core0, None if whole else core_rows,
+        inv_t=None if temperature == 1.0 else inverse_of(temperature),
+        y_n=y_n, delta_n=delta_n,
+        x_strides=strides,
+        target_strides=None if target_strides == strides else target_strides,
+        C=channels, SMOOTHING=label_smoothing, **of_list,
+        ACTIVATION=of_x, TARGET_ACTIVATION=of_target, AS_IT_IS=of_target == "none" != of_x,
+        OWN_LSE=of_x != "softmax" or temperature != 1.0, LAYOUT=layout,
+        TARGET_LAYOUT=target_layout, C_PAD=c_pad, **how, enable_fp_fusion=False,
     )  # fmt: skip
+    if parts is not None and parts is not ce_rows and core[0] < core[1]:
+        launch(
+            _row_sums_kernel,
+            (core[1] - core[0], n),
+            parts, ce_rows, height, core[0], TILES=tiles, BLOCK=triton.next_power_of_2(tiles),
+        )  # fmt: skip

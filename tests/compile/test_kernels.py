@@ -280,8 +280,10 @@ def softmax_pack(
 def test_softmax_pack(case):
     options = dict(case)
     capability = options.pop("capability")
-    compiled = compiled_once(capability, lambda: softmax_pack(**options))
-    check(but_for_occupancy(compiled, case["kind"]), tensor_core=None, pipelined=False)
+    with compiling_for(capability) as compiled:
+        softmax_pack(**options)  # and the sums of rows of a cross-entropy
+    for each in compiled:
+        check(but_for_occupancy(each, case["kind"]), tensor_core=None, pipelined=False)
 
 
 BWD = {key: PACK[key] for key in PACK if key != "kind"}
@@ -420,17 +422,19 @@ def test_any_image_of_a_batch_takes_the_same_kernel(monkeypatch):
         return whole(shape[0] + first, dtype=dtype)[first:]
 
     monkeypatch.setattr(f"{__name__}.meta", shifted)
-    loaded = {}
+    loaded, maps = {}, {"layout": "nchw", "dtype": FLOAT, "maps": BF16, "channels": 19}
+    maps |= {"activation": 1, "cross_entropy": "shared", "masked": False}
     for first in (0, 3):
         with compiling_for(90):
             conv_block(90, form="diff", dtype=BF16)
-            softmax_bwd(layout="nchw", dtype=FLOAT, maps=BF16, channels=19, activation=1,
-                        cross_entropy="shared", masked=False)  # fmt: skip
+            softmax_pack(kind="dense", **maps)
+            softmax_bwd(**maps)
             small_stages(FLOAT, 8)["pool_diff 0"]()
         loaded[first] = [
             len(kernel.device_caches[90][0])
             for kernel in (
                 sys.modules[kernels.conv_block_fwd.__module__]._conv_block_fwd_kernel,
+                sys.modules[kernels.softmax_pack_fwd.__module__]._softmax_pack_fwd_kernel,
                 sys.modules[kernels.softmax_bwd.__module__]._softmax_bwd_kernel,
                 sys.modules[kernels.relu_pool_fwd.__module__]._relu_pool_fwd_kernel,
             )

@@ -238,7 +238,7 @@ def test_chunks_of_images_and_of_rows(kind, launches):
     assert p.rows[0] == 128
     whole = [launch for launch in launches if launch.kernel == PACK]
     assert len(whole) == 3
-    assert all(launch.grid == (128, 1) for launch in whole)
+    assert all(launch.grid == (128 * 4, 1) for launch in whole)  # by 32 columns
     launches.clear()
     p, _, _, dx = walks(kind, shape, workspace_mb=7.0, masked=True)
     assert p.rows[0] < 128

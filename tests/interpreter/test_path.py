@@ -50,8 +50,20 @@ def kernel(name: str) -> ModuleType:
     return importlib.import_module(f"gpl_fast.kernels.{name}")
 
 
+def wide_tiling(classes: int, channels: int, width: int, most: int = 0) -> dict[str, int]:
+    """One tile of all classes."""
+    block_c = max(1 << (channels - 1).bit_length(), 2)
+    block_w = min(1 << (width - 1).bit_length(), 64)
+    tile = {"BLOCK_C": block_c, "BLOCK_W": block_w, "num_warps": 4}
+    return {"HELD": True, "TILES": 1, "WHOLE": classes // block_c, **tile}
+
+
 # The interpreter counts programs and steps, not elements.
-WIDE = {("label_conv", "PIXELS"): 256, ("logits", "CLASSES"): 512}
+WIDE = {
+    ("label_conv", "PIXELS"): 256,
+    ("softmax_pack", "tiling"): wide_tiling,
+    ("softmax_bwd", "tiling"): wide_tiling,
+}
 SHIPPED = {(name, attribute): getattr(kernel(name), attribute) for name, attribute in WIDE}
 
 

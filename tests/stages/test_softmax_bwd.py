@@ -24,9 +24,10 @@ from saved import log_sum_exp
 
 pytestmark = pytest.mark.needs("softmax_bwd")
 # (C, (H, W)): a tile and a rest, one row, a part of a tile, several tiles, a chunk of channels and
-# a rest, several chunks
+# a rest, several chunks, more than Triton's kernel holds
 SIZES = [
     (19, (13, 27)), (3, (1, 5)), (1, (7, 33)), (19, (2, 300)), (150, (3, 27)), (257, (1, 32)),
+    (1300, (1, 9)),
 ]  # fmt: skip
 
 
@@ -122,7 +123,7 @@ def test_any_temperature_of_the_other_activations(stages, activation, temperatur
         assert not dx[0, 1:, 0].any()  # saturated: 0 · 1 / T
 
 
-@pytest.mark.parametrize("classes", [19, 3, 600])
+@pytest.mark.parametrize("classes", [19, 3, 600, 1300])
 @pytest.mark.parametrize(
     ("activation", "temperature"), [(SOFTMAX, 1.0), (SOFTMAX, 2.0), (NONE, 1.0), (SIGMOID, 1.0)]
 )

@@ -30,6 +30,7 @@ from test_look_up import topk_case
 pytestmark = pytest.mark.needs("softmax_pack_fwd")
 # odd rows and columns, one row, more than one tile of pixels
 SIZES = ((13, 27), (1, 5), (7, 33), (2, 300))
+MANY = 1300  # more than Triton's kernel holds
 
 
 def pack(stages, x, *, target=None, labels=None, topk=None, valid=None, activation=SOFTMAX,
@@ -68,7 +69,12 @@ def pack(stages, x, *, target=None, labels=None, topk=None, valid=None, activati
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("classes", "size"),
-    [*((c, size) for c in (19, 1, 3) for size in SIZES), (150, (3, 27))],
+    [
+        *((c, size) for c in (19, 1, 3) for size in SIZES),
+        (150, (3, 35)),
+        (600, (1, 9)),
+        (MANY, (1, 5)),
+    ],
 )
 def test_dense(stages, classes, size, dtype):
     for activation, temperature, kind, x_dtype in [
@@ -167,6 +173,18 @@ def test_topk(stages, classes, k, rest):
         check(y, nhwc(x.softmax(1) - part.float()).to(dtype), nhwc(truth - part), dtype)
 
 
+def test_lists_of_many_classes(stages):
+    x, labels = torch.randn(1, MANY, 1, 6), torch.randint(0, MANY, (1, 1, 6))
+    x[..., ::2].scatter_(1, labels[:, None, :, ::2], 12.0)
+    onehot, truth = F.one_hot(labels, MANY), nhwc(x.double().softmax(1))
+    truth[:, :, ::2] -= onehot[:, :, ::2]
+    as_list = (torch.ones(1, 1, 1, 6), labels[:, None])
+    for target in ({"labels": labels}, {"topk": as_list}):
+        y, taken, *_ = pack(stages, x, **target)
+        assert taken.flatten().tolist() == [1, 0] * 3
+        torch.testing.assert_close(y.double(), truth, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.against_cpu
 def test_taken_has_the_operators_bits_where_the_halves_are_clear(stages, cpu):
     x, labels = 3 * torch.randn(2, 19, 13, 27), torch.randint(-1, 20, (2, 13, 27))
@@ -198,16 +216,29 @@ def test_nan_in_a_valid_pixel_stays(stages):
     assert lse[0, 1, 9].isnan()
 
 
+@pytest.mark.parametrize("classes", [150, MANY])
 @pytest.mark.parametrize("first", [float("nan"), -float("inf")])
-def test_a_block_of_classes_without_a_number(stages, first):
+def test_a_block_of_classes_without_a_number(stages, first, classes):
     """What the first classes are, the last ones must not forget: kernels look at them by blocks."""
-    x = torch.randn(1, 150, 1, 5)
+    x = torch.randn(1, classes, 1, 5)
     x[:, :64, :, 2] = first
     x[:, 3, :, 2] = float("nan") if first != first else -float("inf")
-    y, _, lse, *_ = pack(stages, x, c_pad=160)
-    torch.testing.assert_close(y[..., :150], nhwc(x.softmax(1)), equal_nan=True)
+    c_pad = classes + 10
+    y, _, lse, *_ = pack(stages, x, c_pad=c_pad)
+    torch.testing.assert_close(y[..., :classes], nhwc(x.softmax(1)), equal_nan=True)
     torch.testing.assert_close(lse, x.logsumexp(1), equal_nan=True)
-    assert not y[..., 150:].any()
+    assert not y[..., classes:].any()
+
+
+@pytest.mark.parametrize("classes", [19, MANY])
+def test_a_pixel_without_a_finite_logit(stages, classes):
+    """As PyTorch's softmax: NaN; its neighbours are as they were."""
+    x = torch.randn(1, classes, 1, 5)
+    x[..., 2] = -float("inf")
+    y, _, lse, *_ = pack(stages, x)
+    torch.testing.assert_close(y, nhwc(x.softmax(1)), equal_nan=True)
+    others = [0, 1, 3, 4]
+    torch.testing.assert_close(lse[..., others], x.logsumexp(1)[..., others])
 
 
 @pytest.mark.parametrize("scale", [100.0, 1e4, 1e30])
@@ -291,6 +322,22 @@ def test_cross_entropy(stages, weighted, smoothing, activation, temperature):
     torch.testing.assert_close(rows[..., 1], (each * counted).sum(-1))
     own = activation != SOFTMAX or temperature != 1.0
     torch.testing.assert_close((ce_lse if own else lse)[counted], x.logsumexp(1)[counted])
+
+
+@pytest.mark.parametrize(("classes", "width"), [(19, 150), (150, 67), (MANY, 35)])
+def test_cross_entropy_of_rows_of_several_tiles(stages, classes, width):
+    """In a strip, of which the rows of the core alone are written."""
+    x, labels = 3 * torch.randn(2, classes, 3, width), torch.randint(-1, classes, (2, 3, width))
+    for weight, smoothing in ((None, 0.0), (torch.rand(classes), 0.1)):
+        how = {"ce": (labels, weight, smoothing), "strip": (0, 3), "core": (1, 1)}
+        rows = pack(stages, x, **how)[-1]
+        kw = {"ignore_index": -1, "label_smoothing": smoothing, "reduction": "none"}
+        weights = torch.ones(classes) if weight is None else weight
+        truth = F.cross_entropy(x.double(), labels, weights.double(), **kw).sum(-1)
+        count = (weights[labels.clamp(min=0)].double() * (labels >= 0)).sum(-1)
+        torch.testing.assert_close(rows[:, 1, 0], truth[:, 1], rtol=1e-6, atol=1e-5)
+        torch.testing.assert_close(rows[:, 1, 1], count[:, 1])
+        assert rows[:, ::2].isnan().all()
 
 
 def test_cross_entropy_of_padded_and_large_logits(stages):
