@@ -19,7 +19,9 @@ NEAR = 1 / 32
 def carried(call: Call, x: Tensor, target: Mapping[str, Tensor], room: int) -> Tensor:
     """`carry_target` of all images, (N,): its many small operators once for as many as `room`, in
     bytes, has place for."""
-    _, _, h, w = x.shape
+    n, _, h, w = x.shape
+    if call.dtype == torch.float32:  # has bits enough for either
+        return x.new_zeros(n, dtype=torch.bool)
     step = max(1, room // max(1, grid_bytes(call, h, w)))
     parts = [
         carry_target(call, x, target, slice(n0, n0 + step))
@@ -34,8 +36,7 @@ def carry_target(call: Call, x: Tensor, target: Mapping[str, Tensor], images: sl
     Both say the same but for rounding, which is relative to what is carried: winners and signs of
     the prediction are surest where it is carried itself. But where it is near a target that is
     constant in regions, the target's ties decide what δ becomes in a pool, and rounding y' would
-    break them (docs/numerics.md). That is looked for on a grid of each image; float32 has bits
-    enough for either.
+    break them (docs/numerics.md). That is looked for on a grid of each image.
 
     Args:
         x: (N, C, H, W) prediction.
@@ -44,7 +45,7 @@ def carry_target(call: Call, x: Tensor, target: Mapping[str, Tensor], images: sl
     """
     x = x[images]
     n, c, h, w = x.shape
-    if call.dtype == torch.float32 or x.numel() == 0:
+    if x.numel() == 0:
         return torch.zeros(n, dtype=torch.bool, device=x.device)
     rows, columns = (
         torch.arange(0, size, -(-size // most), device=x.device)

@@ -209,7 +209,7 @@ def test_true_float32_is_atens(launches, monkeypatch):
 def test_chunks_of_images_and_of_rows(kind, launches):
     shape = (3, 150, 128, 128)
     p, *_ = walks(kind, shape, workspace_mb=20.0 if kind == "dense" else 14.0)
-    assert p.images == 1
+    assert p.images[0] == 1
     assert p.rows[0] == 128
     whole = [launch for launch in launches if launch.kernel == PACK]
     assert len(whole) == 3
