@@ -51,9 +51,12 @@ def _each(plan: Segments, images: int) -> Images:
 
 
 def _as_many_as_fit(plan: Segments, rows: Rows) -> Images:
-    """Images of each segment's chunks, of equal size, from the deepest segment on."""
-    images, most = _each(plan, 1), max(1, plan.n)
+    """Images of each segment's chunks, of equal size, from the deepest segment on; of one in strips
+    one: their rows of a single image alone are contiguous."""
+    images, most, heights = _each(plan, 1), max(1, plan.n), _heights(plan)
     for i in reversed(range(len(images))):
+        if rows[i] < heights[i]:
+            break
 
         def of(count: int, images: Images = images, i: int = i) -> Images:
             return (*images[:i], count, *images[i + 1 :])

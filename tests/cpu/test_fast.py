@@ -19,7 +19,7 @@ from cases import ATOL, NARROW, call_of, error, every_way, value_and_grad
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inside import peak_bytes
-from policies import ARITHMETIC, decided
+from policies import ARITHMETIC, decided, told_chunks
 from saved import Walk, left_by, network_input, terms
 from strategies import Case, case
 from torch import Tensor, nn
@@ -465,6 +465,26 @@ def test_bfloat16_is_as_exact_as_with_weights_rounded_one_by_one(kind, monkeypat
             _, stock = value_and_grad(make("reference", BF16), pred, target)
         assert not torch.equal(stock, value_and_grad(make("reference", BF16), pred, target)[1])
         assert error(grad, truth) <= 2 * error(stock, truth)
+
+
+@pytest.mark.parametrize("images", [(1, 3), (1, 2, 3), (2, 3), (1, 1, 3), (2, 2, 5)], ids=str)
+@pytest.mark.parametrize("rows", [None, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunks_by_segment_are_the_whole(kind, rows, images, decide, monkeypatch):
+    loss = PerceptualLoss(
+        LossNet.vgg(3, (2, 1, 1), NARROW), {"pool1": 1.0, "relu2_1": 0.5, "pool3": 2.0},
+        {} if kind == "features" else {"pool2": 1.0}, backend="fast", reduction="none",
+    )  # fmt: skip
+    pred = 2 * torch.randn(5, 3, 29, 22)
+    target, mask = target_of(kind, pred, loss), torch.rand(5, 29, 22) < 0.9
+    mask = None if kind == "features" else mask
+    whole = value_and_grad(loss, pred, target, mask)
+    decide()  # a plan of its own
+    told_chunks(monkeypatch, images, rows)
+    chunked = value_and_grad(loss, pred, target, mask)
+    planned, _ = left_by(loss(pred.clone().requires_grad_(), target, mask))
+    assert planned.images[0] < planned.images[-1]
+    close(chunked, whole, CLOSE[FLOAT])
 
 
 def test_the_target_is_carried_only_where_it_is_near_and_constant_in_regions():

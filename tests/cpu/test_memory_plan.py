@@ -6,16 +6,16 @@ from __future__ import annotations
 import functools
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 from cases import ATOL, NARROW, call_of, error, value_and_grad
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from inside import Measured, Taken, peak_bytes, step
-from policies import decided
+from policies import decided, told_chunks
 from saved import left_by
 from torch import Tensor, nn
 
@@ -164,6 +164,18 @@ def check(taken: Taken) -> None:
 @given(d=drawn())
 def test_the_sum_of_the_buffers_is_the_bound(d: Drawn):
     with decided(rows=d.rows, arithmetic=d.way[1]):
+        loss = d.loss()
+        pred, args = d.inputs(loss)
+        for taken in step(loss, pred, *args):
+            check(taken)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(d=drawn(), images=st.sampled_from([(1, 2), (1, 3), (2, 3), (1, 1, 2), (1, 2, 3)]))
+def test_the_sum_is_the_bound_of_chunks_by_segment(d: Drawn, images, monkeypatch):
+    d = replace(d, shape=(3, *d.shape[1:]))
+    with monkeypatch.context() as patch, decided(arithmetic=d.way[1]):
+        told_chunks(patch, images, d.rows)
         loss = d.loss()
         pred, args = d.inputs(loss)
         for taken in step(loss, pred, *args):

@@ -357,7 +357,7 @@ def test_nothing_else_has_the_classes(kind, dtype, decide, monkeypatch):
     target = fast_tests.target_of(kind, pred, loss)
     whole, _ = left_by(loss(pred.clone().requires_grad_(), target))
     forms.clear()
-    decide(strip_mb=(peak(whole, 1, whole.rows) + 1) / MIB)
+    decide(strip_mb=(peak(whole, (1,) * len(whole.rows), whole.rows) + 1) / MIB)
     with Inside(Allocations) as inside:
         value_and_grad(loss, pred, target)
     mode, _ = inside.modes  # of the forward
