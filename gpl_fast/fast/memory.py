@@ -10,18 +10,15 @@ import math
 
 import torch
 
-from gpl_fast.fast.call import Call
 from gpl_fast.fast.convolution_memory import transposed_windows, weight_bytes, windows
 from gpl_fast.fast.geometry import Segments
+from gpl_fast.fast.grid import grid_bytes
 from gpl_fast.fast.policy import Way
 from gpl_fast.fast.strip import Shape, Strip, channels_in
 from gpl_fast.net.weights import padded_channels
 
 # The weights for tiles of 4 x 4 take at most this part of the workspace.
 WINOGRAD_SHARE = 8
-
-# Pixels of an image that `branch` looks at: rows, columns.
-GRID = (16, 64)
 
 Images = Shape  # of a chunk of each segment
 Rows = Shape  # of a strip of each segment
@@ -204,18 +201,10 @@ def alone(plan: Segments, i: int) -> bool:
 def peak(plan: Segments, images: Images, rows: Rows) -> int:
     """Bytes of a walk: in the segment that needs most, or of a look at one image before."""
     segments = range(len(plan.segments))
-    look = grid_bytes(plan.call, plan.h, plan.w)
+    call = plan.call
+    looks = plan.policy.on_cpu and not call.plain and call.dtype != torch.float32
+    look = grid_bytes(call, plan.h, plan.w) if looks else 0
     return max(look, *(segment_peak(plan, i, images, rows) for i in segments))
-
-
-def grid_bytes(call: Call, h: int, w: int) -> int:
-    """Of what `branch.carry_target` makes of one image: about eight float32 maps of the grid."""
-    if call.plain or call.dtype == torch.float32:
-        return 0
-    rows, columns = (
-        -(-size // -(-size // most)) if size else 0 for size, most in zip((h, w), GRID, strict=True)
-    )
-    return 8 * 4 * call.chain.in_channels * rows * columns
 
 
 def segment_peak(plan: Segments, i: int, images: Images, rows: Rows) -> int:

@@ -168,7 +168,8 @@ class StepForward:
         )
         if partial is not None:
             sums = partial.sum(dim=1, dtype=torch.float64)
-            self.taps.squares[tap] = self.taps.squares.get(tap, 0) + sums
+            before = self.taps.squares.get(tap)
+            self.taps.squares[tap] = sums if before is None else before + sums
         first = 0 if step.pool or out is not None else a - rows.lo
         if tap in plan.call.taps:
             self._tap(tap, made.carried, made.delta, slice(first, first + b - a), a, b)

@@ -105,6 +105,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             Launch(name, 0.0, _bytes((first, *rest.values())))
         )
 
+    def carry_target_fwd(self, x: Tensor, *, step: tuple[int, int], **rest: Any) -> None:
+        """As `gpl_fast.stages`: pixels of a grid, and what decides."""
+        moved = _bytes((x, *rest.values())) / (step[0] * step[1])
+        self.launches += [Launch("carry_target_fwd", 0.0, moved)] * 2
+
     def conv_block_fwd(
         self, a: Tensor, *, weight: Tensor, d: Tensor | None, target: Listed | None, **rest: Any
     ) -> Tensor | None:

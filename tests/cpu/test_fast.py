@@ -33,7 +33,8 @@ from gpl_fast import (
     TopK,
     reference,
 )
-from gpl_fast.fast.branch import GRID, carried
+from gpl_fast.fast.branch import carried
+from gpl_fast.fast.grid import GRID
 from gpl_fast.fast.memory import peak
 from gpl_fast.fast.policy import MIB
 from gpl_fast.net import weights
