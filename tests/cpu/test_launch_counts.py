@@ -9,6 +9,8 @@ from gpl_fast import cli, ops
 from gpl_fast.tools import launches
 from gpl_fast.tools.launches import SMALL, Recorder, Workload, launches_around
 
+# Inside the two operators, with 2 GiB; and around them.
+MOST = {"cityscapes": 45, "ade20k": 60, "lvis": 90}
 OUTSIDE = 12
 
 
@@ -49,6 +51,29 @@ def test_convolutions_are_one_launch_whatever_layout_they_come_in():
     with Recorder() as recorder:
         torch.conv2d(x, w, padding=1).permute(0, 2, 3, 1).contiguous()
     assert names(recorder) == ["convolution (ATen)"]
+
+
+@pytest.mark.parametrize("name", MOST)
+def test_a_step_has_few_launches(name):
+    forward, backward = launches.launches(launches.WORKLOADS[name], 2048)
+    assert 20 < len(forward) + len(backward) <= MOST[name]
+    assert [launch.name for launch in forward].count("carry_target_fwd") == 2
+
+
+@pytest.mark.parametrize("name", launches.WORKLOADS)
+@pytest.mark.parametrize("workspace_mb", [640, 1280, 2224])  # the default of 24, 80 and 139 GiB
+def test_the_default_workspace_makes_few(name, workspace_mb):
+    assert sum(map(len, launches.launches(launches.WORKLOADS[name], workspace_mb))) <= 100
+
+
+def test_a_launch_more_is_a_chunk_more():
+    """What is counted follows the plan: of each chunk the first segment's launches."""
+    work = launches.WORKLOADS["ade20k"]
+    once, twice = (launches.launches(work, mb) for mb in (4096, 2048))
+    there = ["softmax_pack_fwd", "conv_block_fwd"]
+    back = ["relu_pool_bwd", "data gradient (ATen)", "softmax_bwd"]
+    for few, many, more in zip(once, twice, (there, back), strict=True):
+        assert sorted(v.name for v in many) == sorted([*(v.name for v in few), *more])
 
 
 @pytest.mark.parametrize("kind", ["dense", "labels"])

@@ -376,6 +376,28 @@ def test_nothing_else_has_the_classes(kind, dtype, decide, monkeypatch):
     assert not [t for t in wide if PADDED not in t.shape]
 
 
+@pytest.mark.parametrize("kind", ["dense", "labels"])
+def test_deep_segments_go_over_all_images(kind, decide, monkeypatch):
+    """As on a GPU, where the workspace holds one image's class maps."""
+    forms = launched(monkeypatch)
+    decide(strip_mb=None)
+    words = {"widths": (8, 16), "backend": "fast", "compute_dtype": BF16, "reduction": "none"}
+    words |= {"level_weights": (1.0, 0.25)}
+    loss = GenericPerceptualLoss(C, "1,1", **words)
+    pred = torch.randn(3, C, 12, 16)
+    target = fast_tests.target_of(kind, pred, loss)
+    whole = value_and_grad(loss, pred, target)
+    plan, _ = left_by(loss(pred.clone().requires_grad_(), target))
+    assert plan.images == (3, 3)
+    least = (peak(plan, (1, 3), plan.rows) + 1) / MIB
+    loss = GenericPerceptualLoss(C, "1,1", **words, workspace_mb=least)
+    forms.clear()
+    parts = value_and_grad(loss, pred, target)
+    assert left_by(loss(pred.clone().requires_grad_(), target))[0].images == (1, 3)
+    assert len(forms) == 2 * (3 + 1)  # the look at the plan, too
+    assert all(map(torch.equal, parts, whole))
+
+
 def test_the_recorder_sees_memory_and_not_views():
     x = torch.zeros(4, 6)
     with Allocations() as mode:
