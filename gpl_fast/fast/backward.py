@@ -76,7 +76,7 @@ class Backward:
         if i == 0:
             self.logits.begin()
         size, rows = plan.sizes[segment[0]], plan.rows[i]
-        if i == 0 and plan.policy.on_cpu:
+        if i == 0 and plan.on_cpu:
             # Strips write a few pixels of each channel's page: faults in that order cost more.
             ops.populate(self.dx[self.chunk.images])
         if plan.alone[i]:

@@ -56,7 +56,7 @@ class Forward:
         """Terms (4, N) float64 (feature, style, Σ cross-entropy, Σ its weights), and `saved`."""
         plan, chunk = self.plan, self.chunk
         if not plan.call.plain:
-            by = None if plan.policy.on_cpu else chunk.stages
+            by = None if plan.on_cpu else chunk.stages
             chunk.branch = carried(plan.call, chunk.x, chunk.target, plan.transient, by)
         if plan.call.cross_entropy:
             self.ce = chunk.x.new_zeros((plan.n, plan.h, 2), dtype=torch.float64)

@@ -25,7 +25,7 @@ class Plan(Segments):
     """A call at a shape, planned.
 
     Attributes:
-        policy: who decides.
+        policy, on_cpu: who decides, and where for.
         how: who computes each step.
         budget, transient: bytes of memory that the walks may take, and those that they take.
         images: of a chunk, for each segment: so many go through together, never fewer in a deeper
@@ -40,6 +40,7 @@ class Plan(Segments):
     def __init__(self, call: Call, n: int, h: int, w: int, *, tf32: bool | None = None) -> None:
         super().__init__(call, n, h, w)
         self.policy = policy.named(call.policy)
+        self.on_cpu = self.policy.on_cpu
         self.allow_tf32 = tf32_allowed() if tf32 is None else tf32
         # True float32 is ATen's convolutions; TF32 is the kernels' too.
         self.exact = call.dtype == torch.float32 and not self.allow_tf32

@@ -159,7 +159,7 @@ class Seeds:
             diff = self.saved[f"diff.{tap}"][images, rows]
             if dy is None:
                 return diff if factor == 1.0 else diff * factor
-            if factor == 1.0 or not self.plan.policy.on_cpu:  # which rounds alpha to their dtype
+            if factor == 1.0 or not self.plan.on_cpu:  # which rounds alpha to their dtype
                 return dy.add_(diff, alpha=factor)
         total = None if dy is None else dy.float()
         for kind in ("feature", "style"):
