@@ -201,9 +201,8 @@ def alone(plan: Segments, i: int) -> bool:
 def peak(plan: Segments, images: Images, rows: Rows) -> int:
     """Bytes of a walk: in the segment that needs most, or of a look at one image before."""
     segments = range(len(plan.segments))
-    call = plan.call
-    looks = plan.policy.on_cpu and not call.plain and call.dtype != torch.float32
-    look = grid_bytes(call, plan.h, plan.w) if looks else 0
+    by_aten = plan.call.branches and plan.policy.on_cpu
+    look = grid_bytes(plan.call, plan.h, plan.w) if by_aten else 0
     return max(look, *(segment_peak(plan, i, images, rows) for i in segments))
 
 
