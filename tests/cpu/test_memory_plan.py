@@ -360,6 +360,35 @@ def test_transient_memory_does_not_grow_with_the_images():
     assert four <= 1.01 * one
 
 
+ON_A_GPU = {  # classes, images, MB: images and rows of the first segment's chunks
+    "all at once": (19, 8, 2048, (8, 512)),
+    "equal parts": (150, 16, 2048, (8, 512)),  # 11 would fit, and leave 5
+    "one image": (1203, 4, 2048, (1, 512)),
+    "strips": (1203, 4, 800, (1, 256)),
+}
+
+
+@pytest.mark.parametrize("case", ON_A_GPU)
+def test_a_gpu_takes_class_maps_in_parts_and_deep_segments_whole(case):
+    c, n, mb, first = ON_A_GPU[case]
+    call = call_of(GenericPerceptualLoss(c).net, dtype=BF16, policy="sm_90", workspace_mb=mb)
+    plan = Plan(call, n, 512, 512)
+    assert (plan.images[0], plan.rows[0]) == first
+    assert plan.images[1:] == (n,) * 4
+    assert not any(plan.in_strips[1:])
+    if 1 < first[0] < n:
+        more = (first[0] + 4, *plan.images[1:])
+        assert memory.peak(plan, more, plan.rows) > plan.budget
+
+
+def test_a_cpu_takes_the_same_images_through_all_segments():
+    for c, n, policy in ((19, 8, "avx2"), (3, 16, "amx"), (150, 2, "avx512_bf16")):
+        call = call_of(GenericPerceptualLoss(c).net, dtype=BF16, policy=policy)
+        plan = Plan(call, n, 64, 64)
+        assert len(set(plan.images)) == 1
+        assert plan.images[0] > 1
+
+
 @pytest.mark.parametrize("dtype", [FLOAT, BF16])
 @pytest.mark.parametrize("taps", [("relu1_2", "relu2_1"), ("pool1", "pool2"), ("conv1_1",)])
 def test_transient_memory_of_style_taps_is_planned(taps, dtype):
