@@ -62,8 +62,8 @@ class GenericPerceptualLoss(nn.Module):
         compute_dtype: of the network; None = autocast's dtype if on, else the prediction's.
         backend: "auto", "fast" or "reference"; the variable GPL_FAST_BACKEND overrides "auto".
         workspace_mb: bound on the fast path's transient memory, in 2^20 bytes: images go through
-            in chunks and strips. "auto" = 256 on a CPU, 1/64 of a GPU's memory, and more where an
-            input cannot do with it.
+            in chunks and strips. "auto" = 256 on a CPU, 1/64 of a GPU's memory but at least 640,
+            and more where an input cannot do with it.
 
     Raises:
         TypeError, ValueError: an argument outside of what is listed.

@@ -62,11 +62,7 @@ class BackwardStages(Protocol):
         self,
         x: Tensor,  # (N, C, H, W), any strides
         *,
-        activation: int,
-        temperature: float,
-        label_smoothing: float = 0.0,
-        row0: int,
-        rows: int,
+        activation: int, temperature: float, label_smoothing: float = 0.0, row0: int, rows: int,
         dx: Tensor,  # as x: rows of the image in the strip are written
         lse: Tensor | None = None,  # of `softmax_pack_fwd`
         dy: Tensor | None = None,  # (N, rows, W, C_pad); None: the cross-entropy's gradient alone
@@ -76,7 +72,7 @@ class BackwardStages(Protocol):
         ce_lse: Tensor | None = None,  # of `softmax_pack_fwd`
         ce_scale: Tensor | None = None,  # (N,) float32, with ce_labels
         class_weight: Tensor | None = None,  # (C,) float32
-    ) -> None:
+    ) -> None:  # fmt: skip
         """The logits' gradient from that of their map, eq. (5), plus the cross-entropy's."""
 
 
@@ -121,12 +117,11 @@ class Stages(BackwardStages, Protocol):
         interior: Tensor,  # (C, C_out) float32: the taps' sum
         from_target: Tensor,
         taken: Tensor,  # (N, taken_rows, W) uint8, rows from taken_row0, of `softmax_pack_fwd`
-        taken_row0: int,
-        row0: int,
+        taken_row0: int, row0: int,
         z: Tensor,  # (N, rows, W, C_out)
         dz: Tensor,  # (N, rows, W, C_out); on entry the convolution of `softmax_pack_fwd`'s y
         valid: Tensor | None = None,  # (N, H, W) bool
-    ) -> None:
+    ) -> None:  # fmt: skip
         """What a target of labels adds to the first convolution, by look-up, eq. (7)."""
 
     def topk_conv_fwd(
@@ -159,13 +154,11 @@ class Stages(BackwardStages, Protocol):
         self,
         z: Tensor,  # (N, H, W, C): of the outputs' dtype or float32, as dz
         *,
-        dz: Tensor,
-        from_target: Tensor,
-        pool: int,
+        dz: Tensor, from_target: Tensor, pool: int,
         delta: Tensor,  # (N, H // 2, W // 2, C)
         y: Tensor | None = None,
         code: Tensor | None = None,  # max: of the pooled grid; average: the mask (N, H, W, ⌈C/8⌉)
-    ) -> None:
+    ) -> None:  # fmt: skip
         """ReLU and 2 x 2 pool of both, eq. (6)."""
 
     def diff_reduce_fwd(self, delta: Tensor) -> Tensor:
@@ -192,17 +185,24 @@ class CpuStages(Stages, Protocol):
 
 
 class TritonStages(Stages, Protocol):
-    """What Triton alone offers: a whole step of the forward in one launch."""
+    """What Triton alone offers: a whole step of the forward in one launch; a look before it."""
+
+    def carry_target_fwd(
+        self, x: Tensor, *, activation: int, target_activation: int, temperature: float,
+        step: tuple[int, int], near: float, from_target: Tensor, dense: Tensor | None = None,
+        labels: Tensor | None = None, topk_values: Tensor | None = None,
+        topk_indices: Tensor | None = None, topk_rest: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Whether an image's target is near and constant at every step-th row and column, into
+        from_target (N,) bool: `gpl_fast.fast.branch`; dense (N, C, h, w), the rest as above."""
 
     def conv_block_fwd(
         self,
         a: Tensor,  # (N, H_in, W_in, C_in), C_in a multiple of 8; u of a `target`, contiguous
         *,
         weight: Tensor,  # (K² C_in, C_out), rows by tap, then channel
-        kernel_size: int,
-        stride: int,
-        relu: bool,
-        pool: int,
+        kernel_size: int, stride: int, relu: bool, pool: int,
         pad_h: int,  # rows of zeros above and below: 0 where the strip has its halo
         row0: int,  # the image's row of the convolution's first one
         image_rows: int,  # of the convolution
@@ -216,7 +216,7 @@ class TritonStages(Stages, Protocol):
         code: Tensor | None = None,  # of a max pool, else the mask of the rows inside the image
         reduce: bool = False,
         allow_tf32: bool = True,  # in float32
-    ) -> Tensor | None:
+    ) -> Tensor | None:  # fmt: skip
         """Convolution of both branches, ReLU, pool, code; with `reduce` the partial sums
         (N, programs) float32 of δ² as it is stored."""
 

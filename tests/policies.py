@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+import pytest
 import torch
 
-from gpl_fast.fast import policy
+from gpl_fast.fast import chunks, policy
 from gpl_fast.fast.call import Call
+from gpl_fast.fast.geometry import Segments
 from gpl_fast.fast.policy import MIB, Policy
 from gpl_fast.net.steps import Step
 from gpl_fast.tiles import Tile
@@ -21,6 +23,22 @@ from gpl_fast.tiles import Tile
 ARITHMETIC = ("own", "mixed", "float32", "winograd")
 HALVES: tuple[Literal["forward", "backward"], ...] = ("forward", "backward")
 STRIPS = 1 / MIB  # megabytes of a strip: as low as `strip_rows` allows
+
+
+def told_chunks(
+    monkeypatch: pytest.MonkeyPatch, images: tuple[int, ...], rows: int | None = None
+) -> None:
+    """In every plan from here on: chunks of so many images of each segment, from the first on, and
+    of the last of them in all others; strips of `rows` in the first segment alone."""
+
+    def told(plan: Segments) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        first, *others = (plan.sizes[segment[0]].h for segment in plan.segments)
+        many = (images + images[-1:] * len(others))[: len(others) + 1]
+        if rows is None or rows >= first or plan.steps[0].stride == 2:
+            return many, (first, *others)
+        return (1, *many[1:]), (rows, *others)
+
+    monkeypatch.setattr(chunks, "chunks", told)
 
 
 @dataclass(frozen=True)

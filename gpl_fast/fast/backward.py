@@ -47,32 +47,36 @@ class Backward:
 
     def run(self) -> Tensor:
         """The gradient of the prediction, (N, C, H, W), in its dtype and memory format."""
-        for n0 in range(0, self.plan.n, self.plan.images):
-            self.chunk.images = slice(n0, min(n0 + self.plan.images, self.plan.n))
-            self._chunk()
+        plan, end, last = self.plan, self.plan.ends[-1], len(self.plan.segments) - 1
+        for a in range(0, plan.n, plan.images[-1]):
+            part = slice(a, min(a + plan.images[-1], plan.n))
+            self._down(last, part, self.seeds.at(end, part, None))
         return self.dx
 
-    def _chunk(self) -> None:
-        plan, chunk, here = self.plan, self.chunk, self.chunk.images
-        rooms = plan.rooms[memory.backward]
-        self.logits.begin()
-        end = plan.ends[-1]
-        d_out = self.seeds.at(end, here, 0, plan.tap_shape(end)[1], None)
-        for i in reversed(range(len(plan.segments))):
-            chunk.room, chunk.held, chunk.weights = rooms[i], {}, {}
-            d_in = self._segment(i, d_out)
-            if d_in is not None:
-                tap, height = plan.ends[i - 1], d_in.shape[1]
-                d_out = d_in
-                if tap in plan.call.taps:
-                    d_out = self.seeds.at(tap, here, 0, height, d_in)
+    def _down(self, i: int, images: slice, d_out: Tensor) -> None:
+        """From segment i down to the logits: `d_out` is the gradient of what it puts out of these
+        images."""
+        first, stop = images.start, images.stop
+        while stop - first <= (count := self.plan.images[i]):
+            d_in = self._segment(i, images, d_out)
+            if d_in is None:
+                return
+            d_out = d_in
             del d_in  # what it became is all that the next segment reads
+            i -= 1
+        for a in range(first, stop, count):
+            b = min(a + count, stop)
+            self._down(i, slice(a, b), d_out[a - first : b - first])
 
-    def _segment(self, i: int, d_out: Tensor) -> Tensor | None:
-        """The gradient of segment i's input; of the first one it has gone on to the logits."""
+    def _segment(self, i: int, images: slice, d_out: Tensor) -> Tensor | None:
+        """The gradient of segment i's input with that of its tap; of the first one it has gone on
+        to the logits."""
         plan, segment = self.plan, self.plan.segments[i]
+        self.chunk.begin(images, plan.rooms[memory.backward][i])
+        if i == 0:
+            self.logits.begin()
         size, rows = plan.sizes[segment[0]], plan.rows[i]
-        if i == 0 and plan.policy.on_cpu:
+        if i == 0 and plan.on_cpu:
             # Strips write a few pixels of each channel's page: faults in that order cost more.
             ops.populate(self.dx[self.chunk.images])
         if plan.alone[i]:
@@ -89,7 +93,10 @@ class Backward:
                 into.copy_(dy)
         if i == 0:
             return None
-        return dy if d_in is None else d_in
+        d_in = dy if d_in is None else d_in
+        assert d_in is not None
+        tap = plan.ends[i - 1]
+        return self.seeds.at(tap, images, d_in) if tap in plan.call.taps else d_in
 
     def _level(self, i: int, strips: bool) -> Tensor | None:
         """Memory for the gradient of segment i's input, or for a strip of the first one's; None

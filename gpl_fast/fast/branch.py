@@ -9,17 +9,40 @@ from torch import Tensor
 
 from gpl_fast import reference
 from gpl_fast.fast.call import Call
+from gpl_fast.fast.grid import grid_bytes, grid_steps
 from gpl_fast.fast.look_up import of_list, one_hot
-from gpl_fast.fast.memory import GRID, grid_bytes
+from gpl_fast.stages import ACTIVATIONS, TritonStages
 
+LOOKED_AT = ("valid", "dense", "labels", "topk_values", "topk_indices", "topk_rest")
 # |δ|² / |y|² up to which prediction and target count as near.
 NEAR = 1 / 32
 
 
-def carried(call: Call, x: Tensor, target: Mapping[str, Tensor], room: int) -> Tensor:
-    """`carry_target` of all images, (N,): its many small operators once for as many as `room`, in
-    bytes, has place for."""
-    _, _, h, w = x.shape
+def carried(
+    call: Call,
+    x: Tensor,
+    target: Mapping[str, Tensor],
+    room: int,
+    stages: TritonStages | None = None,
+) -> Tensor:
+    """`carry_target` of all images, (N,): by the stage, or by many small operators once for as many
+    images as `room`, in bytes, has place for."""
+    n, _, h, w = x.shape
+    if not call.branches:
+        return x.new_zeros(n, dtype=torch.bool)
+    if stages is not None:
+        from_target = x.new_empty(n, dtype=torch.bool)
+        stages.carry_target_fwd(
+            x,
+            activation=ACTIVATIONS[call.activation],
+            target_activation=ACTIVATIONS[call.target_activation],
+            temperature=call.temperature,
+            step=grid_steps(h, w),
+            near=NEAR,
+            from_target=from_target,
+            **{name: target[name] for name in LOOKED_AT if name in target},
+        )
+        return from_target
     step = max(1, room // max(1, grid_bytes(call, h, w)))
     parts = [
         carry_target(call, x, target, slice(n0, n0 + step))
@@ -34,8 +57,7 @@ def carry_target(call: Call, x: Tensor, target: Mapping[str, Tensor], images: sl
     Both say the same but for rounding, which is relative to what is carried: winners and signs of
     the prediction are surest where it is carried itself. But where it is near a target that is
     constant in regions, the target's ties decide what δ becomes in a pool, and rounding y' would
-    break them (docs/numerics.md). That is looked for on a grid of each image; float32 has bits
-    enough for either.
+    break them (docs/numerics.md). That is looked for on a grid of each image.
 
     Args:
         x: (N, C, H, W) prediction.
@@ -44,11 +66,11 @@ def carry_target(call: Call, x: Tensor, target: Mapping[str, Tensor], images: sl
     """
     x = x[images]
     n, c, h, w = x.shape
-    if call.dtype == torch.float32 or x.numel() == 0:
+    if x.numel() == 0:
         return torch.zeros(n, dtype=torch.bool, device=x.device)
     rows, columns = (
-        torch.arange(0, size, -(-size // most), device=x.device)
-        for size, most in zip((h, w), GRID, strict=True)
+        torch.arange(0, size, step, device=x.device)
+        for size, step in zip((h, w), grid_steps(h, w), strict=True)
     )
 
     def grid(name: str, right: int = 0) -> Tensor | None:

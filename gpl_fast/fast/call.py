@@ -78,6 +78,11 @@ class Call:
         return self.encode or self.kind == "features"
 
     @functools.cached_property
+    def branches(self) -> bool:
+        """Whether either branch may be carried: float32 has bits enough to carry y' always."""
+        return not self.plain and self.dtype != torch.float32
+
+    @functools.cached_property
     def looked_up(self) -> bool:
         """Whether the target enters the first convolution as rows of a table."""
         return not self.encode and self.kind in LOOKED_UP

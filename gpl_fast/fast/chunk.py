@@ -64,6 +64,7 @@ class Chunk(Generic[S]):
     """
 
     images = slice(0, 0)  # of the call, that go through now
+    from_target: Tensor  # (n,) bool, those of them whose target is carried
 
     def __init__(
         self,
@@ -77,10 +78,19 @@ class Chunk(Generic[S]):
     ) -> None:
         self.plan, self.x, self.target, self.packs = plan, x, target, packs
         self.saved, self.stages = saved, stages
+        self.branch: Tensor | None = None  # (N,) bool, the same of all images
         # Of the segment: bytes by name, what is there, and transformed weights.
         self.room: Mapping[str, int] = {}
         self.held: dict[str, Tensor] = {}
         self.weights: dict[Any, Tensor] = {}
+
+    def begin(self, images: slice, room: Mapping[str, int]) -> None:
+        """A segment, for these images: what the one before held is gone."""
+        self.room, self.held, self.weights = room, {}, {}
+        if images != self.images:
+            self.images = images
+            if self.branch is not None:
+                self.from_target = self.branch[images]
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         """Uninitialised memory, by default of the maps' dtype; what the name stood for is gone.

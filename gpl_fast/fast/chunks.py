@@ -1,35 +1,71 @@
-"""How many images go through together, and in how many rows: what the workspace allows."""
+"""How many images go through each segment together, and in how many rows: what the workspace
+allows. On a CPU few, the same through all segments, as its cache wants it; on a GPU as many as fit,
+deep segments first: their maps are small, and each launch has to fill the device."""
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Iterator
 
 from gpl_fast.fast.geometry import Segments
-from gpl_fast.fast.memory import Rows, peak, segment_peak, strip_peak
+from gpl_fast.fast.memory import Images, Rows, peak, segment_peak, strip_peak
 from gpl_fast.fast.policy import MIB
 
 # A workspace that grows becomes so many times what two rows a strip need.
 ENOUGH = 1.25
 
 
-def chunks(plan: Segments) -> tuple[int, Rows] | None:
-    """Images a chunk, and rows a strip for each segment; None where not one strip fits."""
-    heights = tuple(plan.sizes[segment[0]].h for segment in plan.segments)
+def chunks(plan: Segments) -> tuple[Images, Rows] | None:
+    """Images a chunk, never fewer in a deeper segment, and rows a strip, for each segment; None
+    where not one strip fits."""
+    heights, one = _heights(plan), _each(plan, 1)
     preferred = _preferred_bytes(plan)
-    whole = peak(plan, 1, heights)
-    if whole <= min(preferred, plan.budget):
+    whole = peak(plan, one, heights)
+    found: Rows | None = heights
+    if whole > min(preferred, plan.budget):
+        tried = _strips(plan, heights)
+        found = next((rows for rows in tried if peak(plan, one, rows) <= plan.budget), None)
+    if found is None:
+        return None
+    if plan.policy.strip_mb is None:
+        return _as_many_as_fit(plan, found), found
+    images = 1
+    if found is heights and whole <= preferred:
         images = max(1, min(plan.n, preferred // max(whole, 1)))
-        while images > 1 and peak(plan, images, heights) > plan.budget:
-            images -= 1
-        return images, heights
-    tried = _strips(plan, heights)
-    return next(((1, rows) for rows in tried if peak(plan, 1, rows) <= plan.budget), None)
+    while images > 1 and peak(plan, _each(plan, images), heights) > plan.budget:
+        images -= 1
+    return _each(plan, images), found
 
 
 def least(plan: Segments) -> int:
     """Bytes of the strips that need least, which need not be the lowest: halos cost too."""
-    heights = tuple(plan.sizes[segment[0]].h for segment in plan.segments)
-    return min(peak(plan, 1, rows) for rows in _strips(plan, heights))
+    return min(peak(plan, _each(plan, 1), rows) for rows in _strips(plan, _heights(plan)))
+
+
+def _heights(plan: Segments) -> Rows:
+    return tuple(plan.sizes[segment[0]].h for segment in plan.segments)
+
+
+def _each(plan: Segments, images: int) -> Images:
+    return (images,) * len(plan.segments)
+
+
+def _as_many_as_fit(plan: Segments, rows: Rows) -> Images:
+    """Images of each segment's chunks, of equal size, from the deepest segment on; of one in strips
+    one: their rows of a single image alone are contiguous."""
+    images, most, heights = _each(plan, 1), max(1, plan.n), _heights(plan)
+    for i in reversed(range(len(images))):
+        if rows[i] < heights[i]:
+            break
+
+        def of(count: int, images: Images = images, i: int = i) -> Images:
+            return (*images[:i], count, *images[i + 1 :])
+
+        fit = bisect(range(1, most + 1), False, key=lambda c: peak(plan, of(c), rows) > plan.budget)
+        parts = -(-most // max(fit, 1))
+        most = -(-most // parts)
+        images = of(most)
+    return images
 
 
 def _strips(plan: Segments, heights: Rows) -> Iterator[Rows]:
@@ -68,7 +104,8 @@ def _cut(plan: Segments, rows: Rows) -> Iterator[Rows]:
     yield rows
     while rows != smallest:
         widest = max(
-            range(len(rows)), key=lambda i: (rows[i] > smallest[i], segment_peak(plan, i, 1, rows))
+            range(len(rows)),
+            key=lambda i: (rows[i] > smallest[i], segment_peak(plan, i, _each(plan, 1), rows)),
         )
         cut = max(smallest[widest], rows[widest] // 2 // 2 * 2)
         rows = (*rows[:widest], cut, *rows[widest + 1 :])

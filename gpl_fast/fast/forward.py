@@ -19,7 +19,8 @@ from gpl_fast.stages import TritonStages
 
 
 class Forward:
-    """One call's walk: images in chunks, each segment in strips of rows, each strip step by step.
+    """One call's walk: each segment in chunks of images, these in strips of rows, a strip step by
+    step. What a segment puts out is whole before the next one begins.
 
     Args:
         plan, x, target, packs: as `Chunk`.
@@ -42,6 +43,7 @@ class Forward:
             for name, (shape, dtype) in plan.contract.items()
             if keep or name.startswith("gram.")
         }
+        self.ce: Tensor | None = None  # (N, H, 2) float64, sums of each row's cross-entropy
         self.terms = x.new_zeros((4, plan.n), dtype=torch.float64)
         stages = stages or policy.implementation(plan.call.policy, "forward")
         self.chunk = Chunk(plan, x, target=target, packs=packs, saved=saved, stages=stages)
@@ -53,37 +55,47 @@ class Forward:
     def run(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Terms (4, N) float64 (feature, style, Σ cross-entropy, Σ its weights), and `saved`."""
         plan, chunk = self.plan, self.chunk
-        branch = None
         if not plan.call.plain:
-            branch = carried(plan.call, chunk.x, chunk.target, plan.transient)
-        ce = None
+            by = None if plan.on_cpu else chunk.stages
+            chunk.branch = carried(plan.call, chunk.x, chunk.target, plan.transient, by)
         if plan.call.cross_entropy:
-            ce = chunk.x.new_zeros((plan.n, plan.h, 2), dtype=torch.float64)
-        for n0 in range(0, plan.n, plan.images):
-            chunk.images = here = slice(n0, min(n0 + plan.images, plan.n))
-            if branch is not None:
-                self.look_up.from_target = self.taps.from_target = branch[here]
-            self._chunk(None if ce is None else ce[here])
-        if ce is not None:
-            self.terms[2:] = ce.sum(dim=1).t()
+            self.ce = chunk.x.new_zeros((plan.n, plan.h, 2), dtype=torch.float64)
+        self._level(len(plan.segments) - 1, slice(0, plan.n))
+        if self.ce is not None:
+            self.terms[2:] = self.ce.sum(dim=1).t()
         return self.terms, chunk.saved
 
-    def _chunk(self, ce: Tensor | None) -> None:
-        chunk, rooms = self.chunk, self.plan.rooms[memory.forward]
-        self.taps.begin()
-        level: Tensor | None = None  # (count, n, halo + h + halo, w, C): y' and δ
-        for i in range(len(self.plan.segments)):
-            chunk.room, chunk.held, chunk.weights = rooms[i], {}, {}
-            level = self._segment(i, level, ce)
-        self.taps.reduce()
+    def _level(self, i: int, images: slice) -> Tensor | None:
+        """What segment i puts out of these images, (count, n, halo + h + halo, w, C): y' and δ with
+        the zeros around them that the next one's strips read; of the last one nothing."""
+        plan, out, first = self.plan, None, images.start
+        last, pad = plan.segments[i][-1], plan.pads[i]
+        size, channels = plan.sizes[last], plan.steps[last].out_channels
+        n, tall = images.stop - first, size.out_h + 2 * pad
+        for a in range(first, images.stop, plan.images[i]):
+            b = min(a + plan.images[i], images.stop)
+            level = self._level(i - 1, slice(a, b)) if i else None
+            self.chunk.begin(slice(a, b), plan.rooms[memory.forward][i])
+            if out is None and i + 1 < len(plan.segments):
+                shape = (1 if plan.call.plain else 2, n, tall, size.out_w, channels)
+                out = self.chunk.take("level.out", shape)
+                if pad:  # on a GPU even nothing is written by a launch
+                    out[:, :, :pad] = 0
+                    out[:, :, tall - pad :] = 0
+            here = None if out is None else out[:, a - first : b - first, pad : tall - pad]
+            self._segment(i, level, here)
+            del level  # its memory serves what comes now
+        return out
 
-    def _segment(self, i: int, level: Tensor | None, ce: Tensor | None) -> Tensor | None:
-        """What segment i puts out, with the zeros that the next one's strips read around it."""
+    def _segment(self, i: int, level: Tensor | None, out: Tensor | None) -> None:
+        """Segment i from its input to `out`."""
         plan, segment = self.plan, self.plan.segments[i]
         first, strips = plan.sizes[segment[0]], plan.in_strips[i]
         halo, rows = plan.halos[i] if strips else 0, plan.rows[i]
-        following, out = self._level(i)
-        branch = None if plan.call.plain else self.look_up.from_target
+        if plan.tapped[i]:
+            self.taps.begin(plan.tapped[i])
+        branch = None if plan.call.plain else self.chunk.from_target
+        ce = None if self.ce is None else self.ce[self.chunk.images]
         for r0 in range(0, max(first.h, 1), max(rows, 1)):
             r1 = min(r0 + rows, first.h)
             lo, hi = (r0 - halo, r1 + halo) if strips else (0, first.h)
@@ -100,22 +112,6 @@ class Forward:
                 lo, hi = (lo + p, hi - p) if strips else (0, height)
                 at = Rows(lo, hi, *((r0, r1) if strips else (0, height)), strips)
                 maps = self.steps.run(j, maps, at, out if j == segment[-1] else None)
-            del maps  # its memory serves the next strip and level
-        return following
-
-    def _level(self, i: int) -> tuple[Tensor | None, Tensor | None]:
-        """Memory for what segment i puts out: with zeros around it, and without."""
-        plan = self.plan
-        if i + 1 == len(plan.segments):
-            return None, None
-        last = plan.sizes[plan.segments[i][-1]]
-        pad = plan.halos[i + 1] if plan.in_strips[i + 1] else 0
-        channels = plan.steps[plan.segments[i][-1]].out_channels
-        count = 1 if plan.call.plain else 2
-        n = self.chunk.images.stop - self.chunk.images.start
-        shape = (count, n, last.out_h + 2 * pad, last.out_w, channels)
-        level = self.chunk.take("level.out", shape)
-        if pad:  # on a GPU even nothing is written by a launch
-            level[:, :, :pad] = 0
-            level[:, :, pad + last.out_h :] = 0
-        return level, level[:, :, pad : pad + last.out_h]
+            del maps  # its memory serves the next strip
+        if plan.tapped[i]:
+            self.taps.reduce(plan.tapped[i])

@@ -14,7 +14,6 @@ from gpl_fast.stages import Listed, TritonStages
 class LookUp:
     """Adds the target to the convolution of u, which `LogitsForward` describes."""
 
-    from_target: Tensor  # (n,) bool, the images whose target is carried
     taken: Tensor | None = None  # (n, rows, W) uint8
 
     def __init__(self, chunk: Chunk[TritonStages]) -> None:
@@ -35,7 +34,7 @@ class LookUp:
         assert self.table is not None
         shared: dict[str, Any] = {
             "table": self.table,
-            "from_target": self.from_target,
+            "from_target": chunk.from_target,
             "taken": self.taken,
             "taken_row0": self.row0,
             "row0": row0,

@@ -10,9 +10,9 @@ import math
 
 import torch
 
-from gpl_fast.fast.call import Call
 from gpl_fast.fast.convolution_memory import transposed_windows, weight_bytes, windows
 from gpl_fast.fast.geometry import Segments
+from gpl_fast.fast.grid import grid_bytes
 from gpl_fast.fast.policy import Way
 from gpl_fast.fast.strip import Shape, Strip, channels_in
 from gpl_fast.net.weights import padded_channels
@@ -20,9 +20,7 @@ from gpl_fast.net.weights import padded_channels
 # The weights for tiles of 4 x 4 take at most this part of the workspace.
 WINOGRAD_SHARE = 8
 
-# Pixels of an image that `branch` looks at: rows, columns.
-GRID = (16, 64)
-
+Images = Shape  # of a chunk of each segment
 Rows = Shape  # of a strip of each segment
 
 
@@ -38,11 +36,15 @@ class Buffers(dict[str, int]):
         self[name] = max(self.get(name, 0), bytes_of(shape, dtype))
 
 
-def forward(plan: Segments, i: int, images: int, rows: Rows) -> Buffers:
+def forward(plan: Segments, i: int, images: Images, rows: Rows) -> Buffers:
     """What the forward walk holds in segment i besides what it saves."""
-    s, call, dtype, n = Strip(plan, i, images, rows), plan.call, plan.dtype, images
+    s, call, dtype, n = Strip(plan, i, images, rows), plan.call, plan.dtype, images[i]
     both = 1 if call.plain else 2
     out = Buffers(weights=_weights(plan, i, backward=False))
+    out["levels"] = sum(
+        bytes_of((both, *deeper.level_out(deeper.pad)), dtype)
+        for deeper in _unfinished(plan, i, images, rows)
+    )
     if call.cross_entropy:
         out.need("ce", (plan.n, plan.h, 2), torch.float64)
         # Labels as integers, and pixels that count: made before the operator.
@@ -121,11 +123,21 @@ def _tapped(out: Buffers, s: Strip, j: int, tap: str) -> None:
         out.need("difference", maps, torch.float32)
 
 
-def backward(plan: Segments, i: int, images: int, rows: Rows) -> Buffers:
+def _unfinished(plan: Segments, i: int, images: Images, rows: Rows) -> list[Strip]:
+    """Segments behind segment i that wait for more of their input, or whose gradient is needed for
+    more of it: what they put out is held."""
+    waiting = (j for j in range(i + 1, len(images) - 1) if images[j] < images[j + 1])
+    return [Strip(plan, j, images, rows) for j in waiting]
+
+
+def backward(plan: Segments, i: int, images: Images, rows: Rows) -> Buffers:
     """What the backward walk holds in segment i besides what was saved and the gradient."""
-    s, call, dtype, n = Strip(plan, i, images, rows), plan.call, plan.dtype, images
+    s, call, dtype, n = Strip(plan, i, images, rows), plan.call, plan.dtype, images[i]
     out = Buffers(weights=_weights(plan, i, backward=True))
-    if call.cross_entropy:
+    out["levels"] = sum(
+        bytes_of(deeper.level_out(0), dtype) for deeper in _unfinished(plan, i, images, rows)
+    )
+    if call.cross_entropy and i == 0:
         out.need("labels", (n, plan.h, plan.w), torch.int64)
     out.need("level.out", s.level_out(0), dtype)
     if s.ends and len(plan.coefficients) > 1:
@@ -173,7 +185,9 @@ def backward(plan: Segments, i: int, images: int, rows: Rows) -> Buffers:
 
 
 def _seed(out: Buffers, name: str, plan: Segments, level: Shape) -> None:
-    """What is added to a gradient at a tap: in float32 until it is whole."""
+    """What is added to a gradient at a tap: in float32 until it is whole, or in place."""
+    if not (plan.policy.on_cpu or plan.call.styles or plan.dtype == torch.float16):
+        return
     count = 2 + (plan.dtype != torch.float32) + 2 * bool(plan.call.styles)
     out.need(name, (count, *level), torch.float32)
 
@@ -184,24 +198,15 @@ def alone(plan: Segments, i: int) -> bool:
     return len(segment) == 1 and plan.how[segment[0]].block_bwd and not (i == 0 and plan.call.front)
 
 
-def peak(plan: Segments, images: int, rows: Rows) -> int:
-    """Bytes of a chunk: of the segment that needs most, or of a look at one image before."""
+def peak(plan: Segments, images: Images, rows: Rows) -> int:
+    """Bytes of a walk: in the segment that needs most, or of a look at one image before."""
     segments = range(len(plan.segments))
-    look = grid_bytes(plan.call, plan.h, plan.w)
+    by_aten = plan.call.branches and plan.policy.on_cpu
+    look = grid_bytes(plan.call, plan.h, plan.w) if by_aten else 0
     return max(look, *(segment_peak(plan, i, images, rows) for i in segments))
 
 
-def grid_bytes(call: Call, h: int, w: int) -> int:
-    """Of what `branch.carry_target` makes of one image: about eight float32 maps of the grid."""
-    if call.plain or call.dtype == torch.float32:
-        return 0
-    rows, columns = (
-        -(-size // -(-size // most)) if size else 0 for size, most in zip((h, w), GRID, strict=True)
-    )
-    return 8 * 4 * call.chain.in_channels * rows * columns
-
-
-def segment_peak(plan: Segments, i: int, images: int, rows: Rows) -> int:
+def segment_peak(plan: Segments, i: int, images: Images, rows: Rows) -> int:
     """Bytes of segment i, of the walk that needs more."""
     return max(sum(walk(plan, i, images, rows).values()) for walk in (forward, backward))
 
@@ -209,11 +214,12 @@ def segment_peak(plan: Segments, i: int, images: int, rows: Rows) -> int:
 def strip_peak(plan: Segments, i: int, rows: Rows) -> int:
     """Bytes of one image's strip alone, without what is of its whole height."""
     whole = ("weights", "table", "ce", "level.in", "level.out", "seed", "labels", "grams")
+    one = (1,) * len(plan.segments)
 
     def of(buffers: Buffers) -> int:
         return sum(size for name, size in buffers.items() if name not in whole)
 
-    return max(of(walk(plan, i, 1, rows)) for walk in (forward, backward))
+    return max(of(walk(plan, i, one, rows)) for walk in (forward, backward))
 
 
 # ------------------------------------------------------------------------------------------ weights

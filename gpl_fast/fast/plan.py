@@ -25,19 +25,22 @@ class Plan(Segments):
     """A call at a shape, planned.
 
     Attributes:
-        policy: who decides.
+        policy, on_cpu: who decides, and where for.
         how: who computes each step.
         budget, transient: bytes of memory that the walks may take, and those that they take.
-        images: of a chunk: so many go through together.
+        images: of a chunk, for each segment: so many go through together, never fewer in a deeper
+            one.
         rows: of a strip, for each segment; its whole height = no strips (`in_strips`).
         contract: `saved`; codes: of each step, the codes of its max pool or the mask of its ReLU.
         alone: whether one kernel makes a segment's gradient from end to end.
+        unit, relative: the largest of `coefficients`, and each of them over it.
         rooms: the named buffers of each walk, by segment.
     """
 
     def __init__(self, call: Call, n: int, h: int, w: int, *, tf32: bool | None = None) -> None:
         super().__init__(call, n, h, w)
         self.policy = policy.named(call.policy)
+        self.on_cpu = self.policy.on_cpu
         self.allow_tf32 = tf32_allowed() if tf32 is None else tf32
         # True float32 is ATen's convolutions; TF32 is the kernels' too.
         self.exact = call.dtype == torch.float32 and not self.allow_tf32
@@ -47,12 +50,20 @@ class Plan(Segments):
         self.transient = memory.peak(self, self.images, self.rows)
         heights = (self.sizes[segment[0]].h for segment in self.segments)
         self.in_strips = tuple(r < h for r, h in zip(self.rows, heights, strict=True))
+        # Rows of zeros around what each segment puts out.
+        self.pads = tuple(
+            halo * strips
+            for halo, strips in zip((*self.halos[1:], 0), (*self.in_strips[1:], False), strict=True)
+        )
         self.codes = tuple(
             f"code.{s.pool}" if s.pool_kind == "max" else f"mask.{s.relu}" for s in self.steps
         )
         self.alone = tuple(memory.alone(self, i) for i in range(len(self.segments)))
         # Taps inside of segments.
         self.inner = frozenset(call.taps) - frozenset(self.ends)
+        self.tapped = tuple(self._tapped(segment) for segment in self.segments)
+        self.unit = max(self.coefficients.values(), default=1.0)
+        self.relative = {name: value / self.unit for name, value in self.coefficients.items()}
         self.rooms = {
             walk: [walk(self, i, self.images, self.rows) for i in range(len(self.segments))]
             for walk in (memory.forward, memory.backward)
@@ -60,7 +71,14 @@ class Plan(Segments):
 
     # ------------------------------------------------------------------------------ who, how much
 
-    def _fit(self) -> tuple[int, memory.Rows]:
+    def _tapped(self, segment: range) -> frozenset[str]:
+        """The layers of a segment that are compared."""
+        steps = [self.steps[i] for i in segment]
+        return frozenset(self.call.taps).intersection(
+            name for s in steps for name in (s.conv, s.relu, s.pool)
+        )
+
+    def _fit(self) -> tuple[memory.Images, memory.Rows]:
         """Decide `how`, and what goes through at a time: perhaps only without large tiles."""
         for self.large_tiles in (True, False):
             self.how = tuple(self._how(i, step) for i, step in enumerate(self.steps))

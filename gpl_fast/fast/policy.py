@@ -22,9 +22,10 @@ from gpl_fast.net.weights import Layout
 from gpl_fast.tiles import Tile
 
 MIB = 2**20
-# workspace_mb="auto": megabytes of a CPU; of a GPU at least these, and one part of so many.
+# workspace_mb="auto": megabytes of a CPU; of a GPU at least these and one part of so many, which
+# make a step a few dozen launches: more memory hardly makes them fewer.
 CPU_WORKSPACE_MB = 256
-GPU_WORKSPACE_SHARE = 64
+GPU_WORKSPACE_MB, GPU_WORKSPACE_SHARE = 640, 64
 
 # Signs and winners come of the prediction's convolutions; the others decide nothing.
 Role = Literal["prediction", "difference", "gradient"]
@@ -102,7 +103,8 @@ class Policy:
         same on every rank, that grows for an input which cannot do with it."""
         if workspace_mb is not None:
             return int(workspace_mb * MIB), True
-        return int(max(CPU_WORKSPACE_MB, self.memory_mb / GPU_WORKSPACE_SHARE) * MIB), False
+        of_gpu = max(GPU_WORKSPACE_MB, self.memory_mb / GPU_WORKSPACE_SHARE)
+        return int((of_gpu if self.device == "cuda" else CPU_WORKSPACE_MB) * MIB), False
 
     def arithmetic(self, dtype: torch.dtype) -> str:
         """Of convolutions of maps of `dtype`: in their "own" one, "float32", or "mixed" of both.

@@ -125,6 +125,8 @@ class StepBackward:
             return dy
         inner, of_image = rows.inside(height)
         dy = dy.clone()
-        at = self.seeds.at(tap, self.chunk.images, of_image.start, of_image.stop, dy[:, inner])
-        dy[:, inner] = at
+        here = dy[:, inner]
+        made = self.seeds.at(tap, self.chunk.images, here, of_image)
+        if made is not here:
+            here.copy_(made)
         return dy

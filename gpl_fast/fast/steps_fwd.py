@@ -79,7 +79,7 @@ class StepForward:
             self.chunk.stages.relu_fwd(z, y=z, mask=mask)
         else:
             self.chunk.stages.relu_diff_fwd(
-                z, dz=dz, from_target=self.look_up.from_target, delta=dz, y=z, mask=mask
+                z, dz=dz, from_target=self.chunk.from_target, delta=dz, y=z, mask=mask
             )
 
     def _pool(self, i: int, z: Tensor, dz: Tensor | None, rows: Rows, out: Tensor | None) -> None:
@@ -115,7 +115,7 @@ class StepForward:
                 self._tap(step.pool, y, None, everything, a, b)
             return
         chunk.stages.relu_pool_diff_fwd(
-            z, dz=dz, from_target=self.look_up.from_target, pool=POOLS[step.pool_kind], delta=d,
+            z, dz=dz, from_target=chunk.from_target, pool=POOLS[step.pool_kind], delta=d,
             y=y, code=code,
         )  # fmt: skip
         if styled or (diff is not None and out is not None):
@@ -148,7 +148,7 @@ class StepForward:
             d=maps.delta if maps.carried is not None else None,
             weight=chunk.packs[f"block.{step.conv}"],
             bias=chunk.packs.get(f"b.{step.conv}"),
-            from_target=None if plain else self.look_up.from_target,
+            from_target=None if plain else chunk.from_target,
             target=self.look_up.listed() if maps.carried is None else None,
             kernel_size=step.kernel_size,
             stride=step.stride,
@@ -166,7 +166,8 @@ class StepForward:
         )
         if partial is not None:
             sums = partial.sum(dim=1, dtype=torch.float64)
-            self.taps.squares[tap] = self.taps.squares.get(tap, 0) + sums
+            before = self.taps.squares.get(tap)
+            self.taps.squares[tap] = sums if before is None else before + sums
         first = 0 if step.pool or out is not None else a - rows.lo
         if tap in plan.call.taps:
             self._tap(tap, made.carried, made.delta, slice(first, first + b - a), a, b)

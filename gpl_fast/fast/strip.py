@@ -9,10 +9,11 @@ Shape = tuple[int, ...]
 
 
 class Strip:
-    """Shapes of a strip of segment i: of ``rows[i]`` rows, of `images` images."""
+    """Shapes of a strip of segment i: of ``rows[i]`` rows, of ``images[i]`` images."""
 
-    def __init__(self, plan: Segments, i: int, images: int, rows: Shape) -> None:
-        self.plan, self.i, self.n, self.rows = plan, i, images, rows[i]
+    def __init__(self, plan: Segments, i: int, images: Shape, rows: Shape) -> None:
+        self.plan, self.i, self.n, self.rows = plan, i, images[i], rows[i]
+        self.n_out = images[min(i + 1, len(images) - 1)]  # what it puts out is whole for the next
         self.segment = plan.segments[i]
         self.first, self.last = plan.sizes[self.segment[0]], plan.sizes[self.segment[-1]]
         self.in_strips = self.rows < self.first.h
@@ -31,7 +32,7 @@ class Strip:
     def level_out(self, pad: int) -> Shape:
         """The same of its output."""
         c = self.plan.steps[self.segment[-1]].out_channels
-        return self.n, self.last.out_h + 2 * pad, self.last.out_w, c
+        return self.n_out, self.last.out_h + 2 * pad, self.last.out_w, c
 
     def conv_rows(self, j: int) -> tuple[int, int]:
         """Rows of step j's input and of its convolution: a strip loses its halo on the way."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -22,27 +24,25 @@ class TapsForward:
         keep: whether the backward will read what is saved.
     """
 
-    from_target: Tensor  # (n,) bool, the images whose target is carried
-
     def __init__(self, chunk: Chunk[TritonStages], terms: Tensor, keep: bool) -> None:
         self.chunk, self.terms, self.keep = chunk, terms, keep
         self.diff: dict[str, Tensor] = {}
         self.squares: dict[str, Tensor] = {}  # Σ δ² of each image where a block has reduced it
 
-    def begin(self) -> None:
-        """Other images."""
+    def begin(self, here: Collection[str]) -> None:
+        """The taps of a segment."""
         chunk, call = self.chunk, self.chunk.plan.call
-        self.squares = {}
-        self.diff = {tap: self._buffer(tap) for tap, _ in call.features}
-        for tap, _ in call.styles:
+        self.squares, self.diff = {}, {}
+        for tap, _ in call.features:
+            if tap not in here:
+                continue
+            if self.keep:
+                self.diff[tap] = chunk.saved[f"diff.{tap}"][chunk.images]
+            else:
+                shape = (len(chunk.x[chunk.images]), *chunk.plan.tap_shape(tap)[1:])
+                self.diff[tap] = chunk.x.new_empty(shape, dtype=chunk.plan.dtype)
+        for tap in call.styled.intersection(here):
             chunk.saved[f"gram.{tap}"][chunk.images].zero_()
-
-    def _buffer(self, tap: str) -> Tensor:
-        chunk = self.chunk
-        if self.keep:
-            return chunk.saved[f"diff.{tap}"][chunk.images]
-        shape = (len(chunk.x[chunk.images]), *chunk.plan.tap_shape(tap)[1:])
-        return chunk.x.new_empty(shape, dtype=chunk.plan.dtype)
 
     def take(self, tap: str, y: Tensor | None, d: Tensor | None, a: int, b: int) -> None:
         """Rows [a, b) of a layer: of the carried branch and δ, or of the only branch."""
@@ -64,7 +64,7 @@ class TapsForward:
         phi = y.float().flatten(1, 2)
         if d is not None:
             delta = d.float().flatten(1, 2)
-            phi = phi + delta * self.from_target.view(-1, 1, 1)
+            phi = phi + delta * chunk.from_target.view(-1, 1, 1)
         gram = chunk.saved[f"gram.{tap}"][chunk.images]
         if f"gram.{tap}" in chunk.target:
             gram += phi.transpose(1, 2) @ phi
@@ -75,23 +75,25 @@ class TapsForward:
             kept = chunk.saved[f"phi.{tap}"]
             kept[chunk.images, a:b] = phi.view(y.shape).to(kept.dtype)
 
-    def reduce(self) -> None:
-        """Add the chunk's terms."""
+    def reduce(self, here: Collection[str]) -> None:
+        """Add the terms of the segment's taps."""
         chunk, call = self.chunk, self.chunk.plan.call
-        for tap, weight in call.features:
-            _, h, w, c = chunk.plan.tap_shape(tap)
+        feature, style = self.terms[0, chunk.images], self.terms[1, chunk.images]
+        for tap, diff in self.diff.items():
             sums = self.squares.get(tap)
             if sums is None:
-                sums = chunk.stages.diff_reduce_fwd(self.diff[tap])
-            self.terms[0, chunk.images] += sums * (weight / (c * h * w))
+                sums = chunk.stages.diff_reduce_fwd(diff)
+            feature.add_(sums, alpha=chunk.plan.coefficients[f"feature.{tap}"])
         for tap, weight in call.styles:
+            if tap not in here:
+                continue
             _, h, w, c = chunk.plan.tap_shape(tap)
             gram = chunk.saved[f"gram.{tap}"][chunk.images]
             gram /= c * h * w
             other = chunk.target.get(f"gram.{tap}")
             if other is not None:
                 gram -= other if other.shape[0] == 1 else other[chunk.images]
-            self.terms[1, chunk.images] += weight * gram.double().square().sum(dim=(1, 2))
+            style.add_(gram.double().square().sum(dim=(1, 2)), alpha=weight)
 
 
 class Seeds:
@@ -101,21 +103,26 @@ class Seeds:
         g: (4, N) float32, the gradients of the forward's terms.
 
     Attributes:
+        of: what each tap's is multiplied by: a number, or one for each image, (N,) float32.
         scale: (N,) float32, which the logits' gradient is multiplied by.
     """
 
+    of: dict[str, float | Tensor]
+
     def __init__(self, plan: Plan, saved: dict[str, Tensor], g: Tensor) -> None:
         self.plan, self.saved = plan, saved
-        c = plan.coefficients
-        unit = max(c.values())
-        g_n = g[:2].abs().amax(dim=0)
-        relative = torch.where(g_n == 0, 0, g[:2] / g_n)
-        self.of = {
-            name: relative[0 if name.startswith("feature") else 1] * (value / unit)
-            for name, value in c.items()
-        }
-        self.scale = (2 * unit * g_n).float()
-        if plan.dtype == torch.float16 and g_n.numel():
+        unit, self.of = plan.unit, dict(plan.relative)
+        if not plan.call.styles:
+            self.scale = g[0] * (2 * unit)
+        else:
+            g_n = g[:2].abs().amax(dim=0)
+            share = torch.where(g_n == 0, 0, g[:2] / g_n)
+            self.of = {
+                name: share[0 if name.startswith("feature") else 1] * factor
+                for name, factor in plan.relative.items()
+            }
+            self.scale = (2 * unit * g_n).float()
+        if plan.dtype == torch.float16 and plan.n:
             self._fit_float16()
 
     def _fit_float16(self) -> None:
@@ -141,24 +148,33 @@ class Seeds:
                 for part in torch.split(pixels, some, dim=1)
             ]
             size = torch.stack(norms).amax(dim=0) * torch.linalg.vector_norm(gram, dim=1).amax(1)
-        return size * self.of[name].abs().float()
+        factor = self.of[name]
+        return size * (factor.abs() if isinstance(factor, Tensor) else abs(factor))
 
-    def at(self, tap: str, images: slice, a: int, b: int, dy: Tensor | None) -> Tensor:
-        """Rows [a, b) of ``dE_b``, eq. (2) and Gram's, added to `dy`, in the compute dtype."""
-        if set(self.of) == {f"feature.{tap}"} and dy is None:
-            g = self.of[f"feature.{tap}"][images]
-            diff = self.saved[f"diff.{tap}"][images, a:b]
-            # One level: the seed is δ itself (times 0 or ±1 where the loss' gradient is).
-            return diff * g.to(diff.dtype).view(-1, 1, 1, 1)
-        total: Tensor | None = None if dy is None else dy.float()
-        if f"feature.{tap}" in self.of:
-            g = self.of[f"feature.{tap}"][images].float().view(-1, 1, 1, 1)
-            seed = self.saved[f"diff.{tap}"][images, a:b].float() * g
-            total = seed if total is None else total + seed
-        if f"style.{tap}" in self.of:
-            g = self.of[f"style.{tap}"][images].float().view(-1, 1, 1, 1)
-            phi = self.saved[f"phi.{tap}"][images, a:b].float()
-            seed = (phi.flatten(1, 2) @ self.saved[f"gram.{tap}"][images]).view_as(phi) * g
+    def at(self, tap: str, images: slice, dy: Tensor | None, rows: slice = slice(None)) -> Tensor:
+        """Rows of ``dE_b``, eq. (2) and Gram's, added to `dy`, which may be written to, in the
+        compute dtype. Without `dy` it may be what was saved: nobody writes to it."""
+        factor = self.of.get(f"feature.{tap}")
+        if isinstance(factor, float) and f"style.{tap}" not in self.of:
+            diff = self.saved[f"diff.{tap}"][images, rows]
+            if dy is None:
+                return diff if factor == 1.0 else diff * factor
+            if factor == 1.0 or not self.plan.on_cpu:  # which rounds alpha to their dtype
+                return dy.add_(diff, alpha=factor)
+        total = None if dy is None else dy.float()
+        for kind in ("feature", "style"):
+            factor = self.of.get(f"{kind}.{tap}")
+            if factor is None:
+                continue
+            if isinstance(factor, Tensor):
+                factor = factor[images].float().view(-1, 1, 1, 1)
+            seed = self._unscaled(kind, tap, images, rows) * factor
             total = seed if total is None else total + seed
         assert total is not None
         return total.to(self.plan.dtype)
+
+    def _unscaled(self, kind: str, tap: str, images: slice, rows: slice) -> Tensor:
+        if kind == "feature":
+            return self.saved[f"diff.{tap}"][images, rows].float()
+        phi = self.saved[f"phi.{tap}"][images, rows].float()
+        return (phi.flatten(1, 2) @ self.saved[f"gram.{tap}"][images]).view_as(phi)

@@ -34,11 +34,13 @@ def _place(plan: Plan, half: str) -> str:
 def _logits(plan: Plan) -> Runs:
     forward = [f"softmax_pack_fwd ({_place(plan, 'forward')})"]
     backward = [f"softmax_bwd ({_place(plan, 'backward')})"]
+    if plan.call.branches and not plan.on_cpu:
+        forward.insert(0, f"carry_target_fwd ({_place(plan, 'forward')})")
     if plan.call.front:
         forward.append("adapter, mean, std (ATen)")
         backward.insert(0, "adapter, std (ATen)")
         if plan.call.looked_up:
-            forward.insert(1, _look_up(plan))
+            forward.insert(-1, _look_up(plan))
     elif plan.how[0].block_bwd:
         backward = []
     if plan.call.encode:

@@ -3,6 +3,7 @@
 Twins of ``csrc/cpu``; one stage a file: device helpers, kernel, launcher.
 """
 
+from gpl_fast.kernels.branch import carry_target_fwd
 from gpl_fast.kernels.conv_block import conv_block_fwd
 from gpl_fast.kernels.diff_reduce import diff_reduce_fwd
 from gpl_fast.kernels.label_conv import label_conv_fwd, topk_conv_fwd
@@ -12,6 +13,7 @@ from gpl_fast.kernels.softmax_bwd import softmax_bwd
 from gpl_fast.kernels.softmax_pack import softmax_pack_fwd
 
 __all__ = [
+    "carry_target_fwd",
     "conv_block_fwd",
     "diff_reduce_fwd",
     "label_conv_fwd",

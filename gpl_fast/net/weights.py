@@ -108,8 +108,8 @@ class Weights:
 
     def __init__(self, tensors: Mapping[str, Tensor], chain: Chain | str) -> None:
         self.tensors, self.chain = dict(tensors), chain
-        self._casts: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
-        self._packs: dict[Layout, dict[str, Tensor]] = {}
+        self._casts: dict[tuple[torch.device, torch.dtype], streams.Copies] = {}
+        self._packs: dict[Layout, streams.Copies] = {}
 
     def cast(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """All weights by layer on `device` in `dtype`, made once.
@@ -125,8 +125,9 @@ class Weights:
                 t._dynamo_static_indices = set(range(t.dim()))  # type: ignore[attr-defined]
             if active_fake_mode() is not None:  # fake tensors must not outlive it
                 return made
-            self._casts.setdefault(key, made)  # of two threads, what the first has made
-        return _read_here(self._casts[key])
+            # Of two threads, what the first has made.
+            self._casts.setdefault(key, streams.Copies(made))
+        return self._casts[key].read_here()
 
     def packs(self, layout: Layout) -> dict[str, Tensor]:
         """What `pack_weights` makes of them, made once.
@@ -142,19 +143,14 @@ class Weights:
                 made = pack_weights(self.tensors, self.chain, layout)
             if active_fake_mode() is not None:
                 return made
-            self._packs.setdefault(layout, made)
+            self._packs.setdefault(layout, streams.Copies(made))
         held = self._packs[layout]
-        return _read_here(held) if layout.device.type == "cuda" else held
+        return held.read_here() if layout.device.type == "cuda" else held.tensors
 
     def cached_tensors(self) -> list[Tensor]:
         """All that was made of them, on any device."""
         made = (*self._casts.values(), *self._packs.values())
-        return [t for tensors in made for t in tensors.values()]
-
-
-def _read_here(held: dict[str, Tensor]) -> dict[str, Tensor]:
-    streams.read_here(list(held.values()))
-    return held
+        return [t for copies in made for t in copies.tensors.values()]
 
 
 _alive: WeakValueDictionary[str, Weights] = WeakValueDictionary()

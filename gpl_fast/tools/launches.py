@@ -1,8 +1,9 @@
 """FLOPs and bytes of every launch of a step on a GPU, counted without one.
 
 The two walks of `gpl_fast.fast` run with their arguments on tensors without memory, and a recorder
-in the place of the stages: neither a GPU nor Triton is needed. Bytes are those of each tensor once:
-halos, weights that leave the cache and rows that other programs read again come on top.
+in the place of the stages: neither a GPU nor Triton is needed. A launch is a stage, or an operator
+of ATen's that neither views nor allocates. Bytes are those of each tensor once: halos, weights that
+leave the cache and rows that other programs read again come on top.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from gpl_fast.backend import BackendUnavailable
 from gpl_fast.fast import policy
 from gpl_fast.fast.backward import Backward
 from gpl_fast.fast.call import Call
@@ -24,7 +27,7 @@ from gpl_fast.fast.plan import Plan
 from gpl_fast.net import weights
 from gpl_fast.net.lossnet import LossNet
 from gpl_fast.stages import Listed
-from gpl_fast.tools.workload import check_shape
+from gpl_fast.tools.workload import check_shape, make_inputs, make_loss
 
 
 @dataclass(frozen=True)
@@ -49,19 +52,30 @@ WORKLOADS = {
 }
 TOP = 8  # classes listed in a pixel of a top-k target
 WORKSPACE_MB = 256.0
+SMALL = "other operators (ATen)"
+CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten._convolution.default)
+ALLOCATING = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+HOST = {"scalar_tensor"}  # a number of Python's, which a kernel takes as an argument
 
 
 @dataclass
 class Launch:
-    """One kernel's work."""
+    """One kernel's work; of an operator that is `SMALL` also which."""
 
     name: str
     flops: float
     bytes: float
+    operator: str = ""
+
+
+def is_launch(func: Any) -> bool:
+    """Whether an operator runs a kernel: what views and what allocates does not."""
+    packet = func.overloadpacket.__name__
+    return not (func.is_view or packet in ALLOCATING | HOST or packet == "_unsafe_view")
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Stands for the stages, and sees ATen's convolutions: collects both."""
+    """Stands for the stages, and sees ATen's operators: collects both."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -69,13 +83,18 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func in (torch.ops.aten.convolution.default, torch.ops.aten._convolution.default):
+        if func in CONVOLUTIONS:
             x, w = args[:2]
             transposed = args[6]
+            out = out.contiguous(memory_format=torch.channels_last)  # as cuDNN leaves it
             # Each weight meets each pixel of the side that is not spread.
             pixels = (x if transposed else out).numel() // (x if transposed else out).shape[1]
             name = "data gradient (ATen)" if transposed else "convolution (ATen)"
             self.launches.append(Launch(name, 2.0 * pixels * w.numel(), _bytes((x, w, out))))
+        elif is_launch(func):
+            flat = tree_leaves((args, kwargs, out))
+            once = {id(t): t for t in flat if isinstance(t, Tensor)}.values()
+            self.launches.append(Launch(SMALL, 0.0, _bytes(once), func.overloadpacket.__name__))
         return out
 
     def __getattr__(self, name: str) -> Callable[..., None]:
@@ -85,6 +104,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return lambda first, **rest: self.launches.append(
             Launch(name, 0.0, _bytes((first, *rest.values())))
         )
+
+    def carry_target_fwd(self, x: Tensor, *, step: tuple[int, int], **rest: Any) -> None:
+        """As `gpl_fast.stages`: pixels of a grid, and what decides."""
+        moved = _bytes((x, *rest.values())) / (step[0] * step[1])
+        self.launches += [Launch("carry_target_fwd", 0.0, moved)] * 2
 
     def conv_block_fwd(
         self, a: Tensor, *, weight: Tensor, d: Tensor | None, target: Listed | None, **rest: Any
@@ -146,12 +170,58 @@ def launches(
     packs = weights.of(net.identity).packs(layout)
     recorder = Recorder()
     stages: Any = recorder
+    g = torch.empty(4, n, device="meta")
     with recorder:
-        _, saved = Forward(plan, x, target, packs, True, stages=stages).run()
+        terms, saved = Forward(plan, x, target, packs, True, stages=stages).run()
+        terms.float()  # as the operator puts them out
         first, recorder.launches = recorder.launches, []
-        g = torch.ones(4, n, device="meta")
         Backward(plan, x, {}, packs, saved, g, stages=stages).run()
     return first, recorder.launches
+
+
+class _Around(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees ATen's operators around the two of the walks, in whose place nothing is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operators: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.gpl_fast.perceptual_fwd.default:
+            return torch.zeros(4, len(args[0])), []
+        if func is torch.ops.gpl_fast.perceptual_bwd.default:
+            return torch.zeros_like(args[0])
+        if is_launch(func):
+            self.operators.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@cache
+def launches_around(kind: str = "dense") -> tuple[str, ...]:
+    """ATen's operators that a whole loss and its backward launch around the two of the walks.
+
+    Of a small call on the CPU, which asks for the same ones as a GPU's: what looks at a target's
+    values, which is left out there, is one operator.
+
+    Raises:
+        BackendUnavailable: the fast path cannot run here.
+    """
+    loss = make_loss("fast-bf16", 3)
+    x, target = make_inputs((2, 3, 32, 32), kind, "cpu")
+    x.requires_grad_()
+    with _Around() as around:
+        loss(x, target).backward()
+    return tuple(around.operators)
+
+
+def count_line(work: Workload, workspace_mb: float = WORKSPACE_MB) -> str:
+    """How many launches a step has: inside the two operators, and around them where the fast path
+    can run here."""
+    inside = sum(map(len, launches(work, workspace_mb)))
+    try:
+        return f"launches: {inside} inside, {len(launches_around(work.kind))} outside"
+    except BackendUnavailable:
+        return f"launches: {inside} inside"
 
 
 def _target(work: Workload) -> dict[str, Tensor]:

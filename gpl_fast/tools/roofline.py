@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from gpl_fast.tools.launches import WORKSPACE_MB, Launch, Workload, launches
+from gpl_fast.tools.launches import WORKSPACE_MB, Launch, Workload, count_line, launches
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,7 @@ def table(
             lines.append(_line(f"{half}: {stage}", some, rates, limit=True))
     everything = [launch for made in halves.values() for launch in made]
     lines.append(_line("all", everything, rates) + "\n")
+    lines.append(count_line(work, workspace_mb) + "\n")
     found = _of(work, rows)
     seconds = {f"{half}_seconds": sum(map(rates[0].seconds, made)) for half, made in halves.items()}
     seconds["seconds_median"] = sum(seconds.values())

@@ -374,6 +374,44 @@ def test_other_stages(case):
     check(compiled, tensor_core=None, pipelined=False)
 
 
+# ---------------------------------------------------------------------------------------- branch
+
+LOOKS = {
+    "capability": CAPABILITIES,
+    "kind": ("dense", *LISTED),
+    "activation": (1, 2, 0),
+    "channels": (150, 19, 1203),
+    "masked": (False, True),
+}
+
+
+@pytest.mark.parametrize(
+    "case", pairwise.covering(LOOKS, lambda case: False, lambda case: 0.0), ids=name
+)
+def test_which_branch(case):
+    kind, grid, c = case["kind"], (N, H, W), case["channels"]
+    x = meta(N, c, H, W, dtype=FLOAT)
+    target = {"dense": x} if kind == "dense" else {}
+    if kind == "labels":
+        target = {"labels": meta(*grid, dtype=LABEL_DTYPE)}
+    elif kind != "dense":
+        target = {"topk_values": meta(N, 8, H, W, dtype=FLOAT)}
+        target |= {"topk_indices": meta(N, 8, H, W, dtype=LABEL_DTYPE)}
+    if kind == "topk and rest":
+        target["topk_rest"] = meta(*grid, dtype=FLOAT)
+    if case["masked"]:
+        target["valid"] = meta(*grid, dtype=torch.bool)
+    with compiling_for(case["capability"]) as compiled:
+        kernels.carry_target_fwd(
+            x, activation=case["activation"], target_activation=case["activation"],
+            temperature=1.0, step=(32, 8), near=1 / 32, from_target=meta(N, dtype=torch.bool),
+            **target,
+        )  # fmt: skip
+    assert len(compiled) == 2
+    for each in compiled:
+        check(each, tensor_core=None, pipelined=False)
+
+
 # --------------------------------------------------------------------------------------- corners
 
 ONES = {

@@ -310,7 +310,7 @@ import sys
 sys.modules["triton"] = None
 from pathlib import Path
 from gpl_fast import cli, ops
-ops.LIBRARY = Path("not-there")
+ops.LIBRARY = Path("/not/there/libgpl_fast.so")
 sys.exit(cli.main(["bench", "--roofline", "--gpu", "rtx4090", "--mine", "1", "5", "64", "64"]))
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -19,7 +19,7 @@ from cases import ATOL, NARROW, call_of, error, every_way, value_and_grad
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inside import peak_bytes
-from policies import ARITHMETIC, decided
+from policies import ARITHMETIC, decided, told_chunks
 from saved import Walk, left_by, network_input, terms
 from strategies import Case, case
 from torch import Tensor, nn
@@ -33,7 +33,8 @@ from gpl_fast import (
     TopK,
     reference,
 )
-from gpl_fast.fast.branch import GRID, carried, carry_target
+from gpl_fast.fast.branch import carried
+from gpl_fast.fast.grid import GRID
 from gpl_fast.fast.memory import peak
 from gpl_fast.fast.policy import MIB
 from gpl_fast.net import weights
@@ -288,8 +289,8 @@ def test_chunks_are_the_whole(kind, pool, rows, arithmetic, decide):
     whole = value_and_grad(loss, pred, target, mask)
     if rows == "images":
         planned, _ = left_by(loss(pred.clone().requires_grad_(), target, mask))
-        decide(strip_mb=(peak(planned, 1, planned.rows) + 1) / MIB)
-        assert left_by(loss(pred.clone().requires_grad_(), target, mask))[0].images == 1
+        decide(strip_mb=(peak(planned, (1,) * len(planned.rows), planned.rows) + 1) / MIB)
+        assert left_by(loss(pred.clone().requires_grad_(), target, mask))[0].images[0] == 1
     else:
         decide(rows=rows)
     chunked = value_and_grad(loss, pred, target, mask)
@@ -467,27 +468,47 @@ def test_bfloat16_is_as_exact_as_with_weights_rounded_one_by_one(kind, monkeypat
         assert error(grad, truth) <= 2 * error(stock, truth)
 
 
+@pytest.mark.parametrize("images", [(1, 3), (1, 2, 3), (2, 3), (1, 1, 3), (2, 2, 5)], ids=str)
+@pytest.mark.parametrize("rows", [None, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunks_by_segment_are_the_whole(kind, rows, images, decide, monkeypatch):
+    loss = PerceptualLoss(
+        LossNet.vgg(3, (2, 1, 1), NARROW), {"pool1": 1.0, "relu2_1": 0.5, "pool3": 2.0},
+        {} if kind == "features" else {"pool2": 1.0}, backend="fast", reduction="none",
+    )  # fmt: skip
+    pred = 2 * torch.randn(5, 3, 29, 22)
+    target, mask = target_of(kind, pred, loss), torch.rand(5, 29, 22) < 0.9
+    mask = None if kind == "features" else mask
+    whole = value_and_grad(loss, pred, target, mask)
+    decide()  # a plan of its own
+    told_chunks(monkeypatch, images, rows)
+    chunked = value_and_grad(loss, pred, target, mask)
+    planned, _ = left_by(loss(pred.clone().requires_grad_(), target, mask))
+    assert planned.images[0] < planned.images[-1]
+    close(chunked, whole, CLOSE[FLOAT])
+
+
 def test_the_target_is_carried_only_where_it_is_near_and_constant_in_regions():
     net = LossNet.vgg(19, (1,))
 
-    def carried(logits: Tensor, dtype: torch.dtype = BF16, **target: Tensor) -> list[bool]:
-        return carry_target(call_of(net, dtype=dtype), logits, target, slice(0, 2)).tolist()
+    def found(logits: Tensor, dtype: torch.dtype = BF16, **target: Tensor) -> list[bool]:
+        return carried(call_of(net, dtype=dtype), logits, target, 2**30).tolist()
 
     (near, labels), (flat, other) = peaked(19, 8.0, 8), peaked(19, 0.0, 8)
     both, all_labels = torch.cat([near, flat]), torch.cat([labels, other])
-    assert carried(both, labels=all_labels) == [True, False]
-    assert carried(both, FLOAT, labels=all_labels) == [False, False]
-    assert carried(both, dense=both) == [False, False]
+    assert found(both, labels=all_labels) == [True, False]
+    assert found(both, FLOAT, labels=all_labels) == [False, False]
+    assert found(both, dense=both) == [False, False]
     one_hot = 30 * reference.one_hot(all_labels, 19, FLOAT)
-    assert carried(both, dense=one_hot) == [True, False]
-    assert carried(both, dense=one_hot[..., ::2, ::2]) == [True, False]
+    assert found(both, dense=one_hot) == [True, False]
+    assert found(both, dense=one_hot[..., ::2, ::2]) == [True, False]
     noise, scattered = peaked(19, 8.0, 1)
-    assert carried(noise, labels=scattered) == [False]
+    assert found(noise, labels=scattered) == [False]
     values, indices = torch.full((2, 2, 64, 64), 0.5), all_labels.unsqueeze(1).expand(-1, 2, -1, -1)
-    assert carried(both, topk_values=values, topk_indices=indices) == [True, False]
+    assert found(both, topk_values=values, topk_indices=indices) == [True, False]
     invalid = torch.ones(2, 64, 64, dtype=torch.bool)
     invalid[1] = False
-    assert carried(both, labels=all_labels, valid=invalid)[0]
+    assert found(both, labels=all_labels, valid=invalid)[0]
 
 
 @pytest.mark.parametrize("at_once", [0, 1, 2, 5])

@@ -6,16 +6,16 @@ from __future__ import annotations
 import functools
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 from cases import ATOL, NARROW, call_of, error, value_and_grad
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from inside import Measured, Taken, peak_bytes, step
-from policies import decided
+from policies import decided, told_chunks
 from saved import left_by
 from torch import Tensor, nn
 
@@ -170,6 +170,18 @@ def test_the_sum_of_the_buffers_is_the_bound(d: Drawn):
             check(taken)
 
 
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(d=drawn(), images=st.sampled_from([(1, 2), (1, 3), (2, 3), (1, 1, 2), (1, 2, 3)]))
+def test_the_sum_is_the_bound_of_chunks_by_segment(d: Drawn, images, monkeypatch):
+    d = replace(d, shape=(3, *d.shape[1:]))
+    with monkeypatch.context() as patch, decided(arithmetic=d.way[1]):
+        told_chunks(patch, images, d.rows)
+        loss = d.loss()
+        pred, args = d.inputs(loss)
+        for taken in step(loss, pred, *args):
+            check(taken)
+
+
 @settings(max_examples=60)
 @given(d=drawn(), share=st.floats(0.2, 1.0))
 def test_the_workspace_is_a_hard_bound(d: Drawn, share):
@@ -218,7 +230,7 @@ def test_without_a_gradient_the_taps_come_on_top(d: Drawn):
         (taken,) = measured.taken
         plan = taken.plan
         taps = sum(
-            memory.bytes_of(shape, dtype) * (plan.images / plan.n if "diff" in name else 1)
+            memory.bytes_of(shape, dtype) * (plan.images[0] / plan.n if "diff" in name else 1)
             for name, (shape, dtype) in plan.contract.items()
             if name.startswith(("diff", "gram"))
         )
@@ -293,7 +305,8 @@ def test_chunks_fit_the_workspace(blocks, mb, size, kind, policy):
         assert least > mb
         return
     assert planned.bytes_transient() <= mb * MIB
-    assert 1 <= planned.images <= size[0]
+    assert 1 <= planned.images[0] <= planned.images[-1] <= size[0]
+    assert list(planned.images) == sorted(planned.images)
     for segment, rows in zip(planned.segments, planned.rows, strict=True):
         height = planned.sizes[segment[0]].h
         assert rows == height or (rows % 2 == 0 and 0 < rows < height)
@@ -345,6 +358,35 @@ def test_transient_memory_does_not_grow_with_the_images():
     loss = GenericPerceptualLoss(19, "1,1", backend="fast", workspace_mb=12)
     one, four = (transient_bytes(loss, *torch.randn(2, n, 19, 128, 128))[0] for n in (1, 4))
     assert four <= 1.01 * one
+
+
+ON_A_GPU = {  # classes, images, MB: images and rows of the first segment's chunks
+    "all at once": (19, 8, 2048, (8, 512)),
+    "equal parts": (150, 16, 2048, (8, 512)),  # 11 would fit, and leave 5
+    "one image": (1203, 4, 2048, (1, 512)),
+    "strips": (1203, 4, 800, (1, 256)),
+}
+
+
+@pytest.mark.parametrize("case", ON_A_GPU)
+def test_a_gpu_takes_class_maps_in_parts_and_deep_segments_whole(case):
+    c, n, mb, first = ON_A_GPU[case]
+    call = call_of(GenericPerceptualLoss(c).net, dtype=BF16, policy="sm_90", workspace_mb=mb)
+    plan = Plan(call, n, 512, 512)
+    assert (plan.images[0], plan.rows[0]) == first
+    assert plan.images[1:] == (n,) * 4
+    assert not any(plan.in_strips[1:])
+    if 1 < first[0] < n:
+        more = (first[0] + 4, *plan.images[1:])
+        assert memory.peak(plan, more, plan.rows) > plan.budget
+
+
+def test_a_cpu_takes_the_same_images_through_all_segments():
+    for c, n, policy in ((19, 8, "avx2"), (3, 16, "amx"), (150, 2, "avx512_bf16")):
+        call = call_of(GenericPerceptualLoss(c).net, dtype=BF16, policy=policy)
+        plan = Plan(call, n, 64, 64)
+        assert len(set(plan.images)) == 1
+        assert plan.images[0] > 1
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, BF16])

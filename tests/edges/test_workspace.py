@@ -31,7 +31,7 @@ LARGE = {
 def test_auto_takes_every_input(case):
     shape, options = LARGE[case]
     p = planned(shape, **options)
-    assert p.images >= 1
+    assert min(p.images) >= 1
     # What is not a strip cannot shrink; a number below it is refused, the needed one is taken.
     needed = p.bytes_transient() / MIB
     assert needed <= p.budget / MIB
@@ -64,8 +64,8 @@ def test_a_large_input_runs_and_is_right():
     assert loss.explain(x, y).workspace_bytes <= CPU_WORKSPACE_MB * MIB * 4
 
 
-def test_a_gpus_share_is_of_its_memory_and_at_least_a_cpus():
-    for total, share in ((139 * 1024, 139 * 16), (24 * 1024, 384), (8 * 1024, 256)):
+def test_a_gpus_share_is_of_its_memory_and_enough_for_few_launches():
+    for total, share in ((139 * 1024, 139 * 16), (48 * 1024, 768), (24 * 1024, 640)):
         gpu = Policy("cuda", memory_mb=total)
         assert gpu.workspace(None) == (share * MIB, False)
         assert gpu.workspace(64.0) == (64 * MIB, True)

@@ -33,9 +33,18 @@ FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
 # The functions of the same names stand before some of these modules.
 STAGES = [
     importlib.import_module(f"gpl_fast.kernels.{name}")
-    for name in ("diff_reduce", "label_conv", "relu", "relu_pool", "softmax_bwd", "softmax_pack")
+    for name in (
+        "branch",
+        "diff_reduce",
+        "label_conv",
+        "relu",
+        "relu_pool",
+        "softmax_bwd",
+        "softmax_pack",
+    )
 ]
 BLOCK, PACK = "_conv_block_fwd_kernel", "_softmax_pack_fwd_kernel"
+LOOK = ("_look_kernel", "_decide_kernel")  # which branch is carried
 
 
 @dataclass
@@ -172,6 +181,8 @@ def test_shapes_dtypes_and_devices(kind, dtype, pool, launches):
     assert all(1 <= size <= 2**16 for launch in launches for size in launch.grid[1:])
 
     kernels = [launch.kernel for launch in launches]
+    if dtype != FLOAT and kind != "features":
+        assert (kernels.pop(0), kernels.pop(0)) == LOOK
     assert kernels[0] == PACK
     assert kernels.count(BLOCK) == len(p.steps)
     assert kernels[-1] == "_softmax_bwd_kernel"
@@ -234,7 +245,7 @@ def test_true_float32_is_atens(launches, monkeypatch):
 def test_chunks_of_images_and_of_rows(kind, launches):
     shape = (3, 150, 128, 128)
     p, *_ = walks(kind, shape, workspace_mb=20.0 if kind == "dense" else 14.0)
-    assert p.images == 1
+    assert p.images[0] == 1
     assert p.rows[0] == 128
     whole = [launch for launch in launches if launch.kernel == PACK]
     assert len(whole) == 3

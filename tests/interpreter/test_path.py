@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from gpl_fast import GenericPerceptualLoss, LossNet, PerceptualLoss, SegmentationLoss, TopK
-from gpl_fast.fast.branch import GRID
 from gpl_fast.fast.memory import peak
 from gpl_fast.fast.plan import Plan
 from gpl_fast.fast.policy import MIB
@@ -362,14 +361,22 @@ def test_nothing_else_has_the_classes(kind, dtype, decide, monkeypatch):
     """Of C channels: one chunk of u for a list, one of the carried map and δ for a dense target."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     forms = launched(monkeypatch)
-    for name in ("conv_block", "diff_reduce", "label_conv", "relu", "relu_pool", "softmax_pack"):
+    for name in (
+        "branch",
+        "conv_block",
+        "diff_reduce",
+        "label_conv",
+        "relu",
+        "relu_pool",
+        "softmax_pack",
+    ):
         monkeypatch.setattr(kernel(name), "launch", unseen(kernel(name).launch))
     loss = GenericPerceptualLoss(C, "1,1", widths=(8, 16), backend="fast", compute_dtype=dtype)
     pred = torch.randn(3, C, 20, 26)
     target = fast_tests.target_of(kind, pred, loss)
     whole, _ = left_by(loss(pred.clone().requires_grad_(), target))
     forms.clear()
-    decide(strip_mb=(peak(whole, 1, whole.rows) + 1) / MIB)
+    decide(strip_mb=(peak(whole, (1,) * len(whole.rows), whole.rows) + 1) / MIB)
     with Inside(Allocations) as inside:
         value_and_grad(loss, pred, target)
     mode, _ = inside.modes  # of the forward
@@ -378,10 +385,29 @@ def test_nothing_else_has_the_classes(kind, dtype, decide, monkeypatch):
     maps = [t for t in wide if PADDED in t.shape]
     assert [tuple(t.shape) for t in maps] == 3 * [(2 if kind == "dense" else 1, 1, 20, 26, PADDED)]
     assert {t.dtype for t in maps} == {dtype}
-    rest = [t for t in wide if PADDED not in t.shape]
-    # bfloat16 looks which branch to carry, on a grid of each image.
-    assert all(t.numel() <= 3 * C * GRID[0] * 26 for t in rest)
-    assert dtype == BF16 or not rest
+    assert not [t for t in wide if PADDED not in t.shape]
+
+
+@pytest.mark.parametrize("kind", ["dense", "labels"])
+def test_deep_segments_go_over_all_images(kind, decide, monkeypatch):
+    """As on a GPU, where the workspace holds one image's class maps."""
+    forms = launched(monkeypatch)
+    decide(strip_mb=None)
+    words = {"widths": (8, 16), "backend": "fast", "compute_dtype": BF16, "reduction": "none"}
+    words |= {"level_weights": (1.0, 0.25)}
+    loss = GenericPerceptualLoss(C, "1,1", **words)
+    pred = torch.randn(3, C, 12, 16)
+    target = fast_tests.target_of(kind, pred, loss)
+    whole = value_and_grad(loss, pred, target)
+    plan, _ = left_by(loss(pred.clone().requires_grad_(), target))
+    assert plan.images == (3, 3)
+    least = (peak(plan, (1, 3), plan.rows) + 1) / MIB
+    loss = GenericPerceptualLoss(C, "1,1", **words, workspace_mb=least)
+    forms.clear()
+    parts = value_and_grad(loss, pred, target)
+    assert left_by(loss(pred.clone().requires_grad_(), target))[0].images == (1, 3)
+    assert len(forms) == 2 * (3 + 1)  # the look at the plan, too
+    assert all(map(torch.equal, parts, whole))
 
 
 def test_the_recorder_sees_memory_and_not_views():

@@ -26,9 +26,10 @@ STAGES = (
     "relu_pool_fwd", "relu_pool_diff_fwd", "diff_reduce_fwd", *ELEMENTWISE,
 )  # fmt: skip
 CPU_ALONE = ("winograd_weight", "winograd", "direct_weight", "direct_conv")
-OF_TRITON = (*STAGES, "conv_block_fwd")
+OF_TRITON = (*STAGES, "conv_block_fwd", "carry_target_fwd")
 OF_CUDA = (*ELEMENTWISE, *BLOCKS)
-WRITTEN_BY_CONV_BLOCK_FWD = {"y", "delta", "code"}
+# By stages that are Triton's alone.
+WRITTEN = {"conv_block_fwd": {"y", "delta", "code"}, "carry_target_fwd": {"from_target"}}
 
 Order = Callable[[], AbstractContextManager[None]]
 
@@ -66,8 +67,8 @@ class Implementation:
 
 def outputs(stage: str) -> set[str]:
     """The names of the arguments that a stage writes."""
-    if stage == "conv_block_fwd":
-        return WRITTEN_BY_CONV_BLOCK_FWD
+    if stage in WRITTEN:
+        return WRITTEN[stage]
     arguments = getattr(ops, stage)._schema.arguments
     return {a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write}
 

@@ -293,3 +293,25 @@ def test_lists_whose_ranks_are_far_apart(stages, sparse):
     near = (row - target).square().sum(0) < row.square().sum(0)
     assert torch.equal(taken[0, -1].bool(), near)
     torch.testing.assert_close(y[0, -1, :, :3], (row - near * target).t())
+
+
+# ------------------------------------------------------------------------ a look at a few pixels
+
+
+@pytest.mark.parametrize("far", ["channels", "images"])
+def test_which_branch(stages, far, sparse):
+    """One row of the grid, whose last class is the target's."""
+    if far == "channels":
+        x, target = (sparse(1, DEEP, LONG, WIDE, dtype=BF16) for _ in range(2))
+    else:
+        x, target = (far_images(sparse, 5, 32, WIDE, dtype=BF16) for _ in range(2))
+    assert (x.shape[1] - 1) * x.stride(1) + (len(x) - 1) * x.stride(0) >= FAR
+    step, found = (x.shape[2], 4), []
+    for x[-1, -1, 0], target[-1, -1, 0] in ((20.0, 20.0), (20.0, 0.0), (0.0, 20.0)):
+        from_target = torch.zeros(len(x), dtype=torch.bool)
+        stages.carry_target_fwd(
+            x, activation=1, target_activation=1, temperature=1.0, step=step, near=1 / 32,
+            dense=target, from_target=from_target,
+        )  # fmt: skip
+        found.append(bool(from_target[-1]))
+    assert found == [True, False, False]
