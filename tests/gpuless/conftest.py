@@ -10,7 +10,9 @@ import pytest
 
 INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
 OF_INTERPRETING = ["test_program_order.py", "test_repairs.py", "test_sanitizer.py"]
-OF_COMPILING = ["test_ahead_of_time.py", "test_hazards.py", "test_processes.py"]
+OF_COMPILING = [
+    "test_ahead_of_time.py", "test_hazards.py", "test_instructions.py", "test_processes.py",
+]  # fmt: skip
 
 collect_ignore = OF_COMPILING if INTERPRETS else OF_INTERPRETING
 if INTERPRETS:
