@@ -19,6 +19,7 @@ from gpl_fast import ops
 
 RESERVED = 1024  # bytes of shared memory that the system takes from sm_90 on
 ARITHMETIC = ("bf16", "fp16", "tf32", "fp32")  # csrc/cuda/conv_block/conv_tile.cuh's Math, in order
+FORMS = ("softmax", "other", "cross-entropy", "any")  # csrc/cuda/softmax_bwd.cuh's LogitsForm
 TYPES = {"__nv_bfloat16": "bf16", "__half": "fp16", "float": "fp32"}
 TILE_H, TILE_W, PIXEL_BYTES = 8, 16, 128  # of csrc/cuda/conv_block/dz_tile.cuh
 LOGITS_SUMS = 12  # bytes that a lane keeps of a pixel
@@ -73,6 +74,7 @@ def short_name(demangled: str) -> str:
     """``conv_block_bwd_kernel<bf16, 128>`` of the whole signature."""
     name = re.sub(r"\(anonymous namespace\)::|gpl_fast::cuda::|^void ", "", demangled)
     name = re.sub(r"\(Math\)(\d)", lambda found: ARITHMETIC[int(found[1])], name)
+    name = re.sub(r"\(LogitsForm\)(\d)", lambda found: FORMS[int(found[1])], name)
     for full, short in TYPES.items():
         name = name.replace(full, short)
     return name.split("(")[0]

@@ -36,6 +36,8 @@ class Mutation:
 DZ, TILE, BLOCKS = "conv_block/dz_tile", "conv_block/conv_tile", "conv_block/conv_block"
 SM80, SM90 = "conv_block/conv_block_bwd", "conv_block/conv_block_bwd_sm90"
 PIXEL, GRADIENT = "conv_block/logits_pixel", "logits_gradient"
+SOFTMAX, CHANNELS = "softmax_bwd", "channel_tile"
+SUMS = "tests/stages/test_softmax_bwd.py::test_"
 PUT = "in_place ? px.put_dy(n0 + c, dy(c))"
 # fmt: off
 MUTATIONS = [
@@ -58,9 +60,15 @@ MUTATIONS = [
     Mutation("sums of one lane", BLOCKS, "for (int l = 1; l < lanes; ++l)", "for (int l = 1; l < 1; ++l)", LOGITS + "orders_agree_bit_for_bit[cuda-80-19]"),  # noqa: E501
     Mutation("sums of unrounded values", SM80, PUT, "in_place ? (px.put_dy(n0 + c, dy(c)), dy(c))", LOGITS + "sums_take_the_stored_gradient[cuda-80]"),  # noqa: E501
     Mutation("a mask that multiplies", PIXEL, "if (!valid_) g = 0.0f;", "g *= valid_;", LOGITS + "masked_pixels_may_hold_nan[cuda-80-19-1]"),  # noqa: E501
-    Mutation("x / T alone", GRADIENT, "(x - lse) * inv_t", "x * inv_t - lse * inv_t", LOGITS + "any_temperature[cuda-80-0.3-19]"),  # noqa: E501
+    Mutation("x / T alone", GRADIENT, "(x - lse) * rate", "x * rate - lse * rate", LOGITS + "any_temperature[cuda-80-0.3-19]"),  # noqa: E501
     Mutation("1 / T first", PIXEL, "a.scale[n]}", "a.scale[n] * a.inv_t}", LOGITS + "any_temperature[cuda-80-1e-30-19]"),  # noqa: E501
     Mutation("the label's neighbour", GRADIENT, "c == label ?", "c == label + 1 ?", LOGITS + "cross_entropy_and_masks[cuda-80-1-19]"),  # noqa: E501
+    Mutation("the sums of one warp", SOFTMAX, "k < 1 << work_.log2_warps", "k < 1", SUMS + "layouts_give_the_same_bits_of_chunks[cuda-90]"),  # noqa: E501
+    Mutation("dy read before it is there", SOFTMAX, "    ptx::cp_async_wait<0>();\n", "", SUMS + "orders_agree_bit_for_bit[cuda-19]"),  # noqa: E501
+    Mutation("dy read before others have copied it", SOFTMAX, "<0>();\n    __syncthreads();", "<0>();", SUMS + "orders_agree_bit_for_bit[cuda-1300]"),  # noqa: E501
+    Mutation("the next chunk of dy over this one", SOFTMAX, "if (step > first && step != chunks) __syncthreads();", "", SUMS + "orders_agree_bit_for_bit[cuda-1300]"),  # noqa: E501
+    Mutation("sums read before others have them", SOFTMAX, "= sums_;\n      __syncthreads();", "= sums_;", SUMS + "orders_agree_bit_for_bit[cuda-1300]"),  # noqa: E501
+    Mutation("pixels 128 bytes apart", CHANNELS, " + (pixel >> shift_)) * 16", ") * 16", SUMS + "no_bank_conflicts[cuda-nchw-dtype0]"),  # noqa: E501
     Mutation("the expected bytes of one slab", SM90, "bars.full + r.at, L::kStageBytes", "bars.full + r.at, kSlabBytes", BLOCK + "orders_agree_bit_for_bit[cuda-90-dtype0]"),  # noqa: E501
     Mutation("the wrong phase of the ring", SM90, "bars.empty + r.at, r.phase ^ 1", "bars.empty + r.at, r.phase", BLOCK + "sizes[cuda-90-0-size4]"),  # noqa: E501
     Mutation("no wait for the products", SM90, "ptx::wgmma_wait<0>();", "", BLOCK + "sizes[cuda-90-0-size4]"),  # noqa: E501
@@ -83,6 +91,10 @@ FEWER = {
         ("if (a.dtype == DType::kFloat16) return launch_tile<__half>(a, stream);", ""),
         ("if (a.C_in <= 64) return launch<T, 64, true>(a, stream);", ""),
         ("return a.C_in <= 160 ? launch<T, 160, true>(a, stream) : ", "return "),
+    ],
+    "softmax_bwd.cu": [
+        ("with_dtype(a.x_dtype, [&](auto x)", "[&](auto f) { f(0.0f); }([&](auto x)"),
+        ("with_dtype(a.dy ? a.dtype : DType::kFloat32,", "[&](auto f) { f(0.0f); }("),
     ],
 }
 
@@ -108,10 +120,9 @@ def mutated(csrc: Path, mutation: Mutation) -> None:
     path.write_text(text.replace(mutation.old, mutation.new))
 
 
-def outcome(folder: Path, objects: list[Path], tests: list[str]) -> str:
-    """Output of the tests on kernels."""
-    kernels = [*objects, *emulate.kernels(emulate.ELEMENTWISE)]
-    built = operators.linked(kernels, folder / "libgpl_fast_emulated.so")
+def outcome(folder: Path, objects: dict[str, Path], tests: list[str]) -> str:
+    """Output of the tests on kernels, by their sources."""
+    built = operators.linked([*objects.values()], folder / "libgpl_fast_emulated.so")
     process = FORKS.Process(target=run_tests, args=(built, tests, folder / "output"))
     process.start()
     process.join()
@@ -132,7 +143,12 @@ def run_tests(built: Path, tests: list[str], output: Path) -> None:
 def unchanged(tmp_path_factory):
     """The kernels without mutation, and the output of the named tests on them."""
     folder = tmp_path_factory.mktemp("unchanged")
-    objects = emulate.kernels(emulate.CONVOLUTIONS, FLAGS, reduced(folder), folder)
+    made = emulate.kernels(FEWER, FLAGS, reduced(folder), folder)
+    others = set(emulate.ELEMENTWISE) - set(FEWER)
+    objects = {
+        **dict(zip(FEWER, made, strict=True)),
+        **{n: emulate.kernels([n])[0] for n in others},
+    }
     return objects, outcome(folder, objects, sorted({m.test for m in MUTATIONS}))
 
 
@@ -141,11 +157,12 @@ def outcomes(unchanged, tmp_path_factory):
     """The output of the named test, to come, of every mutation: they are made side by side."""
 
     def one(folder: Path, m: Mutation) -> str:
-        csrc, objects = reduced(folder), list(unchanged[0])
+        csrc, objects = reduced(folder), dict(unchanged[0])
         mutated(csrc, m)
-        # The named test's GPU tells which of the two kernels has to be compiled again.
-        again = int("[cuda-90" in m.test)
-        (objects[again],) = emulate.kernels([emulate.CONVOLUTIONS[again]], FLAGS, csrc, folder)
+        # The named test tells which kernel has to be compiled again.
+        again = emulate.CONVOLUTIONS["[cuda-90" in m.test]
+        again = "softmax_bwd.cu" if m.test.startswith(SUMS) else again
+        (objects[again],) = emulate.kernels([again], FLAGS, csrc, folder)
         return outcome(folder, objects, [m.test])
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
