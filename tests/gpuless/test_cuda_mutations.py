@@ -68,7 +68,7 @@ MUTATIONS = [
     Mutation("dy read before others have copied it", SOFTMAX, "<0>();\n    __syncthreads();", "<0>();", SUMS + "orders_agree_bit_for_bit[cuda-1300]"),  # noqa: E501
     Mutation("the next chunk of dy over this one", SOFTMAX, "if (step > first && step != chunks) __syncthreads();", "", SUMS + "orders_agree_bit_for_bit[cuda-1300]"),  # noqa: E501
     Mutation("sums read before others have them", SOFTMAX, "= sums_;\n      __syncthreads();", "= sums_;", SUMS + "orders_agree_bit_for_bit[cuda-1300]"),  # noqa: E501
-    Mutation("pixels 128 bytes apart", CHANNELS, " + (pixel >> shift_)) * 16", ") * 16", SUMS + "no_bank_conflicts[cuda-nchw-dtype0]"),  # noqa: E501
+    Mutation("pixels 128 bytes apart", CHANNELS, " + (pixel >> shift_)) * 16", ") * 16", SUMS + "no_bank_conflicts[cuda-dtype0-nchw]"),  # noqa: E501
     Mutation("the expected bytes of one slab", SM90, "bars.full + r.at, L::kStageBytes", "bars.full + r.at, kSlabBytes", BLOCK + "orders_agree_bit_for_bit[cuda-90-dtype0]"),  # noqa: E501
     Mutation("the wrong phase of the ring", SM90, "bars.empty + r.at, r.phase ^ 1", "bars.empty + r.at, r.phase", BLOCK + "sizes[cuda-90-0-size4]"),  # noqa: E501
     Mutation("no wait for the products", SM90, "ptx::wgmma_wait<0>();", "", BLOCK + "sizes[cuda-90-0-size4]"),  # noqa: E501
