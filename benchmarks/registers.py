@@ -85,6 +85,12 @@ def dynamic_shared(name: str, kernel_size: int, dz_tiles: int = 2) -> tuple[int,
     found = re.fullmatch(r"(\w+)<(\w+), (\d+)(?:, (\w+))?>", name)
     assert found is not None, name
     kernel, arithmetic, bn = found[1], found[2], int(found[3])
+    if (
+        kernel == "conv_block_fwd_sm90_kernel"
+    ):  # two stages of two maps and three taps; what it stores
+        rows, slabs = 34 if bn == 64 else 18, bn // 64
+        stage = 2 * rows * 8 * PIXEL_BYTES + 3 * slabs * 64 * PIXEL_BYTES
+        return 384, 2 * stage + 2 * 32 * (2 * (PIXEL_BYTES + 16) + 32)
     dz = (TILE_H + kernel_size - 1) * (TILE_W + kernel_size - 1) * PIXEL_BYTES
     if kernel == "conv_block_bwd_sm90_kernel":
         slabs, piece = -(-bn // 64), min(bn, 64)

@@ -30,6 +30,7 @@ LIMIT = {"80": 163, "86": 99, "89": 99, "90a": 227, "100": 227, "120": 99}
 OPCODES = ("HMMA", "LDSM", "LDGSTS", "HGMMA", "UTMALDG", "USETMAXREG", "WARPGROUP.DEPBAR", "FFMA",
            "LDL", "STL", "RED", "ATOM")  # fmt: skip
 GENERAL, HOPPER = "conv_block_bwd_kernel", "conv_block_bwd_sm90_kernel"
+FORWARD = "conv_block_fwd_sm90_kernel"
 LOGITS, SOFTMAX = "conv_block_logits_bwd_kernel", "softmax_bwd_kernel"
 
 
@@ -65,9 +66,10 @@ def test_every_kernel_is_there_for_every_gpu():
     assert len(kernels(GENERAL)) == 8
     assert len(kernels(LOGITS)) == 15
     assert len(kernels(HOPPER)) == 12
+    assert len(kernels(FORWARD)) == 4
     assert len(kernels(SOFTMAX)) == 36
     for name, each in registers.usage().items():
-        assert set(each) == ({"90a"} if name.startswith(HOPPER) else set(ARCHITECTURES)), name
+        assert set(each) == ({"90a"} if "_sm90_" in name else set(ARCHITECTURES)), name
 
 
 def test_no_spills():
@@ -82,14 +84,13 @@ def test_no_spills():
 
 def test_registers_fit_the_blocks():
     """Threads of a block times registers stay within the 64 Ki of a multiprocessor."""
-    for name in kernels(GENERAL, LOGITS, HOPPER):
+    for name in kernels(GENERAL, LOGITS, HOPPER, FORWARD):
         threads, _ = registers.dynamic_shared(name, kernel_size=3)
         for architecture, u in registers.usage()[name].items():
             assert threads * (u.registers + -u.registers % 8) <= 64 * 1024, (name, architecture)
-    # What setmaxnreg redistributes: 384 threads of 168 = 128 of 72 and 256 of 216.
-    assert {u.registers for name in kernels(HOPPER) for u in registers.usage()[name].values()} == {
-        168
-    }
+    # What setmaxnreg redistributes: 384 threads of 168 = 128 of 72 and 256 of 216, or 40 and 232.
+    hopper = [u for name in kernels(HOPPER, FORWARD) for u in registers.usage()[name].values()]
+    assert {u.registers for u in hopper} == {168}
 
 
 def test_the_smallest_layouts_fit_shared_memory():
@@ -103,7 +104,7 @@ def test_the_smallest_layouts_fit_shared_memory():
                 bytes_ = registers.dynamic_shared(name, kernel_size=7, dz_tiles=1)[1] + static
                 least[arithmetic] = min(bytes_, least.get(arithmetic, bytes_))
             assert max(least.values()) <= limit * 1024, (prefix, architecture)
-    for name in kernels(HOPPER):
+    for name in kernels(HOPPER, FORWARD):
         static = registers.usage()[name]["90a"].shared
         assert registers.dynamic_shared(name, kernel_size=7)[1] + static <= LIMIT["90a"] * 1024
 
@@ -150,7 +151,26 @@ def test_no_operand_of_a_wgmma_in_flight_is_overwritten():
         assert not overwritten(found[name]), name
     # Without its waits it would be: the scan follows this code.
     assert overwritten(re.sub(r"WARPGROUP\.DEPBAR.*?;", "NOP;", found[kernels(HOPPER)[0]]))
-    assert not {name for name, text in found.items() if " HGMMA" in text} - {*kernels(HOPPER)}
+    others = {name for name, text in found.items() if " HGMMA" in text} - {*kernels(HOPPER)}
+    assert others == {*kernels(FORWARD)}
+
+
+def test_the_halo_kernel_multiplies_from_shared_memory():
+    """Of a stage three rows of taps, four steps of channels, two maps: one wait, which leaves the
+    newest products in flight; no operand in registers, no copies between accumulators."""
+    found = sass("90a")
+    if not found:
+        pytest.skip("the library was not built for sm_90a")
+    for name in kernels(FORWARD):
+        code = [text for _, text in sorted(parse(found[name]).items())]
+        products = [i for i, text in enumerate(code) if text.startswith("HGMMA")]
+        waits = [i for i, text in enumerate(code) if text.startswith("WARPGROUP.DEPBAR")]
+        assert (len(products), len(waits)) == (24, 2), name
+        assert products[-1] < waits[0], name
+        assert all("gdesc" in code[i].split(",")[1] for i in products), name
+        assert all(re.search(r"HGMMA\.64x128x16\.F32", code[i]) for i in products), name
+        between = code[products[0] : waits[0]]
+        assert not [t for t in between if re.match(r"(LDS|LDSM|STS|FADD|FMUL|BAR|SYNCS)", t)], name
 
 
 # float32 logits, bf16 dy, C = 150: thread-instructions an element that were reached on sm_90.

@@ -38,6 +38,7 @@ SM80, SM90 = "conv_block/conv_block_bwd", "conv_block/conv_block_bwd_sm90"
 PIXEL, GRADIENT = "conv_block/logits_pixel", "logits_gradient"
 SOFTMAX, CHANNELS = "softmax_bwd", "channel_tile"
 SUMS = "tests/stages/test_softmax_bwd.py::test_"
+FORWARD, HALO = "conv_block/conv_block_fwd_sm90", f"{STAGES}_halo.py::test_"
 PUT = "in_place ? px.put_dy(n0 + c, dy(c))"
 # fmt: off
 MUTATIONS = [
@@ -63,7 +64,7 @@ MUTATIONS = [
     Mutation("x / T alone", GRADIENT, "(x - lse) * rate", "x * rate - lse * rate", LOGITS + "any_temperature[cuda-80-0.3-19]"),  # noqa: E501
     Mutation("1 / T first", PIXEL, "a.scale[n]}", "a.scale[n] * a.inv_t}", LOGITS + "any_temperature[cuda-80-1e-30-19]"),  # noqa: E501
     Mutation("the label's neighbour", GRADIENT, "c == label ?", "c == label + 1 ?", LOGITS + "cross_entropy_and_masks[cuda-80-1-19]"),  # noqa: E501
-    Mutation("the sums of one warp", SOFTMAX, "k < 1 << work_.log2_warps", "k < 1", SUMS + "layouts_give_the_same_bits_of_chunks[cuda-90]"),  # noqa: E501
+    Mutation("the sums of one warp", SOFTMAX, "k < 1 << work_.log2_warps", "k < 1", SUMS + "shared_memory_of_every_gpu[cuda-150]"),  # noqa: E501
     Mutation("dy read before it is there", SOFTMAX, "    ptx::cp_async_wait<0>();\n", "", SUMS + "orders_agree_bit_for_bit[cuda-19]"),  # noqa: E501
     Mutation("dy read before others have copied it", SOFTMAX, "<0>();\n    __syncthreads();", "<0>();", SUMS + "orders_agree_bit_for_bit[cuda-1300]"),  # noqa: E501
     Mutation("the next chunk of dy over this one", SOFTMAX, "if (step > first && step != chunks) __syncthreads();", "", SUMS + "orders_agree_bit_for_bit[cuda-1300]"),  # noqa: E501
@@ -75,6 +76,21 @@ MUTATIONS = [
     Mutation("the wrong step along K", SM90, "b + q * 128", "b + q * 64", BLOCK + "sizes[cuda-90-0-size4]"),  # noqa: E501
     Mutation("too many expanders awaited", SM90, "dz_full + s, kExpanders", "dz_full + s, kExpanders + 1", BLOCK + "sizes[cuda-90-0-size4]"),  # noqa: E501
     Mutation("dx read before its warp has it", SM90, "  }\n  __syncwarp();\n}", "  }\n}", BLOCK + "sizes[cuda-90-0-size4]"),  # noqa: E501
+    Mutation("the halo's bytes of one map", FORWARD, "bars.full + at, L::kStage)", "bars.full + at, L::kStage - L::kMap)", HALO + "orders_agree_bit_for_bit[cuda-90-64]"),  # noqa: E501
+    Mutation("a stage filled before it was read", FORWARD, "int at = 0, phase = 1;", "int at = 0, phase = 0;", HALO + "against_float64[cuda-90-one row]"),  # noqa: E501
+    Mutation("a stage given back while it is read", FORWARD, "bars.empty + (at ^ 1)", "bars.empty + at", HALO + "orders_agree_bit_for_bit[cuda-90-64]"),  # noqa: E501
+    Mutation("a lax wait for the products before", FORWARD, "ptx::wgmma_wait<1>();", "", HALO + "orders_agree_bit_for_bit[cuda-90-128]"),  # noqa: E501
+    Mutation("no wait for the last products", FORWARD, "  ptx::wgmma_wait<0>();", "", HALO + "against_float64[cuda-90-one row]"),  # noqa: E501
+    Mutation("columns of taps the other way around", FORWARD, "t.w0 + column - 1, h, t.n);\n      ptx::tma_load(stage + L::kMap", "t.w0 + 1 - column, h, t.n);\n      ptx::tma_load(stage + L::kMap", HALO + "against_float64[cuda-90-64 channels]"),  # noqa: E501
+    Mutation("the same rows for each row of taps", FORWARD, "(row * kRowBytes + k * 32) >> 4", "(k * 32) >> 4", HALO + "against_float64[cuda-90-64 channels]"),  # noqa: E501
+    Mutation("half a step along the channels of pixels", FORWARD, "k * 32) >> 4", "k * 16) >> 4", HALO + "against_float64[cuda-90-64 channels]"),  # noqa: E501
+    Mutation("both warpgroups at the first channels", FORWARD, "(t.c0 + (L::kSplitsRows ? 0 : group * 64))", "(t.c0)", HALO + "against_float64[cuda-90-128 channels]"),  # noqa: E501
+    Mutation("the other branch's winner", FORWARD, "best = p, code = i;", "best = o, code = i;", HALO + "the_same_z_gives_the_operators_bits[cuda-90-64-dtype0]"),  # noqa: E501
+    Mutation("a later tie wins", FORWARD, "return value > best ||", "return value >= best ||", HALO + "the_same_z_gives_the_operators_bits[cuda-90-64-dtype0]"),  # noqa: E501
+    Mutation("rows outside the image", FORWARD, "row >= 0 && row < a_.image_rows", "row < a_.image_rows", HALO + "strips_equal_the_whole[cuda-90-64]"),  # noqa: E501
+    Mutation("what is put out read before it is there", FORWARD, "  ptx::barrier_sync(1, kHaloConsumers);\n", "", HALO + "orders_agree_bit_for_bit[cuda-90-64]"),  # noqa: E501
+    Mutation("no pitch of what is put out", FORWARD, "kPitch = 64 * 2 + 16", "kPitch = 64 * 2", HALO + "no_bank_conflicts_and_no_product_twice[cuda-90-64]"),  # noqa: E501
+    Mutation("sums of unrounded values of delta", FORWARD, "squares = fmaf(widen(delta), widen(delta), squares)", "squares = fmaf(w.delta, w.delta, squares)", HALO + "against_float64[cuda-90-64 channels]"),  # noqa: E501
 ]
 # fmt: on
 
@@ -161,7 +177,9 @@ def outcomes(unchanged, tmp_path_factory):
         mutated(csrc, m)
         # The named test tells which kernel has to be compiled again.
         again = emulate.CONVOLUTIONS["[cuda-90" in m.test]
-        again = "softmax_bwd.cu" if m.test.startswith(SUMS) else again
+        again = {SUMS: "softmax_bwd.cu", HALO: emulate.FORWARD[0]}.get(
+            f"{m.test.partition('::')[0]}::test_", again
+        )
         (objects[again],) = emulate.kernels([again], FLAGS, csrc, folder)
         return outcome(folder, objects, [m.test])
 
