@@ -56,8 +56,9 @@ def architecture(device: str) -> int:
 
 
 def launcher(
-    c_in: int, c_out: int, size: int, dtype: torch.dtype, form: str, device: str
-) -> Callable[[tiles.Tile], Tensor | None]:
+    c_in: int, c_out: int, size: int, dtype: torch.dtype, form: str, device: str,
+    stage: Callable[..., Tensor | None] = conv_block_fwd,
+) -> Callable[[tiles.Tile], Tensor | None]:  # fmt: skip
     """One layer's launch, by a tile, on random maps of one image."""
     a = torch.randn(1, size, size, c_in, device=device).to(dtype)
     d = torch.randn_like(a) if form == "diff" else None
@@ -67,7 +68,7 @@ def launcher(
     code = torch.empty(1, half, half, c_out // 2, dtype=torch.uint8, device=device)
     carried = None if d is None else torch.zeros(1, dtype=torch.bool, device=device)
     delta = None if d is None else torch.empty_like(y)
-    return lambda tile: conv_block_fwd(
+    return lambda tile: stage(
         a, weight=weight, kernel_size=3, stride=1, relu=True, pool=POOLS["max"], pad_h=1, row0=0,
         image_rows=size, tile=tile, d=d, from_target=carried, y=y, delta=delta, code=code,
     )  # fmt: skip

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import operators
@@ -12,34 +16,39 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 from conv_block_forward import Case, Output, check_all, inputs, run
-from definitions import BF16, HALF, nchw, nhwc, poisoned_like, same_bits
+from definitions import BF16, FLOAT, HALF, nchw, nhwc, poisoned_like, same_bits
+from transport import on_device
 
-pytestmark = [pytest.mark.only("cuda-90"), pytest.mark.needs("conv_block_bwd")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+from halo import Halo
+
+pytestmark = [pytest.mark.only("cuda-90", "gpu-cuda-90"), pytest.mark.needs("conv_block_bwd")]
 CASE = Case(BF16, 3, "max", "diff", (34, 18), 72, None, 64, True)
 
 
-@dataclass
-class Halo:
-    """As `gpl_fast.kernels.conv_block_fwd`, for the forms that the kernel has."""
+@pytest.fixture
+def halo(stages: Any) -> Any:
+    """`benchmarks/halo.py`'s stages, whose operator is the kernel here or on the GPU."""
+    if stages.device is None:
+        operator = operators.load().operators.conv_block_fwd.default
+        made = Halo(operator, None)
+        return SimpleNamespace(name="halo", conv_block_fwd=watched(made.conv_block_fwd))
+    made = Halo(torch.ops.gpl_fast.conv_block_fwd, None)
+    run = watched(partial(on_device, stages.device, made.conv_block_fwd))
+    return SimpleNamespace(name="halo", conv_block_fwd=run)
 
-    name: str = "halo"
 
-    def conv_block_fwd(self, a: Any, *, d: Any, weight: Any, from_target: Any, bias: Any = None,
-                       y: Any = None, delta: Any = None, code: Any = None, reduce: bool = False,
-                       **rest: Any) -> Any:  # fmt: skip
-        partial = None
-        rows, w, c_out = a.shape[1] + 2 * rest["pad_h"] - 2, a.shape[2], weight.shape[1]
-        if reduce:
-            channels, tile = (128, 16) if c_out % 128 == 0 else (64, 32)
-            programs = -(-rows // tile) * -(-w // 8) * (c_out // channels)
-            partial = torch.full((len(a), programs), float("nan"))
-        given = [a, d, weight, from_target]
-        before = [t.clone() for t in given]
-        operators.load().operators.conv_block_fwd.default(
-            *given, rest["pad_h"], rest["row0"], rest["image_rows"], bias, y, delta, code, partial
-        )
-        assert all(map(same_bits, given, before))
-        return partial
+def watched(stage: Any) -> Any:
+    """The stage, which must leave what it reads as it is."""
+
+    def run(a: Any, **given: Any) -> Any:
+        read = [a, given["d"], given["weight"], given["from_target"]]
+        before = [t.clone() for t in read]
+        made = stage(a, **given)
+        assert all(map(same_bits, read, before))
+        return made
+
+    return run
 
 
 CASES = {
@@ -56,9 +65,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_against_float64(stages, case):
+def test_against_float64(halo, case):
     given = inputs(CASES[case], images=2)
-    check_all(CASES[case], given, run(Halo(), CASES[case], given))
+    check_all(CASES[case], given, run(halo, CASES[case], given))
 
 
 def same(got: Output, wanted: Output) -> bool:
@@ -72,12 +81,12 @@ def exact_case(channels: int, size: tuple[int, int], dtype: torch.dtype = BF16) 
 
 @pytest.mark.parametrize("dtype", [BF16, HALF])
 @pytest.mark.parametrize("channels", [64, 128])
-def test_the_same_z_gives_the_operators_bits(stages, cpu, channels, dtype):
+def test_the_same_z_gives_the_operators_bits(halo, cpu, channels, dtype):
     """Sums of quarters are exact in any order: codes, ties and NaN are the operators'."""
     case = exact_case(channels, (35, 19), dtype)
     given = inputs(case, images=2, quarters=True)
     given.a[0, 3, 5, 0], given.d[1, 7, 2, 1] = float("nan"), float("nan")
-    got = run(Halo(), case, given)
+    got = run(halo, case, given)
     w = given.weight.float().view(3, 3, -1, channels).permute(3, 2, 0, 1)
     z, dz = (nhwc(F.conv2d(nchw(t).float(), w, padding=1)).contiguous() for t in (given.a, given.d))
     y, delta, code = poisoned_like(got.y, got.y, got.code)
@@ -90,28 +99,28 @@ def test_the_same_z_gives_the_operators_bits(stages, cpu, channels, dtype):
 
 
 @pytest.mark.parametrize("channels", [64, 128])
-def test_orders_agree_bit_for_bit(stages, channels):
+def test_orders_agree_bit_for_bit(stages, halo, channels):
     """Of threads, of blocks, and of the copies in flight."""
     case = replace(CASE, c=136, c_out=channels, size=(35, 9))
     given, found = inputs(case, images=2), []
     for order in stages.orders.values():
         with order():
-            found.append(run(Halo(), case, given))
+            found.append(run(halo, case, given))
     assert all(same(one, found[0]) for one in found)
 
 
 @pytest.mark.parametrize("channels", [64, 128])
-def test_strips_equal_the_whole(stages, channels):
+def test_strips_equal_the_whole(halo, channels):
     """Strips with their halo, whose first and last rows lie outside the image."""
     case = exact_case(channels, (14, 9))
     given = inputs(case, images=2, quarters=True)
-    whole = run(Halo(), case, given)
+    whole = run(halo, case, given)
     for r0, r1 in ((0, 6), (6, 14)):
         lo, hi = r0 - 2, r1 + 2
         maps = [F.pad(m, (0, 0, 0, 0, 8, 8))[:, 7 + lo : 9 + hi] for m in (given.a, given.d)]
         strip = replace(given, a=maps[0].contiguous(), d=maps[1].contiguous())
         part = replace(case, size=(hi - lo, 9))
-        got = run(Halo(), part, strip, pad_h=0, row0=lo, image_rows=14)
+        got = run(halo, part, strip, pad_h=0, row0=lo, image_rows=14)
         a, b = max(lo, 0), min(hi, 14)
         inside, rows = slice((a - lo) // 2, (b - lo) // 2), slice(a // 2, b // 2)
         for ours, wanted in ((got.y, whole.y), (got.delta, whole.delta), (got.code, whole.code)):
@@ -121,11 +130,11 @@ def test_strips_equal_the_whole(stages, channels):
             assert not out[:, inside.stop :].any()
 
 
-def test_rows_of_larger_images(stages):
+def test_rows_of_larger_images(halo):
     """Every map may be rows of a taller one; its other rows are left alone."""
     case = exact_case(64, (6, 9))
     given = inputs(case, images=3, quarters=True)
-    want = run(Halo(), case, given)
+    want = run(halo, case, given)
 
     def inner(t: torch.Tensor, fill: float) -> tuple[torch.Tensor, torch.Tensor]:
         outer = torch.full((t.shape[0], t.shape[1] + 3, *t.shape[2:]), fill, dtype=t.dtype)
@@ -134,7 +143,7 @@ def test_rows_of_larger_images(stages):
     a, d = (inner(t, float("nan"))[1].copy_(t) for t in (given.a, given.d))
     outs = [inner(want.y, 7.0), inner(want.delta, 7.0), inner(want.code, 77)]
     y, delta, code = (view for _, view in outs)
-    got = run(Halo(), case, replace(given, a=a, d=d), y=y, delta=delta, code=code)
+    got = run(halo, case, replace(given, a=a, d=d), y=y, delta=delta, code=code)
     assert torch.equal(got.partial, want.partial)
     for (outer, view), expected in zip(outs, (want.y, want.delta, want.code), strict=True):
         assert torch.equal(view, expected)
@@ -143,23 +152,24 @@ def test_rows_of_larger_images(stages):
 
 
 @pytest.mark.parametrize("left_out", ["y", "delta", "code", "reduce"])
-def test_what_nobody_asks_for_is_left_out(stages, left_out):
+def test_what_nobody_asks_for_is_left_out(halo, left_out):
     case = exact_case(64, (4, 9))
     given = inputs(case, quarters=True)
-    want = run(Halo(), case, given)
-    got = run(Halo(), case, given, **{left_out: None})
+    want = run(halo, case, given)
+    got = run(halo, case, given, **{left_out: None})
     wanted = Output(**(vars(want) | {"partial" if left_out == "reduce" else left_out: None}))
     assert same(got, wanted)
 
 
+@pytest.mark.only("cuda-90")
 @pytest.mark.parametrize("channels", [64, 128])
-def test_no_bank_conflicts_and_no_product_twice(stages, channels):
+def test_no_bank_conflicts_and_no_product_twice(stages, halo, channels):
     """What is put out passes through shared memory without a conflict; nine taps of both maps are
     multiplied once; for 64 channels and a column of taps there are two boxes of pixels."""
     emulation = operators.load()
     case = exact_case(channels, (32, 16))
     emulation.count_shared(True)
-    run(Halo(), case, inputs(case, quarters=True))
+    run(halo, case, inputs(case, quarters=True))
     counted = emulation.counters()
     emulation.count_shared(False)
     assert counted["shared_phases"] == counted["shared"] > 0
@@ -168,9 +178,39 @@ def test_no_bank_conflicts_and_no_product_twice(stages, channels):
     assert counted["tma"] == blocks * 3 * (2 + 3 * slabs)
 
 
-def test_empty_inputs(stages):
+def test_empty_inputs(halo):
     for size in ((0, 9), (4, 0)):
         case = exact_case(64, size)
-        assert run(Halo(), case, inputs(case), reduce=False).y.numel() == 0
+        assert run(halo, case, inputs(case), reduce=False).y.numel() == 0
     case = exact_case(64, (4, 9))
-    assert run(Halo(), case, inputs(case, images=0), reduce=False).y.shape[0] == 0
+    assert run(halo, case, inputs(case, images=0), reduce=False).y.shape[0] == 0
+
+
+def test_what_the_kernel_has_not_goes_to_the_others(stages):
+    """Whoever they are; nothing of it reaches the operator."""
+    asked = []
+    others = SimpleNamespace(conv_block_fwd=lambda a, **given: asked.append(given))
+    halo = SimpleNamespace(name="halo", conv_block_fwd=Halo(None, others).conv_block_fwd)
+    for case in (
+        replace(CASE, form="plain"), replace(CASE, pool="avg"), replace(CASE, pool="stride"),
+        replace(CASE, kernel=5), replace(CASE, dtype=FLOAT), replace(CASE, c_out=72),
+        replace(CASE, form="labels"),
+    ):  # fmt: skip
+        run(halo, replace(case, size=(4, 6)), inputs(replace(case, size=(4, 6))))
+    assert len(asked) == 7
+
+
+@pytest.mark.only("cuda-90")
+def test_it_is_measured_beside_tritons(stages, halo, monkeypatch, capsys):
+    import halo as benchmark
+    import tune
+
+    monkeypatch.setattr(tune, "WIDTHS", (64, 128))
+    monkeypatch.setattr(benchmark, "halo", halo)
+    monkeypatch.setattr(benchmark.kernels, "conv_block_fwd", lambda *_, **__: None)
+    ran = []
+    rows = benchmark.measure(19, BF16, "cpu", lambda launch: ran.append(launch()) or 2.0, 8)
+    assert [(row["c_out"], row["halo_ms"], row["triton_ms"]) for row in rows] == [
+        (64, 2, 2), (128, 2, 2),
+    ]  # fmt: skip
+    assert operators.load().counters()["tma"] > 0
