@@ -19,6 +19,7 @@ from gpl_fast import ops
 
 RESERVED = 1024  # bytes of shared memory that the system takes from sm_90 on
 ARITHMETIC = ("bf16", "fp16", "tf32", "fp32")  # csrc/cuda/conv_block/conv_tile.cuh's Math, in order
+FORMS = ("softmax", "other", "cross-entropy", "any")  # csrc/cuda/softmax_bwd.cuh's LogitsForm
 TYPES = {"__nv_bfloat16": "bf16", "__half": "fp16", "float": "fp32"}
 TILE_H, TILE_W, PIXEL_BYTES = 8, 16, 128  # of csrc/cuda/conv_block/dz_tile.cuh
 LOGITS_SUMS = 12  # bytes that a lane keeps of a pixel
@@ -73,6 +74,7 @@ def short_name(demangled: str) -> str:
     """``conv_block_bwd_kernel<bf16, 128>`` of the whole signature."""
     name = re.sub(r"\(anonymous namespace\)::|gpl_fast::cuda::|^void ", "", demangled)
     name = re.sub(r"\(Math\)(\d)", lambda found: ARITHMETIC[int(found[1])], name)
+    name = re.sub(r"\(LogitsForm\)(\d)", lambda found: FORMS[int(found[1])], name)
     for full, short in TYPES.items():
         name = name.replace(full, short)
     return name.split("(")[0]
@@ -83,6 +85,12 @@ def dynamic_shared(name: str, kernel_size: int, dz_tiles: int = 2) -> tuple[int,
     found = re.fullmatch(r"(\w+)<(\w+), (\d+)(?:, (\w+))?>", name)
     assert found is not None, name
     kernel, arithmetic, bn = found[1], found[2], int(found[3])
+    if (
+        kernel == "conv_block_fwd_sm90_kernel"
+    ):  # two stages of two maps and three taps; what it stores
+        rows, slabs = 34 if bn == 64 else 18, bn // 64
+        stage = 2 * rows * 8 * PIXEL_BYTES + 3 * slabs * 64 * PIXEL_BYTES
+        return 384, 2 * stage + 2 * 32 * (2 * (PIXEL_BYTES + 16) + 32)
     dz = (TILE_H + kernel_size - 1) * (TILE_W + kernel_size - 1) * PIXEL_BYTES
     if kernel == "conv_block_bwd_sm90_kernel":
         slabs, piece = -(-bn // 64), min(bn, 64)

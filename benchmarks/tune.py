@@ -1,12 +1,13 @@
 """Finds the fastest tile of `conv_block_fwd`, or the faster of the two ways of the data gradient,
-for each layer on the GPU that is there.
+for each layer on the GPU that is there, or the faster `softmax_bwd`.
 
-Writes rows as gpl_fast/tiles.json or gpl_fast/fast/data_gradient.json has them, each with
-its measurement, to a file of your own that ``GPL_FAST_TILES`` or ``GPL_FAST_DATA_GRADIENT`` names
-from then on; nothing is tuned at run time.
+Writes rows as gpl_fast/tiles.json, gpl_fast/fast/data_gradient.json or softmax_bwd.json has them,
+each with its measurement, to a file of your own that ``GPL_FAST_TILES``, ``GPL_FAST_DATA_GRADIENT``
+or ``GPL_FAST_SOFTMAX_BWD`` names from then on; nothing is tuned at run time.
 
     python benchmarks/tune.py --classes 150 --out my-tiles.json
     python benchmarks/tune.py --backward --classes 19 150 --out my-data-gradient.json
+    python benchmarks/tune.py --softmax --classes 19 150 --out my-softmax-bwd.json
     GPL_FAST_TILES=my-tiles.json GPL_FAST_DATA_GRADIENT=my-data-gradient.json python train.py
 """
 
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpl_fast import ops, tiles
+from gpl_fast import kernels, ops, tiles
 from gpl_fast.fast import measured
 from gpl_fast.fast.convolution import conv_transpose
 from gpl_fast.kernels import conv_block_fwd
@@ -55,8 +56,9 @@ def architecture(device: str) -> int:
 
 
 def launcher(
-    c_in: int, c_out: int, size: int, dtype: torch.dtype, form: str, device: str
-) -> Callable[[tiles.Tile], Tensor | None]:
+    c_in: int, c_out: int, size: int, dtype: torch.dtype, form: str, device: str,
+    stage: Callable[..., Tensor | None] = conv_block_fwd,
+) -> Callable[[tiles.Tile], Tensor | None]:  # fmt: skip
     """One layer's launch, by a tile, on random maps of one image."""
     a = torch.randn(1, size, size, c_in, device=device).to(dtype)
     d = torch.randn_like(a) if form == "diff" else None
@@ -66,7 +68,7 @@ def launcher(
     code = torch.empty(1, half, half, c_out // 2, dtype=torch.uint8, device=device)
     carried = None if d is None else torch.zeros(1, dtype=torch.bool, device=device)
     delta = None if d is None else torch.empty_like(y)
-    return lambda tile: conv_block_fwd(
+    return lambda tile: stage(
         a, weight=weight, kernel_size=3, stride=1, relu=True, pool=POOLS["max"], pad_h=1, row0=0,
         image_rows=size, tile=tile, d=d, from_target=carried, y=y, delta=delta, code=code,
     )  # fmt: skip
@@ -225,6 +227,49 @@ def measure_data_gradients(
     return rows
 
 
+# ---------------------------------------------------------------------------------- softmax_bwd
+
+
+def measure_softmax_bwd(
+    classes: list[int],
+    dtype: torch.dtype,
+    device: str,
+    time: Callable[[Callable[[], Any]], float],
+    size: int = 512,
+) -> list[measured.SoftmaxRow]:
+    """A row for each number of classes: float32 logits in planes, dy of `dtype`; none where the
+    two do not agree."""
+    rows: list[measured.SoftmaxRow] = []
+    for c in classes:
+        x = torch.randn(1, c, size, size, device=device)
+        given = {
+            "dy": torch.randn(1, size, size, padded_channels(c), device=device).to(dtype),
+            "lse": x.logsumexp(1), "scale": torch.ones(1, device=device),
+            "activation": ACTIVATIONS["softmax"], "temperature": 1.0, "row0": 0, "rows": size,
+        }  # fmt: skip
+        dx = [torch.full_like(x, float("nan")) for _ in range(2)]
+        runs = [
+            partial(stage, x, **given, dx=to)
+            for stage, to in zip((operators.softmax_bwd, kernels.softmax_bwd), dx, strict=True)
+        ]
+        cuda_ms, triton_ms = (time(run) for run in runs)
+        if not (dx[0] - dx[1]).abs().max() <= 1e-4 * dx[1].abs().max():
+            print(f"softmax_bwd of {c} classes: the two do not agree", file=sys.stderr)
+            continue
+        name = torch.cuda.get_device_name(device) if device != "cpu" else "emulation"
+        rows.append(
+            {
+                "arch": architecture(device),
+                "classes": c,
+                "cuda_ms": round(cuda_ms, 4),
+                "triton_ms": round(triton_ms, 4),
+                "measured": f"{name}, 1 x {size} x {size}",
+            }
+        )
+        print(c, f"CUDA {cuda_ms:.4f} ms, Triton {triton_ms:.4f} ms", flush=True)
+    return rows
+
+
 def main() -> int:
     """Measure and write; 1 without a GPU, or where not one row came out."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -232,6 +277,7 @@ def main() -> int:
     dtypes = ("bfloat16", "float16", "float32")
     parser.add_argument("--dtype", choices=dtypes, nargs="+", default=["bfloat16"])
     parser.add_argument("--backward", action="store_true", help="the data gradient's two ways")
+    parser.add_argument("--softmax", action="store_true", help="the two softmax_bwd")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -241,14 +287,18 @@ def main() -> int:
 
     torch.backends.cudnn.allow_tf32 = True  # float32's rows are TF32's
     rows: list[Any] = []
+
+    def time(run: Callable[[], Any]) -> float:
+        return float(do_bench(run))
+
     for dtype in (getattr(torch, name) for name in args.dtype):
         if args.backward:
-            rows += measure_data_gradients(
-                args.classes, dtype, "cuda:0", lambda run: float(do_bench(run))
-            )
+            rows += measure_data_gradients(args.classes, dtype, "cuda:0", time)
+        elif args.softmax:
+            rows += measure_softmax_bwd(args.classes, dtype, "cuda:0", time)
         else:
             for classes in args.classes:
-                rows += tune(classes, dtype, "cuda:0", lambda run: float(do_bench(run)), CANDIDATES)
+                rows += tune(classes, dtype, "cuda:0", time, CANDIDATES)
     args.out.write_text(json.dumps(rows, indent=1) + "\n")
     return int(not rows)
 

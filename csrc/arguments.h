@@ -235,4 +235,28 @@ struct ConvBlockBwd {
   const SoftmaxBwd* logits;  // null, or what dx goes on to; its dy, c_pad and dtype are not read
 };
 
+// A step's forward on sm_90a: 3 x 3 convolution of stride 1 of the carried map and of delta, ReLU,
+// max pool.
+struct ConvBlockFwd {
+  int64_t N, H_in, W, C_in, C_out;  // C_in a multiple of 8, C_out of 64
+  int64_t rows, row0, image_rows;  // of the convolution: H_in + 2 pad_h - 2, its first, its image's
+  int64_t pad_h;                   // rows of zeros above and below
+  DType dtype;                     // bfloat16 or float16
+  const void *a, *d;               // [N, H_in, W, C_in]
+  const void* weight;              // [9 * C_in, C_out], rows by tap, then channel
+  const float* bias;               // [C_out] or null
+  const uint8_t* from_target;      // [N]
+  void *y, *delta;                 // [N, rows / 2, W / 2, C_out] or null
+  uint8_t* code;                   // [N, rows / 2, W / 2, C_out / 2] or null
+  float* partial;  // [N, conv_block_fwd_programs] or null: sums of the squares of delta as stored
+  int64_t a_image_stride, d_image_stride, y_image_stride, delta_image_stride, code_image_stride;
+};
+
+// Output channels of a program, which has 128 pixels of each 128 of them, 256 of each 64.
+inline int conv_block_fwd_channels(int64_t C_out) { return C_out % 128 == 0 ? 128 : 64; }
+inline int64_t conv_block_fwd_programs(int64_t rows, int64_t W, int64_t C_out) {
+  const int channels = conv_block_fwd_channels(C_out);
+  return ceil_div(rows, channels == 128 ? 16 : 32) * ceil_div(W, 8) * (C_out / channels);
+}
+
 }  // namespace gpl_fast

@@ -39,6 +39,7 @@ Bfloat16Unit bfloat16_unit();
 }  // namespace cpu
 
 namespace cuda {  // stream: a cudaStream_t
+void conv_block_fwd(const ConvBlockFwd& args, void* stream);
 void conv_block_bwd(const ConvBlockBwd& args, void* stream);
 void relu_pool_bwd(const ReluPoolBwd& args, void* stream);
 void relu_bwd(const ReluBwd& args, void* stream);

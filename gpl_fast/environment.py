@@ -57,7 +57,7 @@ _TIME = Key("a number > 0", _is_time)
 _FLAG = Key("true or false", lambda x: isinstance(x, bool))
 _TEXT = Key("a text", lambda x: isinstance(x, str))
 _DTYPE = Key("bfloat16, float16 or float32", lambda x: x in ("bfloat16", "float16", "float32"))
-# `gpl_fast.tiles.Row` and `gpl_fast.fast.measured.Row`.
+# `gpl_fast.tiles.Row`, `gpl_fast.fast.measured.Row` and `SoftmaxRow`.
 TILES = {
     "arch": _WHOLE,
     "dtype": _DTYPE,
@@ -72,7 +72,7 @@ TILES = {
     **dict.fromkeys(("c_in", "c_out", "c_out_max"), replace(_WHOLE, needed=False)),
     "measured": replace(_TEXT, needed=False),
 }
-DATA_GRADIENT = {
+GRADIENT = {
     "arch": _WHOLE,
     "dtype": _DTYPE,
     "first": _FLAG,
@@ -80,6 +80,8 @@ DATA_GRADIENT = {
     **dict.fromkeys(("kernel_ms", "aten_ms"), _TIME),
     "measured": _TEXT,
 }
+SOFTMAX = {key: GRADIENT[key] for key in ("arch", "measured")}
+SOFTMAX |= {"classes": _WHOLE, "cuda_ms": _TIME, "triton_ms": _TIME}
 
 
 @dataclass(frozen=True)
@@ -133,18 +135,16 @@ VARIABLES = {
             "the widest instructions that the CPU operators may use",
             ("default", "avx2", "avx512"),
         ),
-        Variable(
-            "GPL_FAST_SM90A",
-            "0 or 1",
-            "0: a GPU of compute capability 9.0 takes the kernels of 8.0",
-            ("0", "1"),
-        ),
+        Variable("GPL_FAST_SM90A", "0 or 1", "0: sm_90 takes the kernels of sm_80", ("0", "1")),
         Variable("GPL_FAST_TILES", _ROWS, "rows before those of tiles.json", TILES),
         Variable(
             "GPL_FAST_DATA_GRADIENT",
             _ROWS,
             "rows before those of fast/data_gradient.json",
-            DATA_GRADIENT,
+            GRADIENT,
+        ),
+        Variable(
+            "GPL_FAST_SOFTMAX_BWD", _ROWS, "rows before those of fast/softmax_bwd.json", SOFTMAX
         ),
         _of_build(
             "GPL_FAST_FORCE_CUDA",

@@ -6,10 +6,13 @@
 
 namespace gpl_fast::cuda {
 
-// e^((x - lse) / T): softmax's value but for the rounding of lse, which is absolute and so not
-// small for large logits. Divided by its sum over the classes, which is near 1, it is free of that.
-__device__ __forceinline__ float exponential(float x, float lse, float inv_t = 1.0f) {
-  return expf((x - lse) * inv_t);
+constexpr float kLog2E = 1.44269504f;
+
+// e^((x - lse) / T), rate = log2(e) / T: softmax's value but for the rounding of lse, which is
+// absolute and so not small for large logits. Divided by its sum over the classes, which is near 1,
+// it is free of that.
+__device__ __forceinline__ float exponential(float x, float lse, float rate = kLog2E) {
+  return exp2_approx((x - lse) * rate);
 }
 
 // Over the classes of a pixel: of y, the activation's exponentials, and p, the cross-entropy's.
@@ -32,7 +35,8 @@ struct ActivationGradient {
     if (activation == Activation::kSoftmax) {
       g = scale * y * (dy - y_dy);
     } else if (activation == Activation::kSigmoid) {
-      g = scale * dy * (sigmoid(x * inv_t) * sigmoid(-x * inv_t));  // 1 - y would cancel
+      const float e = exp2_approx(-fabsf(x) * (inv_t * kLog2E)), y_smaller = e / (1.0f + e);
+      g = scale * dy * (y_smaller / (1.0f + e));  // 1 - y would cancel
     } else {
       g = scale * dy;
     }

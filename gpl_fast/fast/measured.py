@@ -1,7 +1,9 @@
-"""Which of two data gradients is faster on a GPU: measurements decide, nothing is searched.
+"""Which of two is faster on a GPU, data gradients of a layer or `softmax_bwd` of csrc/cuda and of
+Triton: measurements decide, nothing is searched.
 
-``data_gradient.json`` has a row a layer and GPU, and ``GPL_FAST_DATA_GRADIENT`` names a file of
-rows that go before them (``benchmarks/tune.py`` writes it).
+``data_gradient.json`` has a row a layer and GPU, ``softmax_bwd.json`` one a number of classes and
+GPU; ``GPL_FAST_DATA_GRADIENT`` and ``GPL_FAST_SOFTMAX_BWD`` name files of rows that go before them
+(``benchmarks/tune.py`` writes them).
 """
 
 from __future__ import annotations
@@ -9,11 +11,11 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from gpl_fast import environment
 
-# A measured row speaks for layers of up to so many times its input channels, or as many fewer.
+# A measured row speaks for up to so many times its input channels or classes, or as many fewer.
 REACH = 1.5
 
 
@@ -36,11 +38,29 @@ class Row(TypedDict):
     measured: str
 
 
+class SoftmaxRow(TypedDict):
+    """Milliseconds of `softmax_bwd` of csrc/cuda and of Triton for one image of so many classes."""
+
+    arch: int
+    classes: int
+    cuda_ms: float
+    triton_ms: float
+    measured: str
+
+
 @functools.cache
 def rows() -> list[Row]:
-    """All rows, those that go first first."""
+    """All rows of data gradients, those that go first first."""
     found: list[Row] = environment.rows("GPL_FAST_DATA_GRADIENT")
-    found += json.loads(Path(__file__).with_name("data_gradient.json").read_text())
+    found += _shipped("data_gradient.json")
+    return found
+
+
+@functools.cache
+def softmax_rows() -> list[SoftmaxRow]:
+    """All rows of `softmax_bwd`, those that go first first."""
+    found: list[SoftmaxRow] = environment.rows("GPL_FAST_SOFTMAX_BWD")
+    found += _shipped("softmax_bwd.json")
     return found
 
 
@@ -49,15 +69,33 @@ def nearest(
 ) -> Row | None:
     """The row of this GPU, dtype and `layer` (first, out_channels, kernel_size, stride) with the
     nearest number of input channels."""
-
-    def ratio(row: Row) -> float:
-        return max(row["in_channels"], in_channels) / min(row["in_channels"], in_channels)
-
     fitting = [
         row
         for row in rows()
         if (row["arch"], row["dtype"]) == (arch, dtype)
         and (row["first"], row["out_channels"], row["kernel_size"], row["stride"]) == layer
-        and ratio(row) <= REACH
+        and _ratio(row["in_channels"], in_channels) <= REACH
     ]
-    return min(fitting, key=ratio, default=None)
+    return min(fitting, key=lambda row: _ratio(row["in_channels"], in_channels), default=None)
+
+
+def softmax_bwd(backward: str, arch: int, classes: int) -> str:
+    """Who has that stage, where `backward` has the others: "triton" for "compiled" if the row of
+    this GPU with the nearest number of classes says that it is faster."""
+    fitting = [
+        row
+        for row in softmax_rows()
+        if row["arch"] == arch and _ratio(row["classes"], classes) <= REACH
+    ]
+    row = min(fitting, key=lambda row: _ratio(row["classes"], classes), default=None)
+    faster = row is not None and row["triton_ms"] < row["cuda_ms"]
+    return "triton" if faster and backward == "compiled" else backward
+
+
+def _ratio(a: int, b: int) -> float:
+    return max(a, b) / min(a, b)
+
+
+def _shipped(name: str) -> list[Any]:
+    found: list[Any] = json.loads(Path(__file__).with_name(name).read_text())
+    return found

@@ -15,8 +15,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from gpl_fast import ops, tiles
+from gpl_fast.fast.by_table import ByTable
 from gpl_fast.fast.call import Call
-from gpl_fast.fast.measured import nearest
+from gpl_fast.fast.measured import nearest, softmax_bwd
 from gpl_fast.net.steps import Step
 from gpl_fast.net.weights import Layout
 from gpl_fast.tiles import Tile
@@ -135,6 +136,10 @@ class Policy:
         row = nearest(self.arch, dtype, layer, step.in_channels)
         return row is not None and row["kernel_ms"] < row["aten_ms"]
 
+    def softmax_bwd(self, classes: int) -> str:
+        """Who has that stage: on a GPU the faster of the compiled one and Triton's."""
+        return softmax_bwd(self.backward, self.arch, classes)
+
     def tile(self, call: Call, i: int, step: Step, c_in: int) -> Tile:
         """Of `conv_block_fwd`."""
         form = "plain" if call.plain else "diff"
@@ -216,8 +221,7 @@ def ask(device: torch.device) -> Policy:
         return Policy(bfloat16=ops.cpu_bfloat16())
     major, minor = torch.cuda.get_device_capability(device)
     memory = torch.cuda.get_device_properties(device).total_memory / MIB
-    compiled = ops.cuda_obstacle(device) is None
-    backward = "compiled" if compiled else "triton"
+    backward = "compiled" if ops.cuda_obstacle(device) is None else "triton"
     return Policy("cuda", "triton", backward, 10 * major + minor, "none", memory, None)
 
 
@@ -239,11 +243,10 @@ def injected(policy: Policy, **implementations: Any) -> Iterator[str]:
 def implementation(policy: str, half: Literal["forward", "backward"]) -> Any:
     """Who has the stages of a half, by the policy's name: `gpl_fast.stages.Stages`."""
     who = getattr(named(policy), half)
-    given = _injected[policy][1] if policy in _injected else {}
-    if who in given:
-        return given[who]
+    if policy in _injected and who in _injected[policy][1]:
+        return _injected[policy][1][who]
     if who == "compiled":
-        return ops
+        return ops if named(policy).device == "cpu" else ByTable(named(policy).softmax_bwd)
     from gpl_fast import kernels  # only here: importing Triton takes a while
 
     return kernels

@@ -28,12 +28,17 @@ _PLACES = {("compiled", "cpu"): "csrc/cpu", ("compiled", "cuda"): "csrc/cuda"}
 
 def _place(plan: Plan, half: str) -> str:
     """Where the stages of a half are."""
-    return _PLACES.get((getattr(plan.policy, half), plan.policy.device), "Triton")
+    return _place_of(plan, getattr(plan.policy, half))
+
+
+def _place_of(plan: Plan, implementation: str) -> str:
+    return _PLACES.get((implementation, plan.policy.device), "Triton")
 
 
 def _logits(plan: Plan) -> Runs:
     forward = [f"softmax_pack_fwd ({_place(plan, 'forward')})"]
-    backward = [f"softmax_bwd ({_place(plan, 'backward')})"]
+    softmax_bwd = plan.policy.softmax_bwd(plan.call.chain.in_channels)
+    backward = [f"softmax_bwd ({_place_of(plan, softmax_bwd)})"]
     if plan.call.branches and not plan.on_cpu:
         forward.insert(0, f"carry_target_fwd ({_place(plan, 'forward')})")
     if plan.call.front:

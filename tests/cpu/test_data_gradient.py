@@ -4,6 +4,7 @@ gradient: measured rows decide."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,8 @@ from cases import call_of
 
 from gpl_fast import LossNet, ops
 from gpl_fast.fast import measured, policy
+from gpl_fast.fast.plan import Plan
+from gpl_fast.fast.who import who_runs
 from gpl_fast.net.steps import Step
 from gpl_fast.net.weights import Layout
 
@@ -106,9 +109,40 @@ def test_the_stages_of_a_gpu(user_rows, monkeypatch):
 
 def test_who_has_the_stages_of_an_implementation():
     assert policy.implementation("cpu", "forward") is ops
-    assert policy.implementation("sm_90", "backward") is ops
+    assert policy.implementation("sm_90", "backward").relu_bwd is ops.relu_bwd
     kernels = pytest.importorskip("gpl_fast.kernels")
     assert policy.implementation("sm_90", "forward") is kernels
+
+
+@pytest.fixture
+def softmax_rows(monkeypatch, tmp_path):
+    about = {"arch": 90, "cuda_ms": 2.0, "measured": "here"}
+    found = [about | {"classes": 150, "triton_ms": 1.0}, about | {"classes": 200, "triton_ms": 3.0}]
+    (tmp_path / "rows.json").write_text(json.dumps(found))
+    monkeypatch.setenv("GPL_FAST_SOFTMAX_BWD", str(tmp_path / "rows.json"))
+    measured.softmax_rows.cache_clear()
+    yield
+    measured.softmax_rows.cache_clear()
+
+
+def test_the_faster_softmax_bwd_is_called_and_said(softmax_rows, monkeypatch):
+    """CUDA's where nothing near was measured."""
+    kernels, called = pytest.importorskip("gpl_fast.kernels"), []
+    monkeypatch.setattr(ops, "softmax_bwd", lambda x, **how: called.append("csrc/cuda"))
+    monkeypatch.setattr(kernels, "softmax_bwd", lambda x, **how: called.append("Triton"))
+    policy.implementation.cache_clear()
+    for by, classes, who in [("sm_90", 150, "Triton"), ("sm_90", 110, "Triton"),
+                             ("sm_90", 180, "csrc/cuda"), ("sm_90", 19, "csrc/cuda"),
+                             ("sm_80", 150, "csrc/cuda")]:  # fmt: skip
+        stages = policy.implementation(by, "backward")
+        stages.softmax_bwd(torch.empty(1, classes, 2, 2), row0=0)
+        plan = Plan(call_of(LossNet.vgg(classes, (1,), (8,)), policy=by), 1, 8, 8)
+        assert called.pop() == who, (by, classes)
+        assert who_runs(plan)[0].backward == f"softmax_bwd ({who})"
+    triton = replace(policy.named("sm_90"), backward="triton")
+    assert triton.softmax_bwd(19) == "triton"
+    assert policy.named("avx2").softmax_bwd(150) == "compiled"
+    policy.implementation.cache_clear()
 
 
 def test_weights_for_the_kernel_are_flipped_and_padded():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,4 +54,23 @@ def test_a_wrong_kernel_gets_no_row(emulated, tune, monkeypatch, capsys):
     )  # fmt: skip
     monkeypatch.setattr(tune, "operators", wrong)
     assert not tune.measure_data_gradients([3], torch.bfloat16, "cpu", lambda run: 1.0, largest=16)
+    assert "do not agree" in capsys.readouterr().err
+
+
+def test_the_two_softmax_bwd(emulated, tune, monkeypatch, capsys):
+    """Triton's, where it cannot be interpreted, is stood for by CUDA's."""
+
+    def count(run):
+        run()
+        return float(next(number))
+
+    number = itertools.count(1)
+    monkeypatch.setattr(tune, "operators", emulated)
+    monkeypatch.setattr(tune, "kernels", emulated)
+    (row,) = tune.measure_softmax_bwd([19], torch.bfloat16, "cpu", count, size=8)
+    assert set(row) == set(measured.SoftmaxRow.__annotations__)
+    assert (row["classes"], row["cuda_ms"], row["triton_ms"]) == (19, 1, 2)
+    nothing = SimpleNamespace(softmax_bwd=lambda *_, **__: None)
+    monkeypatch.setattr(tune, "kernels", nothing)
+    assert not tune.measure_softmax_bwd([19], torch.bfloat16, "cpu", count, size=8)
     assert "do not agree" in capsys.readouterr().err

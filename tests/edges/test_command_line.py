@@ -382,6 +382,7 @@ WRONG = {
     "GPL_FAST_SM90A": "no",
     "GPL_FAST_TILES": "no-such-file.json",
     "GPL_FAST_DATA_GRADIENT": __file__,
+    "GPL_FAST_SOFTMAX_BWD": __file__,
 }
 
 
@@ -452,8 +453,12 @@ RIGHT = {
         "arch": 90, "dtype": "float32", "first": True, "in_channels": 19, "out_channels": 64,
         "kernel_size": 3, "stride": 1, "kernel_ms": 1, "aten_ms": 0.5, "measured": "here",
     },
+    "GPL_FAST_SOFTMAX_BWD": {
+        "arch": 90, "classes": 150, "cuda_ms": 1, "triton_ms": 0.5, "measured": "here",
+    },
 }  # fmt: skip
-ROWS = {"GPL_FAST_TILES": tiles.Row, "GPL_FAST_DATA_GRADIENT": measured.Row}
+ROWS = {"GPL_FAST_TILES": tiles.Row, "GPL_FAST_DATA_GRADIENT": measured.Row,
+        "GPL_FAST_SOFTMAX_BWD": measured.SoftmaxRow}  # fmt: skip
 BAD_VALUES = {
     "arch": ["90", 9.5, True, 0, None],
     "dtype": ["bf16", 16, ["bfloat16"], {}],

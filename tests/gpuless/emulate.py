@@ -22,6 +22,7 @@ ROOT = HERE.parents[1]
 CSRC = ROOT / "csrc"
 KEPT = ROOT / "build" / "gpuless"
 CONVOLUTIONS = ("conv_block/conv_block_bwd.cu", "conv_block/conv_block_bwd_sm90.cu")
+FORWARD = ("conv_block/conv_block_fwd_sm90.cu",)
 ELEMENTWISE = ("relu.cu", "relu_pool.cu", "softmax_bwd.cu")
 MACHINE = ("-mavx2", "-mfma", "-mf16c")
 FLAGS = ("-O2", *MACHINE)

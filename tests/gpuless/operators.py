@@ -73,7 +73,7 @@ def linked(kernels: Sequence[Path], target: Path, *flags: str) -> Path:
 
 def build() -> Path:
     """The library of the shipped kernels."""
-    kernels = emulate.kernels((*emulate.CONVOLUTIONS, *emulate.ELEMENTWISE))
+    kernels = emulate.kernels((*emulate.CONVOLUTIONS, *emulate.FORWARD, *emulate.ELEMENTWISE))
     name = emulate.digest(*map(str, (*kernels, *dispatch())))
     target = emulate.KEPT / f"libgpl_fast_emulated.{name}.so"
     with emulate.alone(emulate.KEPT / "libgpl_fast_emulated"):

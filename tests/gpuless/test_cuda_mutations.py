@@ -36,6 +36,9 @@ class Mutation:
 DZ, TILE, BLOCKS = "conv_block/dz_tile", "conv_block/conv_tile", "conv_block/conv_block"
 SM80, SM90 = "conv_block/conv_block_bwd", "conv_block/conv_block_bwd_sm90"
 PIXEL, GRADIENT = "conv_block/logits_pixel", "logits_gradient"
+SOFTMAX, CHANNELS = "softmax_bwd", "channel_tile"
+SUMS = "tests/stages/test_softmax_bwd.py::test_"
+FORWARD, HALO = "conv_block/conv_block_fwd_sm90", f"{STAGES}_halo.py::test_"
 PUT = "in_place ? px.put_dy(n0 + c, dy(c))"
 # fmt: off
 MUTATIONS = [
@@ -58,15 +61,36 @@ MUTATIONS = [
     Mutation("sums of one lane", BLOCKS, "for (int l = 1; l < lanes; ++l)", "for (int l = 1; l < 1; ++l)", LOGITS + "orders_agree_bit_for_bit[cuda-80-19]"),  # noqa: E501
     Mutation("sums of unrounded values", SM80, PUT, "in_place ? (px.put_dy(n0 + c, dy(c)), dy(c))", LOGITS + "sums_take_the_stored_gradient[cuda-80]"),  # noqa: E501
     Mutation("a mask that multiplies", PIXEL, "if (!valid_) g = 0.0f;", "g *= valid_;", LOGITS + "masked_pixels_may_hold_nan[cuda-80-19-1]"),  # noqa: E501
-    Mutation("x / T alone", GRADIENT, "(x - lse) * inv_t", "x * inv_t - lse * inv_t", LOGITS + "any_temperature[cuda-80-0.3-19]"),  # noqa: E501
+    Mutation("x / T alone", GRADIENT, "(x - lse) * rate", "x * rate - lse * rate", LOGITS + "any_temperature[cuda-80-0.3-19]"),  # noqa: E501
     Mutation("1 / T first", PIXEL, "a.scale[n]}", "a.scale[n] * a.inv_t}", LOGITS + "any_temperature[cuda-80-1e-30-19]"),  # noqa: E501
     Mutation("the label's neighbour", GRADIENT, "c == label ?", "c == label + 1 ?", LOGITS + "cross_entropy_and_masks[cuda-80-1-19]"),  # noqa: E501
+    Mutation("the sums of one warp", SOFTMAX, "k < 1 << work_.log2_warps", "k < 1", SUMS + "shared_memory_of_every_gpu[cuda-150]"),  # noqa: E501
+    Mutation("dy read before it is there", SOFTMAX, "    ptx::cp_async_wait<0>();\n", "", SUMS + "orders_agree_bit_for_bit[cuda-19]"),  # noqa: E501
+    Mutation("dy read before others have copied it", SOFTMAX, "<0>();\n    __syncthreads();", "<0>();", SUMS + "orders_agree_bit_for_bit[cuda-1300]"),  # noqa: E501
+    Mutation("the next chunk of dy over this one", SOFTMAX, "if (step > first && step != chunks) __syncthreads();", "", SUMS + "orders_agree_bit_for_bit[cuda-1300]"),  # noqa: E501
+    Mutation("sums read before others have them", SOFTMAX, "= sums_;\n      __syncthreads();", "= sums_;", SUMS + "orders_agree_bit_for_bit[cuda-1300]"),  # noqa: E501
+    Mutation("pixels 128 bytes apart", CHANNELS, " + (pixel >> shift_)) * 16", ") * 16", SUMS + "no_bank_conflicts[cuda-dtype0-nchw]"),  # noqa: E501
     Mutation("the expected bytes of one slab", SM90, "bars.full + r.at, L::kStageBytes", "bars.full + r.at, kSlabBytes", BLOCK + "orders_agree_bit_for_bit[cuda-90-dtype0]"),  # noqa: E501
     Mutation("the wrong phase of the ring", SM90, "bars.empty + r.at, r.phase ^ 1", "bars.empty + r.at, r.phase", BLOCK + "sizes[cuda-90-0-size4]"),  # noqa: E501
     Mutation("no wait for the products", SM90, "ptx::wgmma_wait<0>();", "", BLOCK + "sizes[cuda-90-0-size4]"),  # noqa: E501
     Mutation("the wrong step along K", SM90, "b + q * 128", "b + q * 64", BLOCK + "sizes[cuda-90-0-size4]"),  # noqa: E501
     Mutation("too many expanders awaited", SM90, "dz_full + s, kExpanders", "dz_full + s, kExpanders + 1", BLOCK + "sizes[cuda-90-0-size4]"),  # noqa: E501
     Mutation("dx read before its warp has it", SM90, "  }\n  __syncwarp();\n}", "  }\n}", BLOCK + "sizes[cuda-90-0-size4]"),  # noqa: E501
+    Mutation("the halo's bytes of one map", FORWARD, "bars.full + at, L::kStage)", "bars.full + at, L::kStage - L::kMap)", HALO + "orders_agree_bit_for_bit[cuda-90-64]"),  # noqa: E501
+    Mutation("a stage filled before it was read", FORWARD, "int at = 0, phase = 1;", "int at = 0, phase = 0;", HALO + "against_float64[cuda-90-one row]"),  # noqa: E501
+    Mutation("a stage given back while it is read", FORWARD, "bars.empty + (at ^ 1)", "bars.empty + at", HALO + "orders_agree_bit_for_bit[cuda-90-64]"),  # noqa: E501
+    Mutation("a lax wait for the products before", FORWARD, "ptx::wgmma_wait<1>();", "", HALO + "orders_agree_bit_for_bit[cuda-90-128]"),  # noqa: E501
+    Mutation("no wait for the last products", FORWARD, "  ptx::wgmma_wait<0>();", "", HALO + "against_float64[cuda-90-one row]"),  # noqa: E501
+    Mutation("columns of taps the other way around", FORWARD, "t.w0 + column - 1, h, t.n);\n      ptx::tma_load(stage + L::kMap", "t.w0 + 1 - column, h, t.n);\n      ptx::tma_load(stage + L::kMap", HALO + "against_float64[cuda-90-64 channels]"),  # noqa: E501
+    Mutation("the same rows for each row of taps", FORWARD, "(row * kRowBytes + k * 32) >> 4", "(k * 32) >> 4", HALO + "against_float64[cuda-90-64 channels]"),  # noqa: E501
+    Mutation("half a step along the channels of pixels", FORWARD, "k * 32) >> 4", "k * 16) >> 4", HALO + "against_float64[cuda-90-64 channels]"),  # noqa: E501
+    Mutation("both warpgroups at the first channels", FORWARD, "(t.c0 + (L::kSplitsRows ? 0 : group * 64))", "(t.c0)", HALO + "against_float64[cuda-90-128 channels]"),  # noqa: E501
+    Mutation("the other branch's winner", FORWARD, "best = p, code = i;", "best = o, code = i;", HALO + "the_same_z_gives_the_operators_bits[cuda-90-64-dtype0]"),  # noqa: E501
+    Mutation("a later tie wins", FORWARD, "return value > best ||", "return value >= best ||", HALO + "the_same_z_gives_the_operators_bits[cuda-90-64-dtype0]"),  # noqa: E501
+    Mutation("rows outside the image", FORWARD, "row >= 0 && row < a_.image_rows", "row < a_.image_rows", HALO + "strips_equal_the_whole[cuda-90-64]"),  # noqa: E501
+    Mutation("what is put out read before it is there", FORWARD, "  ptx::barrier_sync(1, kHaloConsumers);\n", "", HALO + "orders_agree_bit_for_bit[cuda-90-64]"),  # noqa: E501
+    Mutation("no pitch of what is put out", FORWARD, "kPitch = 64 * 2 + 16", "kPitch = 64 * 2", HALO + "no_bank_conflicts_and_no_product_twice[cuda-90-64]"),  # noqa: E501
+    Mutation("sums of unrounded values of delta", FORWARD, "squares = fmaf(widen(delta), widen(delta), squares)", "squares = fmaf(w.delta, w.delta, squares)", HALO + "against_float64[cuda-90-64 channels]"),  # noqa: E501
 ]
 # fmt: on
 
@@ -83,6 +107,10 @@ FEWER = {
         ("if (a.dtype == DType::kFloat16) return launch_tile<__half>(a, stream);", ""),
         ("if (a.C_in <= 64) return launch<T, 64, true>(a, stream);", ""),
         ("return a.C_in <= 160 ? launch<T, 160, true>(a, stream) : ", "return "),
+    ],
+    "softmax_bwd.cu": [
+        ("with_dtype(a.x_dtype, [&](auto x)", "[&](auto f) { f(0.0f); }([&](auto x)"),
+        ("with_dtype(a.dy ? a.dtype : DType::kFloat32,", "[&](auto f) { f(0.0f); }("),
     ],
 }
 
@@ -108,10 +136,9 @@ def mutated(csrc: Path, mutation: Mutation) -> None:
     path.write_text(text.replace(mutation.old, mutation.new))
 
 
-def outcome(folder: Path, objects: list[Path], tests: list[str]) -> str:
-    """Output of the tests on kernels."""
-    kernels = [*objects, *emulate.kernels(emulate.ELEMENTWISE)]
-    built = operators.linked(kernels, folder / "libgpl_fast_emulated.so")
+def outcome(folder: Path, objects: dict[str, Path], tests: list[str]) -> str:
+    """Output of the tests on kernels, by their sources."""
+    built = operators.linked([*objects.values()], folder / "libgpl_fast_emulated.so")
     process = FORKS.Process(target=run_tests, args=(built, tests, folder / "output"))
     process.start()
     process.join()
@@ -132,7 +159,12 @@ def run_tests(built: Path, tests: list[str], output: Path) -> None:
 def unchanged(tmp_path_factory):
     """The kernels without mutation, and the output of the named tests on them."""
     folder = tmp_path_factory.mktemp("unchanged")
-    objects = emulate.kernels(emulate.CONVOLUTIONS, FLAGS, reduced(folder), folder)
+    made = emulate.kernels(FEWER, FLAGS, reduced(folder), folder)
+    others = set(emulate.ELEMENTWISE) - set(FEWER)
+    objects = {
+        **dict(zip(FEWER, made, strict=True)),
+        **{n: emulate.kernels([n])[0] for n in others},
+    }
     return objects, outcome(folder, objects, sorted({m.test for m in MUTATIONS}))
 
 
@@ -141,11 +173,14 @@ def outcomes(unchanged, tmp_path_factory):
     """The output of the named test, to come, of every mutation: they are made side by side."""
 
     def one(folder: Path, m: Mutation) -> str:
-        csrc, objects = reduced(folder), list(unchanged[0])
+        csrc, objects = reduced(folder), dict(unchanged[0])
         mutated(csrc, m)
-        # The named test's GPU tells which of the two kernels has to be compiled again.
-        again = int("[cuda-90" in m.test)
-        (objects[again],) = emulate.kernels([emulate.CONVOLUTIONS[again]], FLAGS, csrc, folder)
+        # The named test tells which kernel has to be compiled again.
+        again = emulate.CONVOLUTIONS["[cuda-90" in m.test]
+        again = {SUMS: "softmax_bwd.cu", HALO: emulate.FORWARD[0]}.get(
+            f"{m.test.partition('::')[0]}::test_", again
+        )
+        (objects[again],) = emulate.kernels([again], FLAGS, csrc, folder)
         return outcome(folder, objects, [m.test])
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -10,8 +10,8 @@ import emulate
 import operators
 import pytest
 
-STAGES = ("conv_block_bwd", "conv_block_logits_bwd", "conv_block_counts", "relu", "relu_pool",
-          "softmax_bwd")  # fmt: skip
+STAGES = ("conv_block_bwd", "conv_block_logits_bwd", "conv_block_counts", "conv_block_halo",
+          "relu", "relu_pool", "softmax_bwd")  # fmt: skip
 # Of blocks the border cases, of both sizes of elements; whole logits of bfloat16 alone.
 BLOCKS = "test_sizes or test_strip or test_stride_2 or shared_memory or test_channels"
 BLOCKS += " or (test_softmax and dtype1)"
@@ -27,7 +27,7 @@ def library(name: str) -> str:
 @pytest.mark.timeout(1800)  # minutes on a machine that has other work too
 def test_borders(tmp_path):
     """Out of bounds, misaligned and undefined accesses."""
-    names = (*emulate.CONVOLUTIONS, *emulate.ELEMENTWISE)
+    names = (*emulate.CONVOLUTIONS, *emulate.FORWARD, *emulate.ELEMENTWISE)
     kernels = emulate.kernels(names, emulate.SANITIZED)
     built = operators.linked(kernels, tmp_path / "libsanitized.so", *emulate.SANITIZED)
     environment = os.environ | {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operators
 import pytest
 import torch
 import torch.nn.functional as F
@@ -181,7 +182,7 @@ def test_layouts_and_strips_give_the_same_bits(stages, dtype):
     assert part[:, :, 4:].isnan().all()
 
 
-@pytest.mark.parametrize("classes", [19, 600])
+@pytest.mark.parametrize("classes", [19, 1300])
 def test_orders_agree_bit_for_bit(stages, classes):
     """Also of channels that are taken in chunks."""
     x, dy = torch.randn(2, classes, 2, 45), torch.randn(2, 2, 45, classes)
@@ -191,6 +192,44 @@ def test_orders_agree_bit_for_bit(stages, classes):
         with order():
             found.append(gradient(stages, x, dy, labels=labels, weight=weight, smoothing=0.1))
     assert all(torch.equal(dx, found[0]) for dx in found)
+
+
+@pytest.mark.parametrize("classes", [90, 257])
+def test_layouts_give_the_same_bits_of_chunks(stages, classes):
+    x, dy = torch.randn(1, classes, 2, 45), torch.randn(1, 2, 45, classes)
+    whole = gradient(stages, x, dy)
+    for kind in LAYOUTS:
+        assert torch.equal(gradient(stages, layout(x, kind), dy, dx=layout(x, kind) * 0), whole)
+
+
+@pytest.mark.only("cuda")
+@pytest.mark.parametrize("kind", ["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_bank_conflicts(stages, dtype, kind):
+    """128 bytes of a warp's accesses to shared memory take one pass over the banks."""
+    emulation = operators.load()
+    emulation.count_shared(True)
+    # More than 32 side by side would not be counted together: some lanes have more than others.
+    for classes in (3, 13, 19, 32) if kind == "channels_last" else (3, 19, 40, 64, 152, 264):
+        x = layout(torch.randn(1, classes, 3, 40), kind)
+        gradient(stages, x, torch.randn(1, 3, 40, -(-classes // 8) * 8).to(dtype))
+        counted = emulation.counters()
+        assert counted["shared_phases"] == counted["shared"] > 0, classes
+    emulation.count_shared(False)
+
+
+@pytest.mark.only("cuda")
+@pytest.mark.parametrize("classes", [8, 150, 512, 2000])
+def test_shared_memory_of_every_gpu(stages, classes):
+    """99 KiB are enough for all of them."""
+    emulation = operators.load()
+    emulation.play(86)
+    try:
+        for kind in ("nchw", "channels_last"):
+            x, dy = torch.randn(1, classes, 1, 33), torch.randn(1, 1, 33, classes)
+            check(gradient(stages, layout(x, kind), dy), *by_definition(x, dy), FLOAT)
+    finally:
+        emulation.play(80)
 
 
 @pytest.mark.only("cpu")

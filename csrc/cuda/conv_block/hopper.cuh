@@ -6,6 +6,15 @@
 
 #include "ptx.cuh"
 
+namespace gpl_fast::cuda {
+
+// Of a map in memory: [n, h, w, c] of 16-bit elements, each image contiguous.
+struct MapShape {
+  int64_t n, h, w, c, image_stride;
+};
+
+}  // namespace gpl_fast::cuda
+
 #ifdef CUDA_ON_CPU
 #include "hopper_on_cpu.h"
 #else
@@ -21,9 +30,9 @@ namespace gpl_fast::cuda {
 
 using TensorMap = CUtensorMap;
 
-// A matrix [rows, columns] of 16-bit elements in boxes with the 128-byte swizzle.
-inline TensorMap tensor_map(const void* p, bool bfloat16, int64_t rows, int64_t columns,
-                            int box_rows, int box_columns) {
+// By dimensions from the innermost on, in boxes with the 128-byte swizzle.
+inline TensorMap tensor_map(const void* p, bool bfloat16, int dims, const cuuint64_t* sizes,
+                            const cuuint64_t* pitch, const cuuint32_t* box) {
   static const auto encode = [] {
     void* f = nullptr;  // through the runtime: the library loads without a driver
     cudaDriverEntryPointQueryResult found;
@@ -37,11 +46,9 @@ inline TensorMap tensor_map(const void* p, bool bfloat16, int64_t rows, int64_t 
   }();
   if (!encode) throw std::runtime_error("gpl_fast: the driver has no cuTensorMapEncodeTiled");
   TensorMap map;
-  const cuuint64_t sizes[] = {(cuuint64_t)columns, (cuuint64_t)rows};
-  const cuuint64_t pitch[] = {(cuuint64_t)columns * 2};
-  const cuuint32_t box[] = {(cuuint32_t)box_columns, (cuuint32_t)box_rows}, step[] = {1, 1};
+  const cuuint32_t step[] = {1, 1, 1, 1};
   const CUresult result = encode(
-      &map, bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
+      &map, bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, dims,
       (void*)p, sizes, pitch, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
@@ -49,6 +56,22 @@ inline TensorMap tensor_map(const void* p, bool bfloat16, int64_t rows, int64_t 
                              std::to_string((int)result));
   }
   return map;
+}
+// A matrix [rows, columns] of 16-bit elements.
+inline TensorMap tensor_map(const void* p, bool bfloat16, int64_t rows, int64_t columns,
+                            int box_rows, int box_columns) {
+  const cuuint64_t sizes[] = {(cuuint64_t)columns, (cuuint64_t)rows};
+  const cuuint64_t pitch[] = {(cuuint64_t)columns * 2};
+  const cuuint32_t box[] = {(cuuint32_t)box_columns, (cuuint32_t)box_rows};
+  return tensor_map(p, bfloat16, 2, sizes, pitch, box);
+}
+inline TensorMap tensor_map(const void* p, bool bfloat16, const MapShape& s, int box_h, int box_w,
+                            int box_c) {
+  const cuuint64_t sizes[] = {(cuuint64_t)s.c, (cuuint64_t)s.w, (cuuint64_t)s.h, (cuuint64_t)s.n};
+  const cuuint64_t pitch[] = {(cuuint64_t)s.c * 2, (cuuint64_t)(s.w * s.c) * 2,
+                              (cuuint64_t)s.image_stride * 2};
+  const cuuint32_t box[] = {(cuuint32_t)box_c, (cuuint32_t)box_w, (cuuint32_t)box_h, 1};
+  return tensor_map(p, bfloat16, 4, sizes, pitch, box);
 }
 
 namespace ptx {
@@ -85,7 +108,20 @@ __device__ __forceinline__ void tma_load(void* dst, const TensorMap* map, uint64
       "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row)
       : "memory");
 }
-// b of wgmma in slabs of 64 columns: lead = bytes from slab to slab, stride = from 8 rows to 8.
+__device__ __forceinline__ void tma_load(void* dst, const TensorMap* map, uint64_t* barrier, int c,
+                                         int w, int h, int n) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(shared_address(dst)),
+      "l"(map), "r"(shared_address(barrier)), "r"(c), "r"(w), "r"(h), "r"(n)
+      : "memory");
+}
+// For some of the block's warps.
+__device__ __forceinline__ void barrier_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+// An operand of wgmma whose rows or columns are contiguous, in slabs of 64: lead = bytes from slab
+// to slab, stride = from 8 rows to 8.
 __device__ __forceinline__ uint64_t wgmma_descriptor(const void* p, uint32_t lead,
                                                      uint32_t stride) {
   return (uint64_t)((shared_address(p) & 0x3ffff) >> 4) | (uint64_t)(lead >> 4) << 16 |
@@ -152,6 +188,22 @@ GPL_WGMMA(64, false, "f16", GPL_D64_NAMES, "%32", "%33", "%34", "%35", "%36", GP
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 GPL_WGMMA(128, true, "bf16", GPL_D128_NAMES, "%64", "%65", "%66", "%67", "%68", GPL_D64(0))
 GPL_WGMMA(128, false, "f16", GPL_D128_NAMES, "%64", "%65", "%66", "%67", "%68", GPL_D64(0))
+
+// d += a b: m64n128k16, a in shared memory with its rows contiguous, b with its columns along k.
+template <bool kBFloat16, int N>
+__device__ __forceinline__ void wgmma_shared(float (&d)[N / 2], uint64_t a, uint64_t b);
+#define GPL_WGMMA_SHARED(kBFloat16, TYPE)                                                         \
+  template <>                                                                                     \
+  __device__ __forceinline__ void wgmma_shared<kBFloat16, 128>(float (&d)[64], uint64_t a,        \
+                                                               uint64_t b) {                      \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" GPL_D128_NAMES \
+                 "}, %64, %65, 1, 1, 1, 1, 0;\n"                                                  \
+                 : GPL_D64(0)                                                                     \
+                 : "l"(a), "l"(b));                                                               \
+  }
+GPL_WGMMA_SHARED(true, "bf16")
+GPL_WGMMA_SHARED(false, "f16")
+#undef GPL_WGMMA_SHARED
 #undef GPL_D128_NAMES
 #define GPL_D160_NAMES                                                               \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \

@@ -44,14 +44,14 @@ class LogitsPixel {
 
   __device__ void add(LogitsSums& sums, int c, float dy) const {
     const float x = this->x(c);
-    if (softmax()) sums.add(exponential(x, lse_, activation_.inv_t), dy);
+    if (softmax()) sums.add(exponential(x, lse_, activation_.inv_t * kLog2E), dy);
     if (counts() && a_.ce.own_lse) sums.p += exponential(x, ce_lse_);
   }
 
   // Writes class c of the gradient.
   __device__ void finish(const LogitsSums& sums, int c, float dy) const {
     const float x = this->x(c);
-    const float y = softmax() ? exponential(x, lse_, activation_.inv_t) / sums.y : 0.0f;
+    const float y = softmax() ? exponential(x, lse_, activation_.inv_t * kLog2E) / sums.y : 0.0f;
     float g = activation_.at(x, y, sums.y_dy / sums.y, dy);
     if (!valid_) g = 0.0f;
     if (counts()) {
