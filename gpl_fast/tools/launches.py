@@ -27,6 +27,7 @@ from gpl_fast.fast.plan import Plan
 from gpl_fast.net import weights
 from gpl_fast.net.lossnet import LossNet
 from gpl_fast.stages import Listed
+from gpl_fast.tiles import Tile
 from gpl_fast.tools.workload import check_shape, make_inputs, make_loss
 
 
@@ -44,6 +45,7 @@ WORKLOADS = {
     "voc": Workload((16, 21, 512, 512), "dense"),
     "ade20k": Workload((16, 150, 512, 512), "dense"),
     "ade20k, labels": Workload((16, 150, 512, 512), "labels"),
+    "ade-full": Workload((8, 847, 512, 512), "dense"),
     "ade-full, labels": Workload((8, 847, 512, 512), "labels"),
     "lvis": Workload((4, 1203, 512, 512), "dense"),
     "lvis, labels": Workload((4, 1203, 512, 512), "labels"),
@@ -51,7 +53,7 @@ WORKLOADS = {
     "masks": Workload((64, 1, 200, 200), "dense", "sigmoid"),
 }
 TOP = 8  # classes listed in a pixel of a top-k target
-WORKSPACE_MB = 256.0
+WORKSPACE_MB = 2048.0
 SMALL = "other operators (ATen)"
 CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten._convolution.default)
 ALLOCATING = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
@@ -60,11 +62,24 @@ HOST = {"scalar_tensor"}  # a number of Python's, which a kernel takes as an arg
 
 @dataclass
 class Launch:
-    """One kernel's work; of an operator that is `SMALL` also which."""
+    """One kernel's work.
+
+    Attributes:
+        images, rows, columns: of its grid: of a convolution that of what comes before the pool.
+        c_in, c_out, maps: of a convolution; the classes are `c_in`.
+        operator: which one, of those that are `SMALL`.
+    """
 
     name: str
     flops: float
     bytes: float
+    images: int = 1
+    rows: int = 1
+    columns: int = 1
+    c_in: int = 1
+    c_out: int = 1
+    maps: int = 1
+    tile: Tile | None = None
     operator: str = ""
 
 
@@ -88,13 +103,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             transposed = args[6]
             out = out.contiguous(memory_format=torch.channels_last)  # as cuDNN leaves it
             # Each weight meets each pixel of the side that is not spread.
-            pixels = (x if transposed else out).numel() // (x if transposed else out).shape[1]
+            n, _, rows, columns = (x if transposed else out).shape
             name = "data gradient (ATen)" if transposed else "convolution (ATen)"
-            self.launches.append(Launch(name, 2.0 * pixels * w.numel(), _bytes((x, w, out))))
+            flops = 2.0 * n * rows * columns * w.numel()
+            sizes = (n, rows, columns, out.shape[1], x.shape[1])
+            self.launches.append(Launch(name, flops, _bytes((x, w, out)), *sizes))
         elif is_launch(func):
             flat = tree_leaves((args, kwargs, out))
             once = {id(t): t for t in flat if isinstance(t, Tensor)}.values()
-            self.launches.append(Launch(SMALL, 0.0, _bytes(once), func.overloadpacket.__name__))
+            packet = func.overloadpacket.__name__
+            self.launches.append(Launch(SMALL, 0.0, _bytes(once), operator=packet))
         return out
 
     def __getattr__(self, name: str) -> Callable[..., None]:
@@ -102,13 +120,20 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name.startswith("_") or not name.endswith(("_fwd", "_bwd")):
             raise AttributeError(name)
         return lambda first, **rest: self.launches.append(
-            Launch(name, 0.0, _bytes((first, *rest.values())))
+            Launch(name, 0.0, _bytes((first, *rest.values())), len(first))
         )
 
     def carry_target_fwd(self, x: Tensor, *, step: tuple[int, int], **rest: Any) -> None:
         """As `gpl_fast.stages`: pixels of a grid, and what decides."""
         moved = _bytes((x, *rest.values())) / (step[0] * step[1])
         self.launches += [Launch("carry_target_fwd", 0.0, moved)] * 2
+
+    def softmax_pack_fwd(self, x: Tensor, *, rows: int, target: Tensor | None, **rest: Any) -> None:
+        """As `gpl_fast.stages`."""
+        n, c, _, width = x.shape
+        moved = _bytes((x, target, *rest.values()))
+        maps = 1 if target is None else 2
+        self.launches.append(Launch("softmax_pack_fwd", 0.0, moved, n, rows, width, c, maps=maps))
 
     def conv_block_fwd(
         self, a: Tensor, *, weight: Tensor, d: Tensor | None, target: Listed | None, **rest: Any
@@ -126,7 +151,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             image_rows = next(t.shape[-2] for t in whole if t is not None)
             moved += _bytes((target.table, target.taken, target.interior, target.rest_table))
             moved += _bytes(whole) * min(1.0, height / image_rows)
-        self.launches.append(Launch("conv_block_fwd", flops, moved))
+        sizes = (n, rows, columns, a.shape[3], weight.shape[1], branches)
+        self.launches.append(Launch("conv_block_fwd", flops, moved, *sizes, rest["tile"]))
         return a.new_empty((n, 1), dtype=torch.float32) if rest["reduce"] else None
 
     def relu_pool_bwd(
@@ -134,12 +160,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> None:
         """As `gpl_fast.stages`: rows of whole maps."""
         moved = _bytes((dy, code)) * min(1.0, dz.shape[1] / height) + _bytes((dz,))
-        self.launches.append(Launch("relu_pool_bwd", 0.0, moved))
+        self.launches.append(Launch("relu_pool_bwd", 0.0, moved, len(dy)))
 
     def softmax_bwd(self, x: Tensor, *, dy: Tensor, **rest: Any) -> None:
         """As `gpl_fast.stages`: rows of whole planes."""
-        moved = _bytes((x, *rest.values())) * min(1.0, dy.shape[1] / x.shape[2]) + _bytes((dy,))
-        self.launches.append(Launch("softmax_bwd", 0.0, moved))
+        (n, c, height, width), rows = x.shape, dy.shape[1]
+        moved = _bytes((x, *rest.values())) * min(1.0, rows / height) + _bytes((dy,))
+        self.launches.append(Launch("softmax_bwd", 0.0, moved, n, rows, width, c))
 
 
 def _bytes(arguments: Iterable[Any]) -> int:

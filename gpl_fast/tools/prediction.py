@@ -1,0 +1,200 @@
+"""How long a step's kernels will take on a GPU that is not here: a model to argue with.
+
+Its input are the walks' launches (`launches`). A function a kind of kernel makes seconds of tensor
+cores, L2, shared memory, memory and instructions; what the kernels are like is data (`columns`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from gpl_fast.tools.columns import BEFORE_TILE, Kernels
+from gpl_fast.tools.gpus import CHIPS, Chip
+from gpl_fast.tools.launches import SMALL, WORKSPACE_MB, Launch, Workload, launches
+
+GAPS = {"data gradient (ATen)": 4e-6}  # seconds between two kernels of a stream
+GAP = 3e-6
+HOST_SMALL = 5e-6  # of the host, for a small operator
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds of the kernels of a stage, their launches, and seconds of the host for these."""
+
+    half: str
+    stage: str
+    launches: int
+    seconds: float
+    host: float
+
+
+def predict(
+    work: Workload, gpu: str, kernels: Kernels, workspace_mb: float = WORKSPACE_MB
+) -> list[Prediction]:
+    """Every stage of a step, in the order of the walks."""
+    chip, found = CHIPS[gpu], []
+    halves = launches(work, kernels.workspace_mb or workspace_mb, chip.architecture)
+    chunk = next(v.images for v in halves[0] if v.name == "softmax_pack_fwd")
+    for half, made in zip(("forward", "backward"), halves, strict=True):
+        for name in dict.fromkeys(launch.name for launch in made):
+            some = [part for v in made if v.name == name for part in _parts(v, kernels, chunk)]
+            seconds = sum(seconds_of(v, chip, kernels) for v in some)
+            host = len(some) * (HOST_SMALL if name == SMALL else kernels.host)
+            found.append(Prediction(half, name, len(some), seconds, host))
+    return found
+
+
+def step_seconds(stages: list[Prediction]) -> float:
+    """Of a step: the device's, or the host's where it is the slower."""
+    return max(sum(s.seconds for s in stages), sum(s.host for s in stages))
+
+
+def seconds_of(launch: Launch, chip: Chip, kernels: Kernels) -> float:
+    """One launch, with what passes before the next one begins."""
+    made = {
+        "conv_block_fwd": _convolution,
+        "convolution (ATen)": _product,
+        "data gradient (ATen)": _product,
+        "softmax_pack_fwd": _softmax,
+        "softmax_bwd": _softmax,
+    }.get(launch.name, _stream)(launch, chip, kernels)
+    return made + GAPS.get(launch.name, GAP)
+
+
+def _parts(launch: Launch, kernels: Kernels, chunk: int) -> Iterator[Launch]:
+    """The launch, or each `chunk` images of it; none that a fused kernel does beside its own."""
+    if kernels.fused and launch.name == "relu_pool_bwd":
+        return
+    parts = math.ceil(launch.images / chunk) if kernels.serial else 1
+    for i in range(parts):
+        n = min(launch.images - i * chunk, chunk) if kernels.serial else launch.images
+        share = n / launch.images
+        yield replace(launch, images=n, flops=share * launch.flops, bytes=share * launch.bytes)
+
+
+# ---------------------------------------------------------------------------- convolutions
+
+
+def _convolution(launch: Launch, chip: Chip, kernels: Kernels) -> float:
+    """A program's loop is as long as what it waits for most; programs come in waves."""
+    if chip.architecture == "sm_90" and kernels.serial:
+        clocks = _serial(launch, chip)
+    elif chip.architecture == "sm_90" and kernels.halo and launch.tile and launch.tile.descriptors:
+        clocks = _halo(launch, chip)
+    else:
+        clocks = _tap_by_tap(launch, chip)
+    return max(clocks / chip.hz, launch.flops / chip.flops, launch.bytes / chip.memory)
+
+
+def _serial(launch: Launch, chip: Chip) -> float:
+    """Every product from registers, and a wait behind each; see `BEFORE_TILE`."""
+    maps, part = launch.maps, min(64, 1 << (launch.c_in - 1).bit_length()) / 64
+    chain = (4 if maps == 1 else 8) * part * 88 + (200 if maps == 1 else 270)
+    moved = (16384 * maps + 8192) * part
+    turn = max(chain, 750 + moved / 64, moved / chip.l2)
+    if maps == 1:
+        turn *= 1.3  # two programs a SM
+    turns = 9 * math.ceil(launch.c_in / (64 * part))
+    programs = _programs(launch, BEFORE_TILE.block_h, BEFORE_TILE.block_w, 64)
+    return _waves(programs, chip.sms * (2 if maps == 1 else 1)) * (turns * turn + 7000)
+
+
+def _tap_by_tap(launch: Launch, chip: Chip) -> float:
+    """Channels by pixels, both from shared memory; each tap loads its pixels anew."""
+    tile = launch.tile
+    assert tile is not None
+    pixels, channels, k = tile.block_h * tile.block_w * launch.maps, tile.block_n, tile.block_k
+    moved = 2.0 * k * (pixels + channels)
+    turn = max(
+        2 * channels * pixels * k / chip.tensor / 0.93,
+        moved / chip.l2,
+        (moved + _operands(pixels, channels, k, chip)) / chip.shared / 0.95,
+        (750 + moved / 64) / 1.5,  # of latency, with two tiles on their way
+    )
+    turns = 9 * math.ceil(launch.c_in / k)
+    programs = _programs(launch, tile.block_h, tile.block_w, channels)
+    return _waves(programs, chip.sms) * (turns * turn + 6500)
+
+
+def _halo(launch: Launch, chip: Chip) -> float:
+    """Boxes of 32 or 16 rows, and two more, by 8 columns, shifted by a column three times."""
+    rows, channels = (32, 64) if launch.c_out <= 64 else (16, 128)
+    k = min(64, 1 << (launch.c_in - 1).bit_length())
+    pixels = rows * 8 * launch.maps
+    moved = 2.0 * k * (launch.maps * (rows + 2) * 8 + 3 * channels)
+    turn = max(
+        3 * 2 * channels * pixels * k / chip.tensor / 0.93,
+        moved / chip.l2,
+        (moved + 3 * _operands(pixels, channels, k, chip)) / chip.shared / 0.95,
+    )
+    turns = 3 * math.ceil(launch.c_in / k)
+    return _waves(_programs(launch, rows, 8, channels), chip.sms) * (turns * turn + 800)
+
+
+def _operands(pixels: int, channels: int, k: int, chip: Chip) -> float:
+    """Bytes that the products of a tile read from shared memory: m64n128k16 reads 6 KiB; before
+    sm_90 each of 2 x 4 warps reads its own rows."""
+    if chip.architecture == "sm_90":
+        return channels / 64 * pixels / 128 * k / 16 * 6144
+    return 2.0 * k * (4 * channels + 2 * pixels)
+
+
+def _programs(launch: Launch, rows: int, columns: int, channels: int) -> int:
+    tiles = math.ceil(launch.rows / rows) * math.ceil(launch.columns / columns)
+    return launch.images * tiles * math.ceil(launch.c_out / channels)
+
+
+def _waves(programs: int, slots: int) -> float:
+    """Programs of many waves begin at different times: no last wave that waits."""
+    waves = programs / slots
+    return waves if waves > 6 else math.ceil(waves - 1e-9)
+
+
+def _product(launch: Launch, chip: Chip, kernels: Kernels) -> float:
+    """ATen's, or a fused kernel's: few channels and few pixels fill an implicit GEMM badly."""
+    pixels = launch.images * launch.rows * launch.columns
+    share = min(1.0, pixels / 128 * max(1.0, launch.c_in / 128) / chip.sms)
+    if launch.c_out <= 64:  # the first layer
+        share = 0.5 if launch.c_in <= 64 else 0.8
+    rate = kernels.gradient * chip.flops * share
+    return max(launch.flops / rate, launch.bytes / (0.8 * chip.memory))
+
+
+# ------------------------------------------------------------------------------ elementwise
+
+
+def _softmax(launch: Launch, chip: Chip, kernels: Kernels) -> float:
+    """Instructions of a class and pixel, or bytes; a pack is so of both maps."""
+    c, pack = launch.c_in, launch.name == "softmax_pack_fwd"
+    pixels = launch.images * launch.rows * launch.columns
+    channels = c
+    if pack and kernels.serial:
+        channels = math.ceil(c / kernels.channels) * kernels.channels if c > 32 else 32
+    aligned = launch.columns % 4 == 0
+    count = next(
+        row.instructions
+        for row in kernels.counts
+        if (row.kernel, row.aligned in (None, aligned)) == (launch.name, True) and c >= row.classes
+    )
+    if pack and launch.maps == 1:
+        count /= 2
+    busy, again, share = 0.75, (1.05 if c <= 400 else 1.5), 0.85
+    if kernels.serial:
+        again, share = (1.15 if c <= 400 else 2.0), 0.8
+        if pack:  # one program a row, two a SM
+            waves = launch.rows / (2 * chip.sms)
+            busy *= min(1.0, waves) if waves < 1 else waves / math.ceil(waves)
+    if not pack:
+        again, share = (1.0 if c <= 200 else 1.8), 0.75
+        busy = 0.65 if kernels.serial else 0.75
+    issue = pixels * channels * count / chip.issue / busy
+    twice = 4 * c * launch.maps if pack else 4 * c + 2 * c
+    moved = launch.bytes + (again - 1) * pixels * twice
+    return max(issue, moved / (share * chip.memory))
+
+
+def _stream(launch: Launch, chip: Chip, kernels: Kernels) -> float:
+    del kernels
+    return launch.bytes / (0.75 * chip.memory)
