@@ -135,12 +135,12 @@ def _time(args: argparse.Namespace) -> int:
 
 
 def _roofline(args: argparse.Namespace) -> int:
-    from gpl_fast.tools import bench, launches, roofline
+    from gpl_fast.tools import bench, launches, roofline, workload
 
-    work = launches.WORKLOADS
+    work = workload.WORKLOADS
     if args.mine is not None:
         activation = "sigmoid" if args.mine[1] == 1 else "softmax"
-        work = {"mine": launches.Workload(tuple(args.mine), args.target, activation)}
+        work = {"mine": workload.Workload(tuple(args.mine), args.target, activation)}
     workspace = launches.WORKSPACE_MB if args.workspace_mb in (None, "auto") else args.workspace_mb
     asked = args.gpu or "h200", work, args.csv, workspace
     print(roofline.report(*asked))

@@ -28,31 +28,9 @@ from gpl_fast.net import weights
 from gpl_fast.net.lossnet import LossNet
 from gpl_fast.stages import Listed
 from gpl_fast.tiles import Tile
-from gpl_fast.tools.workload import check_shape, make_inputs, make_loss
+from gpl_fast.tools.workload import TOP, Workload, check_shape, make_inputs, make_loss
+from gpl_fast.tools.workload import WORKLOADS as WORKLOADS
 
-
-@dataclass(frozen=True)
-class Workload:
-    """Logits (N, C, H, W), the kind of target ("dense" or "labels" or "topk"), the activation."""
-
-    shape: tuple[int, int, int, int]
-    kind: str
-    activation: str = "softmax"
-
-
-WORKLOADS = {
-    "cityscapes": Workload((8, 19, 769, 769), "dense"),
-    "voc": Workload((16, 21, 512, 512), "dense"),
-    "ade20k": Workload((16, 150, 512, 512), "dense"),
-    "ade20k, labels": Workload((16, 150, 512, 512), "labels"),
-    "ade-full": Workload((8, 847, 512, 512), "dense"),
-    "ade-full, labels": Workload((8, 847, 512, 512), "labels"),
-    "lvis": Workload((4, 1203, 512, 512), "dense"),
-    "lvis, labels": Workload((4, 1203, 512, 512), "labels"),
-    "depth": Workload((8, 1, 385, 385), "dense", "none"),
-    "masks": Workload((64, 1, 200, 200), "dense", "sigmoid"),
-}
-TOP = 8  # classes listed in a pixel of a top-k target
 WORKSPACE_MB = 2048.0
 SMALL = "other operators (ATen)"
 CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten._convolution.default)
@@ -109,10 +87,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             sizes = (n, rows, columns, out.shape[1], x.shape[1])
             self.launches.append(Launch(name, flops, _bytes((x, w, out)), *sizes))
         elif is_launch(func):
-            flat = tree_leaves((args, kwargs, out))
-            once = {id(t): t for t in flat if isinstance(t, Tensor)}.values()
             packet = func.overloadpacket.__name__
-            self.launches.append(Launch(SMALL, 0.0, _bytes(once), operator=packet))
+            # What gathers reads of its source as much as it writes.
+            flat = tree_leaves(out if packet == "index" else (args, kwargs, out))
+            once = {id(t): t for t in flat if isinstance(t, Tensor)}.values()
+            moved = _bytes(once) * (2 if packet == "index" else 1)
+            self.launches.append(Launch(SMALL, 0.0, moved, operator=packet))
         return out
 
     def __getattr__(self, name: str) -> Callable[..., None]:

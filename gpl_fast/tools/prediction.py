@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 
 from gpl_fast.tools.columns import BEFORE_TILE, Kernels
 from gpl_fast.tools.gpus import CHIPS, Chip
-from gpl_fast.tools.launches import SMALL, WORKSPACE_MB, Launch, Workload, launches
+from gpl_fast.tools.launches import SMALL, WORKSPACE_MB, Launch, launches
+from gpl_fast.tools.workload import Workload
 
 GAPS = {"data gradient (ATen)": 4e-6}  # seconds between two kernels of a stream
 GAP = 3e-6

@@ -16,8 +16,9 @@ from typing import Any
 
 from gpl_fast.tools.columns import COLUMNS
 from gpl_fast.tools.gpus import CHIPS, GPUS, Rates
-from gpl_fast.tools.launches import WORKSPACE_MB, Launch, Workload, count_line, launches
+from gpl_fast.tools.launches import WORKSPACE_MB, Launch, count_line, launches
 from gpl_fast.tools.prediction import predict, step_seconds
+from gpl_fast.tools.workload import Workload
 
 OURS = "gpl_fast-bf16"  # the provider that is predicted
 
@@ -90,7 +91,7 @@ def summary(
         if rows:
             ours = [r["seconds_median"] for r in _of(w, rows) if r["provider"] == OURS]
             cells.append(f"{1e3 * min(ours):.1f}" if ours else "")
-        lines.append(_cells([_title(name, w), w.kind, *cells]))
+        lines.append(_cells([f"{name.partition(',')[0]} {_times(w)}", w.kind, *cells]))
     return lines
 
 
@@ -108,7 +109,7 @@ def table(
     columns = ["stage", "launches", "GFLOP", "GB", "FLOP / byte", "limit", *floors]
     columns += [*(f"{k.name}, ms" for k in COLUMNS), *["measured, ms"] * bool(measured)]
     lines = [
-        f"### {_title(name, work)}, {work.kind}, {work.activation}\n",
+        f"### {name}: {_times(work)}, {work.kind}, {work.activation}\n",
         _cells(columns),
         "|---|" + "--:|" * 4 + "---|" + "--:|" * (len(columns) - 6),
     ]
@@ -127,7 +128,8 @@ def table(
         f"{k.name} {1e3 * sum(s.host for s in p):.1f}"
         for k, p in zip(COLUMNS, predicted, strict=True)
     ]
-    lines.append(f"{count_line(work, workspace_mb)}; the host's ms for them: {', '.join(host)}\n")
+    lines.append(count_line(work, workspace_mb) + "\n")
+    lines.append(f"Of the host for them, ms: {', '.join(host)}.\n")
     found = _of(work, rows)
     seconds = {f"{half}_seconds": sum(map(rates[0].seconds, made)) for half, made in halves.items()}
     seconds["seconds_median"] = sum(seconds.values())
@@ -138,8 +140,8 @@ def table(
     return "\n".join(lines)
 
 
-def _title(name: str, work: Workload) -> str:
-    return f"{name.partition(',')[0]}: " + " x ".join(map(str, work.shape))
+def _times(work: Workload) -> str:
+    return " x ".join(map(str, work.shape))
 
 
 def _cells(cells: Sequence[str]) -> str:
