@@ -130,7 +130,7 @@ bench: $(LIBRARY)
 # No environment is made: a machine with a GPU has its own torch, and may have no network.
 bench-gpu gpu-report: export GPL_FAST_FORCE_CUDA = 1
 bench-gpu:
-	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(PYTHON) benchmarks/gpu_report.py --stages build benchmark $(REPORT)
+	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(PYTHON) benchmarks/gpu_report.py --steps library times baselines $(REPORT)
 
 gpu-report:
 	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(PYTHON) benchmarks/gpu_report.py $(REPORT)

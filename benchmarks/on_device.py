@@ -3,16 +3,18 @@
 ``python benchmarks/on_device.py --out rows.json`` takes the workloads of semantic segmentation,
 depth and instance masks at their papers' crops and batches, in the order of what matters, until
 ``--seconds`` are spent; ``--dry`` the same on the CPU at tiny sizes. A provider that fails, or is
-wrong against float64 on a crop, has a row that says so and no times.
+wrong against float64 on a crop, has a row that says so and no times. ``--alone`` takes gpl_fast
+alone, and a profile of its kernels with it; ``--warm CASE`` compiles what a case will launch.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from providers import BASELINE, PROVIDERS, Provider, crop, dtype_of, flops, make
 from torch import Tensor
 
 from gpl_fast.tools import measure
+from gpl_fast.tools.launches import GRADIENT, SMALL
+from gpl_fast.tools.roofline import OURS
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,10 @@ CASES = (
     Case("ade-full", ADE_FULL, "dense"),
 )
 # Seconds that a case may take: it is not started when fewer are left.
-CASE_SECONDS, COMPILE_SECONDS = 15.0, 45.0
+CASE_SECONDS, COMPILE_SECONDS, ALONE_SECONDS = 15.0, 45.0, 6.0
 CROP = 96
+CONVOLUTION = r"dgrad|xmma|convol|implicit|cudnn|cutlass|gemm"  # in names of ATen's kernels
+KERNELS = 25  # of a profile that are kept
 PRINTED = ("workload", "target", "provider", "seconds_median", "backward_seconds", "error")
 
 
@@ -67,11 +73,20 @@ def few_cases() -> list[Case]:
     return [case.on_few_pixels() for case in first.values()]
 
 
-def rows_of(case: Case, device: str, rounds: int) -> list[report.Row]:
-    """The rows of a case, of every provider."""
-    torch.compiler.reset()
+def names_of(case: Case, alone: bool) -> list[str]:
+    """The providers of a case."""
+    if alone:
+        return [OURS]
     names = [n for n in PROVIDERS if not n.startswith("compile")]
-    names += ["compile-bf16"] * case.compiled
+    return names + ["compile-bf16"] * case.compiled
+
+
+def rows_of(
+    case: Case, device: str, rounds: int, alone: bool, profiles: list[dict[str, Any]]
+) -> list[report.Row]:
+    """The rows of a case, of every provider, and of ours `alone` a profile."""
+    torch.compiler.reset()
+    names = names_of(case, alone)
     logits, target = make_inputs(case.shape, case.kind, device=device)
     about = {**report.protocol(), "machine": machine(device), "workload": case.name}
     about |= {"shape": "x".join(map(str, case.shape)), "target": case.kind, "peaked": False}
@@ -91,7 +106,48 @@ def rows_of(case: Case, device: str, rounds: int) -> list[report.Row]:
         rows[name] |= found
         rows[name]["speedup_vs_eager_fp32"] = rows[name].pop("speedup")
         rows[name]["tflop_per_second"] = work / found["seconds_median"] / 1e12
+    if alone and OURS in made:
+        try:
+            found = profile(made[OURS], logits, target)
+        except Exception as error:  # a profiler that cannot be had
+            found = {"error": f"{type(error).__name__}: {error}"}
+        profiles.append({"shape": list(case.shape), "target": case.kind, **found})
     return list(rows.values())
+
+
+def profile(provider: Provider, logits: Tensor, target: Any, steps: int = 3) -> dict[str, Any]:
+    """Seconds of a step by stage, and its kernels, the longest first."""
+    cuda = logits.is_cuda
+    activity = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CUDA if cuda else activity.CPU]) as watched:
+        for _ in range(steps):
+            measure.step(provider, logits, target)
+        if cuda:
+            torch.cuda.synchronize()
+    seconds: dict[str, float] = {}
+    kernels = []
+    for event in watched.key_averages():
+        took = 1e-6 * (event.self_device_time_total if cuda else event.self_cpu_time_total) / steps
+        stage = stage_of(event.key)
+        seconds[stage] = seconds.get(stage, 0.0) + took
+        kernels.append({"kernel": event.key[:120], "stage": stage, "seconds": took,
+                        "calls": event.count / steps})  # fmt: skip
+    kernels.sort(key=lambda k: -k["seconds"])
+    return {"seconds": seconds, "kernels": kernels[:KERNELS]}
+
+
+def stage_of(kernel: str) -> str:
+    """Of a kernel's name, in the words of `gpl_fast.tools.launches`."""
+    if found := re.search(r"([a-z][a-z_]*_(?:fwd|bwd))", kernel):
+        return found[1]
+    return GRADIENT if re.search(CONVOLUTION, kernel) else SMALL
+
+
+def warm(case: Case, device: str) -> None:
+    """One image, so that what it compiles is in the cache."""
+    case = replace(case, shape=(1, *case.shape[1:]))
+    logits, target = make_inputs(case.shape, case.kind, device=device)
+    measure.step(PROVIDERS[OURS](case.shape[1], case.kind, device), logits, target)
 
 
 def prepare(
@@ -123,22 +179,34 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=240.0, help="time to spend")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--dry", action="store_true", help="on the CPU, at tiny sizes")
+    parser.add_argument("--alone", action="store_true", help="gpl_fast alone, with profiles")
+    parser.add_argument("--warm", type=int, metavar="CASE", help="compile a case and end")
     args = parser.parse_args()
     end = time.monotonic() + args.seconds
     device = "cpu" if args.dry else "cuda"
+    cases = few_cases() if args.dry else list(CASES)
+    if args.warm is not None:
+        warm(cases[args.warm], device)
+        return 0
     rows: list[report.Row] = []
+    profiles: list[dict[str, Any]] = []
     left_out: list[str] = []
-    for case in few_cases() if args.dry else CASES:
-        needed = CASE_SECONDS + COMPILE_SECONDS * case.compiled
+    for case in cases:
+        needed = ALONE_SECONDS
+        if not args.alone:
+            needed = CASE_SECONDS + COMPILE_SECONDS * case.compiled
         if not args.dry and end - time.monotonic() < needed:
             left_out.append(f"{case.name} {case.kind}")
         else:
-            measured = rows_of(case, device, 2 if args.dry else args.rounds)
+            rounds = 2 if args.dry else args.rounds
+            measured = rows_of(case, device, rounds, args.alone, profiles)
             for row in measured:
                 print(*(row.get(k, "") for k in PRINTED), flush=True)
             rows += measured
         # after each case: a run may be cut off
-        args.out.write_text(json.dumps({"rows": rows, "left_out": left_out}, indent=1))
+        report.replace_text(
+            args.out, json.dumps({"rows": rows, "profiles": profiles, "left_out": left_out})
+        )
     ours = [row for row in rows if row["provider"].startswith("gpl_fast")]
     return int(not ours or any("error" in row for row in ours))
 

@@ -89,6 +89,13 @@ def _commit() -> str:
     return commit + "+changes" * bool(changed) or "unknown"
 
 
+def replace_text(path: Path, text: str) -> None:
+    """The file is the old or the new one, whenever it is looked at."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text)
+    new.replace(path)
+
+
 def write_csv(rows: Sequence[Row], path: Path) -> None:
     """The rows of one run, numbers with six digits."""
     path.parent.mkdir(parents=True, exist_ok=True)

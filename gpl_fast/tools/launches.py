@@ -33,6 +33,7 @@ from gpl_fast.tools.workload import WORKLOADS as WORKLOADS
 
 WORKSPACE_MB = 2048.0
 SMALL = "other operators (ATen)"
+GRADIENT = "data gradient (ATen)"
 CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten._convolution.default)
 ALLOCATING = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 HOST = {"scalar_tensor"}  # a number of Python's, which a kernel takes as an argument
@@ -82,7 +83,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             out = out.contiguous(memory_format=torch.channels_last)  # as cuDNN leaves it
             # Each weight meets each pixel of the side that is not spread.
             n, _, rows, columns = (x if transposed else out).shape
-            name = "data gradient (ATen)" if transposed else "convolution (ATen)"
+            name = GRADIENT if transposed else "convolution (ATen)"
             flops = 2.0 * n * rows * columns * w.numel()
             sizes = (n, rows, columns, out.shape[1], x.shape[1])
             self.launches.append(Launch(name, flops, _bytes((x, w, out)), *sizes))

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 
 from gpl_fast.tools.columns import BEFORE_TILE, Kernels
 from gpl_fast.tools.gpus import CHIPS, Chip
-from gpl_fast.tools.launches import SMALL, WORKSPACE_MB, Launch, launches
+from gpl_fast.tools.launches import GRADIENT, SMALL, WORKSPACE_MB, Launch, launches
 from gpl_fast.tools.workload import Workload
 
-GAPS = {"data gradient (ATen)": 4e-6}  # seconds between two kernels of a stream
+GAPS = {GRADIENT: 4e-6}  # seconds between two kernels of a stream
 GAP = 3e-6
 HOST_SMALL = 5e-6  # of the host, for a small operator
 
@@ -57,7 +57,7 @@ def seconds_of(launch: Launch, chip: Chip, kernels: Kernels) -> float:
     made = {
         "conv_block_fwd": _convolution,
         "convolution (ATen)": _product,
-        "data gradient (ATen)": _product,
+        GRADIENT: _product,
         "softmax_pack_fwd": _softmax,
         "softmax_bwd": _softmax,
     }.get(launch.name, _stream)(launch, chip, kernels)
