@@ -41,7 +41,7 @@ help:
 	@echo "make lint   ruff, mypy, clang-format"
 	@echo "make bench  time and memory on this machine, ten minutes on two cores"
 	@echo "make bench-gpu  the same of a GPU's workloads, with PYTHON and its torch"
-	@echo "make gpu-report  tests, sanitizer and benchmark of a GPU, with PYTHON and its torch"
+	@echo "make gpu-report  is a GPU right, how fast, and as predicted, with PYTHON and its torch"
 	@echo "make toy    the toy experiment of the paper's supplement, into toy_out/"
 	@echo "make wheel  a wheel in dist/"
 	@echo "make venv   the virtual environment only; make clean removes what was built"
