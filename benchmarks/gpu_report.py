@@ -59,7 +59,7 @@ class Report:
 
     def __init__(self, folder: Path, dry: bool, seconds: float) -> None:
         self.folder, self.dry, self.scale = folder, dry, seconds / 480.0
-        self.cores = max(1, min(8, (os.cpu_count() or 1) // 2)) if not dry else 2
+        self.cores = max(2, min(12, (os.cpu_count() or 1) - 2))  # a driver's threads have two
         environment = dict(os.environ)
         if dry:
             environment |= {"GPL_FAST_TEST_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
@@ -110,7 +110,7 @@ class Report:
         for i in range(1 if self.dry else len(gpu_tiles.SIZES)):
             words = ("gpu_tiles.py", "--layer", str(i))
             commands[f"tiles{i}"] = self._script("warm", *words, case=f"tiles{i}")
-        self._run("warm", commands, 2 * self.cores)
+        self._run("warm", commands, self.cores)
 
     def _times(self) -> None:
         left = min(self.steps.left(), LIMITS["times"] * self.scale)
@@ -132,18 +132,22 @@ class Report:
         files = [path for folder in TESTS for path in sorted((ROOT / folder).glob("test_*.py"))]
         chosen = "gpu and check" if self.dry else "gpu and not slow"
         files = files[:3] if self.dry else files
-        commands = {f.stem: self._pytest("tests", f.stem, str(f), "-m", chosen) for f in files}
+        commands = {f.stem: self._pytest(str(f), "-m", chosen) for f in files}
         self._run("tests", commands, self.cores)
-        found = outcomes(self.steps.scratch.glob("tests-*.xml"))
+        found = self._outcomes()
         del found["names"]
         self.steps.done[-1].detail += f"; {found}"
 
-    def _pytest(self, step: str, case: str, *words: str) -> list[str]:
+    def _pytest(self, *words: str) -> list[str]:
         # By the folder's own settings: nothing but pytest has to be installed.
         settings = ["-c", "tests/gpu/pytest.ini", "-p", "no:cacheprovider"]
         settings += ["--implementation", "gpu"] * any("stages" in word for word in words)
-        xml = f"--junitxml={self.steps.output(step, case).with_suffix('.xml')}"
-        return [sys.executable, "-m", "pytest", *settings, *words, xml]
+        # A line a test, as it ends: what is cut off has told what it had.
+        return [sys.executable, "-m", "pytest", "-vv", "--tb=short", *settings, *words]
+
+    def _outcomes(self) -> dict[str, Any]:
+        logs = sorted(self.steps.scratch.glob("tests-*.log"))
+        return outcomes(path.read_text(errors="replace") for path in logs)
 
     def _sanitizers(self) -> None:
         tool = shutil.which("compute-sanitizer")
@@ -155,7 +159,7 @@ class Report:
         for name, (path, chosen) in SANITIZED.items():
             words = ["-k", chosen] if chosen != "check" else ["-m", "gpu and check"]
             check = [tool, "--tool", name, "--error-exitcode", "9"]
-            commands[name] = [*check, *self._pytest("sanitizers", name, path, *words)]
+            commands[name] = [*check, *self._pytest(path, *words)]
         # Each tensor an allocation of its own: what is behind its end is nobody's.
         alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         self._run("sanitizers", commands, len(commands), **alone)
@@ -186,7 +190,7 @@ class Report:
             "benchmark": {"rows": rows, "left_out": beside.get("left_out", [])},
             "tiles": tiles.get("rows", []),
             "choices": read("choices", default=[]),
-            "tests": outcomes(self.steps.scratch.glob("tests-*.xml")),
+            "tests": self._outcomes(),
         }
 
     def write(self) -> None:
@@ -213,6 +217,14 @@ def _stop(number: int, _frame: Any) -> None:
     raise SystemExit(128 + number)
 
 
+def default_folder(args: argparse.Namespace) -> Path:
+    """By the GPU's name; the driver is asked only where it has to be."""
+    name = "dry" if args.dry else torch.cuda.get_device_name().lower().replace(" ", "-")
+    if set(args.steps) != set(LIMITS):  # a whole report stays as it is
+        name += "".join(f"-{step}" for step in args.steps)
+    return ROOT / "benchmarks" / "results" / name
+
+
 def main() -> int:
     """Write the report; 1 if a step failed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -223,10 +235,7 @@ def main() -> int:
     args = parser.parse_args()
     if not (args.dry or torch.cuda.is_available()):
         parser.error("torch finds no CUDA device; --dry runs every step on the CPU")
-    name = "dry" if args.dry else torch.cuda.get_device_name().lower().replace(" ", "-")
-    if set(args.steps) != set(LIMITS):  # a whole report stays as it is
-        name += "".join(f"-{step}" for step in args.steps)
-    folder = (args.out or ROOT / "benchmarks" / "results" / name).resolve()
+    folder = (args.out or default_folder(args)).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     made = Report(folder, args.dry, 60 * args.minutes)
     signal.signal(signal.SIGTERM, _stop)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -21,12 +20,12 @@ from typing import Any
 
 import gate
 import report
+import stages
 import torch
 from providers import BASELINE, PROVIDERS, Provider, crop, dtype_of, flops, make_inputs
 from torch import Tensor
 
 from gpl_fast.tools import measure
-from gpl_fast.tools.launches import GRADIENT, SMALL
 from gpl_fast.tools.roofline import OURS
 
 
@@ -62,8 +61,6 @@ CASES = (
 # Seconds that a case may take: it is not started when fewer are left.
 CASE_SECONDS, COMPILE_SECONDS, ALONE_SECONDS = 15.0, 45.0, 6.0
 CROP = 96
-CONVOLUTION = r"dgrad|xmma|convol|implicit|cudnn|cutlass|gemm"  # in names of ATen's kernels
-KERNELS = 25  # of a profile that are kept
 PRINTED = ("workload", "target", "provider", "seconds_median", "backward_seconds", "error")
 
 
@@ -107,40 +104,9 @@ def rows_of(
         rows[name]["speedup_vs_eager_fp32"] = rows[name].pop("speedup")
         rows[name]["tflop_per_second"] = work / found["seconds_median"] / 1e12
     if alone and OURS in made:
-        try:
-            found = profile(made[OURS], logits, target)
-        except Exception as error:  # a profiler that cannot be had
-            found = {"error": f"{type(error).__name__}: {error}"}
+        found = stages.profile(partial(measure.step, made[OURS], logits, target), device)
         profiles.append({"shape": list(case.shape), "target": case.kind, **found})
     return list(rows.values())
-
-
-def profile(provider: Provider, logits: Tensor, target: Any, steps: int = 3) -> dict[str, Any]:
-    """Seconds of a step by stage, and its kernels, the longest first."""
-    cuda = logits.is_cuda
-    activity = torch.profiler.ProfilerActivity
-    with torch.profiler.profile(activities=[activity.CUDA if cuda else activity.CPU]) as watched:
-        for _ in range(steps):
-            measure.step(provider, logits, target)
-        if cuda:
-            torch.cuda.synchronize()
-    seconds: dict[str, float] = {}
-    kernels = []
-    for event in watched.key_averages():
-        took = 1e-6 * (event.self_device_time_total if cuda else event.self_cpu_time_total) / steps
-        stage = stage_of(event.key)
-        seconds[stage] = seconds.get(stage, 0.0) + took
-        kernels.append({"kernel": event.key[:120], "stage": stage, "seconds": took,
-                        "calls": event.count / steps})  # fmt: skip
-    kernels.sort(key=lambda k: -k["seconds"])
-    return {"seconds": seconds, "kernels": kernels[:KERNELS]}
-
-
-def stage_of(kernel: str) -> str:
-    """Of a kernel's name, in the words of `gpl_fast.tools.launches`."""
-    if found := re.search(r"([a-z][a-z_]*_(?:fwd|bwd))", kernel):
-        return found[1]
-    return GRADIENT if re.search(CONVOLUTION, kernel) else SMALL
 
 
 def warm(case: Case, device: str) -> None:
@@ -192,9 +158,9 @@ def main() -> int:
     profiles: list[dict[str, Any]] = []
     left_out: list[str] = []
     for case in cases:
-        needed = ALONE_SECONDS
-        if not args.alone:
-            needed = CASE_SECONDS + COMPILE_SECONDS * case.compiled
+        needed = ALONE_SECONDS if args.alone else CASE_SECONDS
+        if case.compiled and end - time.monotonic() < needed + COMPILE_SECONDS:
+            case = replace(case, compiled=False)
         if not args.dry and end - time.monotonic() < needed:
             left_out.append(f"{case.name} {case.kind}")
         else:

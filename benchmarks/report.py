@@ -14,6 +14,7 @@ import csv
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -79,6 +80,9 @@ def slug() -> str:
 
 
 def _commit() -> str:
+    if shutil.which("git") is None:
+        return "unknown"
+
     def git(*args: str) -> str:
         command = ["git", "-C", str(ROOT), *args]
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()

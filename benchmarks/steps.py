@@ -7,6 +7,7 @@ all that it has started. While they run the report is written again and again.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import tempfile
@@ -17,7 +18,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 LOG_BYTES = 1 << 18  # of a command, its end
 POLL, WRITE = 0.05, 2.0  # seconds
@@ -193,19 +193,13 @@ class Steps:
         os._exit(3)
 
 
-def outcomes(files: Iterable[Path]) -> dict[str, Any]:
-    """How many tests passed, failed and were skipped, and the names of those that failed."""
+def outcomes(logs: Iterable[str]) -> dict[str, Any]:
+    """How many tests passed, failed and were skipped, by pytest's lines, and the names of those
+    that failed."""
+    words = {"PASSED": "passed", "FAILED": "failed", "ERROR": "failed", "SKIPPED": "skipped"}
     counts: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "names": []}
-    for xml in sorted(files):
-        try:
-            cases = list(ElementTree.parse(xml).iter("testcase"))
-        except ElementTree.ParseError:  # it is being written
-            continue
-        for case in cases:
-            kinds = {child.tag for child in case}
-            if kinds & {"failure", "error"}:
-                counts["failed"] += 1
-                counts["names"].append(f"{case.get('classname', '')}.{case.get('name')}")
-            else:
-                counts["skipped" if "skipped" in kinds else "passed"] += 1
+    for text in logs:
+        for name, word in re.findall(rf"^(\S+::.+?) ({'|'.join(words)})\b", text, re.M):
+            counts[words[word]] += 1
+            counts["names"] += [name] * (words[word] == "failed")
     return counts

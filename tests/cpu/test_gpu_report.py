@@ -241,17 +241,17 @@ def test_steps_can_be_chosen(make, tmp_path):
     assert "| library | ok |" in (tmp_path / "report.md").read_text()
 
 
-def test_outcomes_of_tests_are_counted(gpu_report, tmp_path):
-    whole, half = tmp_path / "tests-a.xml", tmp_path / "tests-b.xml"
-    whole.write_text(
-        "<testsuites><testsuite><testcase classname='m' name='a'/>"
-        "<testcase classname='m' name='b'><failure/></testcase>"
-        "<testcase classname='m' name='c'><skipped/></testcase>"
-        "<testcase classname='m' name='d'><error/></testcase></testsuite></testsuites>"
+def test_outcomes_of_tests_are_counted(gpu_report):
+    log = (
+        "tests/gpu/test_a.py::test_a[1, 2] PASSED   [ 10%]\n"
+        "tests/gpu/test_a.py::test_b FAILED         [ 20%]\n"
+        "tests/gpu/test_a.py::test_c SKIPPED (none) [ 30%]\n"
+        "FAILED tests/gpu/test_a.py::test_b - it broke\n"
     )
-    half.write_text("<testsuites><testsuite><testca")
-    found = gpu_report.outcomes([whole, half])
-    assert found == {"passed": 1, "failed": 2, "skipped": 1, "names": ["m.b", "m.d"]}
+    cut_off = "tests/gpu/test_b.py::test_d ERROR\ntests/gpu/test_b.py::test_e"
+    found = gpu_report.outcomes([log, cut_off])
+    names = ["tests/gpu/test_a.py::test_b", "tests/gpu/test_b.py::test_d"]
+    assert found == {"passed": 1, "failed": 2, "skipped": 1, "names": names}
 
 
 def test_without_a_gpu_it_says_so(gpu_report, tmp_path, monkeypatch, capsys):
@@ -273,7 +273,28 @@ def test_without_a_gpu_it_says_so(gpu_report, tmp_path, monkeypatch, capsys):
     ],
 )
 def test_a_kernels_name_tells_its_stage(gpu_report, kernel, stage):
-    assert gpu_report.on_device.stage_of(kernel) == stage
+    assert gpu_report.on_device.stages.stage_of(kernel) == stage
+
+
+@pytest.mark.parametrize("seen", ["nothing", "an error"])
+def test_without_a_profiler_stages_are_timed_by_events(gpu_report, monkeypatch, seen):
+    from gpl_fast.tools import measure, workload
+
+    stages = gpu_report.on_device.stages
+
+    def of_kernels(step, device):
+        if seen == "an error":
+            raise RuntimeError("no CUPTI")
+        return {"seconds": {}}
+
+    monkeypatch.setattr(stages, "of_kernels", of_kernels)
+    loss = workload.make_loss("fast-bf16", 5)
+    inputs = workload.make_inputs((1, 5, 33, 40), "dense", "cpu")
+    found = stages.profile(lambda: measure.step(loss, *inputs), "cpu")
+    assert found["by"] == "events"
+    assert {"softmax_pack_fwd", "relu_pool_bwd", "softmax_bwd"} < set(found["seconds"])
+    assert all(took > 0 for took in found["seconds"].values())
+    assert ("error" in found) == (seen == "an error")
 
 
 def test_the_page_tells_what_is_wrong_and_how_far_off_it_is(make):
