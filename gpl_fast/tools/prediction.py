@@ -10,7 +10,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from gpl_fast.tools.columns import BEFORE_TILE, Kernels
+from gpl_fast.net.weights import padded_channels
+from gpl_fast.tools.columns import BEFORE, BEFORE_TILE, Kernels
 from gpl_fast.tools.gpus import CHIPS, Chip
 from gpl_fast.tools.launches import GRADIENT, SMALL, WORKSPACE_MB, Launch, launches
 from gpl_fast.tools.workload import Workload
@@ -37,7 +38,7 @@ def predict(
     """Every stage of a step, in the order of the walks."""
     chip, found = CHIPS[gpu], []
     halves = launches(work, kernels.workspace_mb or workspace_mb, chip.architecture)
-    chunk = next(v.images for v in halves[0] if v.name == "softmax_pack_fwd")
+    chunk = _images(work)
     for half, made in zip(("forward", "backward"), halves, strict=True):
         for name in dict.fromkeys(launch.name for launch in made):
             some = [part for v in made if v.name == name for part in _parts(v, kernels, chunk)]
@@ -64,6 +65,14 @@ def seconds_of(launch: Launch, chip: Chip, kernels: Kernels) -> float:
     return made + GAPS.get(launch.name, GAP)
 
 
+def _images(work: Workload) -> int:
+    """How many went through all layers together: what the first one's maps and gradients take."""
+    _, c, h, w = work.shape
+    c_in, c_out, maps = padded_channels(c), 64, 2 if work.kind == "dense" else 1
+    channels = max(c_in + c_out + c_out // 4, maps * c_in + c_out // 2)
+    return max(1, int(2**20 * (BEFORE.workspace_mb or 0) / (2 * h * w * channels)))
+
+
 def _parts(launch: Launch, kernels: Kernels, chunk: int) -> Iterator[Launch]:
     """The launch, or each `chunk` images of it; none that a fused kernel does beside its own."""
     if kernels.fused and launch.name == "relu_pool_bwd":
@@ -80,9 +89,10 @@ def _parts(launch: Launch, kernels: Kernels, chunk: int) -> Iterator[Launch]:
 
 def _convolution(launch: Launch, chip: Chip, kernels: Kernels) -> float:
     """A program's loop is as long as what it waits for most; programs come in waves."""
-    if chip.architecture == "sm_90" and kernels.serial:
+    hopper = chip.architecture == "sm_90"
+    if hopper and kernels.serial:
         clocks = _serial(launch, chip)
-    elif chip.architecture == "sm_90" and kernels.halo and launch.tile and launch.tile.descriptors:
+    elif hopper and kernels.halo and launch.maps == 2:
         clocks = _halo(launch, chip)
     else:
         clocks = _tap_by_tap(launch, chip)
@@ -112,8 +122,10 @@ def _tap_by_tap(launch: Launch, chip: Chip) -> float:
         2 * channels * pixels * k / chip.tensor / 0.93,
         moved / chip.l2,
         (moved + _operands(pixels, channels, k, chip)) / chip.shared / 0.95,
-        (750 + moved / 64) / 1.5,  # of latency, with two tiles on their way
+        (750 + moved / 64) / (0.75 * max(tile.stages - 1, 1)),  # latency, by tiles on their way
     )
+    if tile.stages == 1:
+        turn += 750 + moved / 64
     turns = 9 * math.ceil(launch.c_in / k)
     programs = _programs(launch, tile.block_h, tile.block_w, channels)
     return _waves(programs, chip.sms) * (turns * turn + 6500)
@@ -175,25 +187,23 @@ def _softmax(launch: Launch, chip: Chip, kernels: Kernels) -> float:
         channels = math.ceil(c / kernels.channels) * kernels.channels if c > 32 else 32
     aligned = launch.columns % 4 == 0
     count = next(
-        row.instructions
+        row
         for row in kernels.counts
         if (row.kernel, row.aligned in (None, aligned)) == (launch.name, True) and c >= row.classes
     )
+    instructions = count.instructions
     if pack and launch.maps == 1:
-        count /= 2
-    busy, again, share = 0.75, (1.05 if c <= 400 else 1.5), 0.85
+        instructions /= 2
+    busy, share = (0.75, 0.85) if pack else (0.75, 0.75)
     if kernels.serial:
-        again, share = (1.15 if c <= 400 else 2.0), 0.8
+        busy, share = (0.75, 0.8) if pack else (0.65, 0.75)
         if pack:  # one program a row, two a SM
             waves = launch.rows / (2 * chip.sms)
             busy *= min(1.0, waves) if waves < 1 else waves / math.ceil(waves)
-    if not pack:
-        again, share = (1.0 if c <= 200 else 1.8), 0.75
-        busy = 0.65 if kernels.serial else 0.75
-    issue = pixels * channels * count / chip.issue / busy
-    twice = 4 * c * launch.maps if pack else 4 * c + 2 * c
-    moved = launch.bytes + (again - 1) * pixels * twice
-    return max(issue, moved / (share * chip.memory))
+    issue = pixels * channels * instructions / chip.issue / busy
+    # Of a backward dy comes again too.
+    again = pixels * (4 * c * launch.maps if pack else 6 * c)
+    return max(issue, (launch.bytes + (count.reads - 1) * again) / (share * chip.memory))
 
 
 def _stream(launch: Launch, chip: Chip, kernels: Kernels) -> float:
