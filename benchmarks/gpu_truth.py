@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import json
 import os
 import sys
@@ -183,9 +184,7 @@ def interpret() -> None:
     """Triton interprets from here on."""
     os.environ["TRITON_INTERPRET"] = "1"
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "gpuless"))
-    from interpreting import repaired
-
-    repaired()
+    importlib.import_module("interpreting").repaired()
 
 
 def main() -> int:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
@@ -55,7 +56,7 @@ int cuPointerGetAttribute(u64* value, int which, u64 pointer) { *value = pointer
 
 
 @triton.jit
-def _empty(a_ptr, b_ptr, n, m):
+def _empty(a_ptr, b_ptr, n, m):  # type: ignore[no-untyped-def]
     pass
 
 
@@ -74,7 +75,7 @@ def no_driver() -> Iterator[None]:
     """Launches are compiled for sm_90, and made by Triton up to the call of the driver."""
     from triton.backends.nvidia.driver import CudaDriver
 
-    class Driver(CudaDriver):
+    class Driver(CudaDriver):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.get_current_device = lambda: 0
@@ -84,9 +85,10 @@ def no_driver() -> Iterator[None]:
             return GPUTarget("cuda", ARCH, 32)
 
     # Functions and modules of the same names are beside one another there.
-    launching, device = sys.modules["gpl_fast.kernels.launch"], torch.cuda.device
-    allocate, active = launching._allocate, triton.runtime.driver._active
-    with tempfile.TemporaryDirectory() as folder:
+    launching, active = sys.modules["gpl_fast.kernels.launch"], triton.runtime.driver._active
+    nowhere = patch.object(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    allocate = patch.object(launching, "_allocate", on_the_cpu)
+    with tempfile.TemporaryDirectory() as folder, nowhere, allocate:
         library = Path(folder, "libcuda.so.1")
         command = [os.environ.get("CC", "cc"), "-shared", "-fPIC", "-w", "-O2", "-x", "c", "-"]
         named = ["-Wl,-soname,libcuda.so.1", "-o", str(library)]
@@ -94,13 +96,10 @@ def no_driver() -> Iterator[None]:
         ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)  # found by its name from here on
         triton.knobs.nvidia.libcuda_path = folder
         try:
-            torch.cuda.device = lambda device: contextlib.nullcontext()
-            launching._allocate = on_the_cpu
             triton.runtime.driver.set_active(Driver())
             triton.set_allocator(on_the_cpu)
             yield
         finally:
-            torch.cuda.device, launching._allocate = device, allocate
             triton.runtime.driver._active = active
 
 

@@ -37,7 +37,7 @@ class Kernels:
         gradient: of ATen's or the own data gradients, FLOPs a second over a long product's.
         channels: classes come in blocks of so many to the pack.
         counts: the first row that fits is taken.
-        host: seconds that the host needs for a stage: about what benchmarks/launches.py finds.
+        host: seconds that the host needs for a stage: as benchmarks/launches.py finds on a server.
     """
 
     name: str
@@ -82,14 +82,14 @@ COUNTS = (
 )
 BEFORE = Kernels(
     "before", "each product waited for, one chunk of images through all layers, 256 MB",
-    256, True, False, False, 330 / 790, 64, COUNTS_BEFORE, 50e-6,
+    256, True, False, False, 330 / 790, 64, COUNTS_BEFORE, 65e-6,
 )  # fmt: skip
 NOW = Kernels(
     "now", "operands swapped, chunks by segment, lean softmax kernels",
-    None, False, False, False, 450 / 790, 1, COUNTS, 25e-6,
+    None, False, False, False, 450 / 790, 1, COUNTS, 30e-6,
 )  # fmt: skip
 NEXT = Kernels(
     "next", "with a kernel that loads halos once (sm_90) and conv_block_bwd in every layer",
-    None, False, True, True, 600 / 790, 1, COUNTS, 25e-6,
+    None, False, True, True, 600 / 790, 1, COUNTS, 30e-6,
 )  # fmt: skip
 COLUMNS = (BEFORE, NOW, NEXT)
