@@ -106,12 +106,12 @@ def table(
     """One workload: a line a stage, all of them, and what was measured."""
     rates, measured = GPUS[gpu], (profiles or {}).get((work.shape, work.kind), {})
     floors = [f"floor at {r.tflops:g} TFLOP/s, {r.tbps:g} TB/s, ms" for r in rates]
-    columns = ["stage", "launches", "GFLOP", "GB", "FLOP / byte", "limit", *floors]
+    columns = ["stage", "launches", "GFLOP", "GB", "FLOP / byte", *floors, "limit"]
     columns += [*(f"{k.name}, ms" for k in COLUMNS), *["measured, ms"] * bool(measured)]
     lines = [
         f"### {name}: {_times(work)}, {work.kind}, {work.activation}\n",
         _cells(columns),
-        "|---|" + "--:|" * 4 + "---|" + "--:|" * (len(columns) - 6),
+        "|---|" + "--:|" * (4 + len(rates)) + "---|" + "--:|" * (len(columns) - 6 - len(rates)),
     ]
     halves = _halves(gpu, work, workspace_mb)
     predicted = [predict(work, gpu, k, workspace_mb) for k in COLUMNS]
@@ -169,10 +169,10 @@ def _line(
 ) -> str:  # fmt: skip
     flops, moved = sum(v.flops for v in some), sum(v.bytes for v in some)
     bound = "arithmetic" if flops / rates[0].tflops > moved / rates[0].tbps else "memory"
-    seconds = [*(sum(map(r.seconds, some)) for r in rates), *times]
+    floors = [f"{1e3 * sum(map(r.seconds, some)):.2f}" for r in rates]
     return _cells([
         name, f"{len(some)}" if limit else "", f"{flops / 1e9:,.0f}", f"{moved / 1e9:.2f}",
-        f"{flops / moved:.0f}", bound if limit else "", *(f"{1e3 * s:.2f}" for s in seconds),
+        f"{flops / moved:.0f}", *floors, bound if limit else "", *(f"{1e3 * s:.2f}" for s in times),
     ])  # fmt: skip
 
 
