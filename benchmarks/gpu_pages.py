@@ -40,10 +40,20 @@ def markdown(found: dict[str, Any]) -> str:
     lines += ["## How fast?", "", *_times(found["benchmark"]["rows"])]
     if left_out := found["benchmark"]["left_out"]:
         lines += [f"Left out for want of time: {', '.join(left_out)}.", ""]
-    lines += ["## Tiles", "", *_tiles(found["tiles"]), "## Data gradients", ""]
-    layers = [[f"{r['in_channels']} -> {r['out_channels']}", f"{r['kernel_ms']:.3f}",
-               f"{r['aten_ms']:.3f}"] for r in found["choices"]]  # fmt: skip
-    lines += table(["layer", "conv_block_bwd, ms", "ATen, ms"], layers)
+    lines += ["## Tiles", "", *_tiles(found["tiles"]), "## Who is the faster?", ""]
+    choices = found["choices"]
+    layers = [
+        [
+            f"{r['in_channels']} -> {r['out_channels']}",
+            "data gradient, ATen's",
+            f"{r['kernel_ms']:.3f}",
+            f"{r['aten_ms']:.3f}",
+        ]
+        for r in choices["backward"]
+    ]
+    layers += [[f"{r['classes']} classes", "softmax_bwd, Triton's", f"{r['cuda_ms']:.3f}",
+                f"{r['triton_ms']:.3f}"] for r in choices["softmax"]]  # fmt: skip
+    lines += table(["layer", "what, and the other's", "CUDA, ms", "the other, ms"], layers)
     clock = "the CPU's clock" if found["dry"] else "CUDA events"
     return "\n".join([*lines, PROTOCOL.format(clock=clock)]) + "\n"
 

@@ -45,6 +45,8 @@ LIMITS = {
     "baselines": 480.0,
 }
 LOG_BYTES = 8 << 20
+# Of benchmarks/tune.py, and the file that a variable of the environment may name.
+CHOICES = {"backward": "data-gradient.json", "softmax": "softmax-bwd.json"}
 TESTS = ("tests/gpu", "tests/stages")  # a process a file
 # Few kernels each, named: a sanitizer is slow.
 SANITIZED = {
@@ -121,12 +123,16 @@ class Report:
         self._run("tiles", {"": self._script("tiles", "gpu_tiles.py")})
 
     def _choices(self) -> None:
-        """Whose data gradient is the faster, of each layer."""
+        """Who is the faster: whose data gradient, of each layer, and which `softmax_bwd`."""
         if self.dry:
             self.steps.skip("choices", "it needs a GPU")
             return
-        words = ("--backward", "--classes", "150", "19", "847", "--dtype", "bfloat16")
-        self._run("choices", {"": self._script("choices", "tune.py", *words)})
+        words = ("--classes", "150", "19", "847", "--dtype", "bfloat16")
+        commands = {
+            case: self._script("choices", "tune.py", f"--{case}", *words, case=case)
+            for case in CHOICES
+        }
+        self._run("choices", commands)
 
     def _tests(self) -> None:
         files = [path for folder in TESTS for path in sorted((ROOT / folder).glob("test_*.py"))]
@@ -189,7 +195,7 @@ class Report:
             "profiles": [p for p in times.get("profiles", []) if "seconds" in p],
             "benchmark": {"rows": rows, "left_out": beside.get("left_out", [])},
             "tiles": tiles.get("rows", []),
-            "choices": read("choices", default=[]),
+            "choices": {case: read("choices", case, default=[]) for case in CHOICES},
             "tests": self._outcomes(),
         }
 
@@ -202,8 +208,9 @@ class Report:
         put(self.folder / "log.txt", self.steps.log()[-LOG_BYTES:])
         if rows := self._read("tiles").get("tiles"):
             put(self.folder / "tiles.json", json.dumps(rows, indent=1) + "\n")
-        if rows := self._read("choices", default=[]):
-            put(self.folder / "data-gradient.json", json.dumps(rows, indent=1) + "\n")
+        for case, name in CHOICES.items():
+            if rows := found["choices"][case]:
+                put(self.folder / name, json.dumps(rows, indent=1) + "\n")
 
     def _read(self, step: str, case: str = "", default: Any = None) -> Any:
         """A command's JSON; `default` where there is none, or half of one."""

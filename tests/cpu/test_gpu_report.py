@@ -16,7 +16,8 @@ import pytest
 from gpl_fast import ops
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = {"report.json", "report.md", "log.txt", "tiles.json", "data-gradient.json", "benchmark.png"}
+FILES = {"report.json", "report.md", "log.txt", "tiles.json", "data-gradient.json",
+         "softmax-bwd.json", "benchmark.png"}  # fmt: skip
 
 if (reason := ops.load()) is not None:
     pytest.skip(reason, allow_module_level=True)
@@ -306,6 +307,9 @@ def test_the_page_tells_what_is_wrong_and_how_far_off_it_is(make):
                        "ok": False}]  # fmt: skip
     found["profiles"] = [{"shape": [8, 19, 769, 769], "target": "dense",
                           "seconds": {"softmax_bwd": 1.0, "odd_fwd": 2.0}}]  # fmt: skip
+    found["choices"]["softmax"] = [{"classes": 150, "cuda_ms": 1.5, "triton_ms": 2.0}]
+    found["choices"]["backward"] = [{"in_channels": 64, "out_channels": 128, "kernel_ms": 0.5,
+                                     "aten_ms": 0.75}]  # fmt: skip
     found["tiles"] = [{"c_in": 64, "c_out": 128, "block_h": 8, "block_w": 16, "block_k": 64,
                        "block_n": 128, "stages": 3, "error": "OutOfResources"}]  # fmt: skip
     import gpu_pages
@@ -316,6 +320,8 @@ def test_the_page_tells_what_is_wrong_and_how_far_off_it_is(make):
     assert "Left out for want of time: voc." in page
     assert "| 8x19x769x769, dense | odd_fwd |  | 2000.00 |  |" in page
     assert "| 8x19x769x769, dense | softmax_bwd | 0." in page
+    assert "| 64 -> 128 | data gradient, ATen's | 0.500 | 0.750 |" in page
+    assert "| 150 classes | softmax_bwd, Triton's | 1.500 | 2.000 |" in page
     assert "| 64 -> 128 | 8 x 16 x 64 x 128, 3 stages |  | OutOfResources |" in page
 
 
