@@ -89,8 +89,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.launches.append(Launch(name, flops, _bytes((x, w, out)), *sizes))
         elif is_launch(func):
             packet = func.overloadpacket.__name__
-            # What gathers reads of its source as much as it writes.
-            flat = tree_leaves(out if packet == "index" else (args, kwargs, out))
+            fills = packet.startswith("new_") or packet.endswith("_like")
+            # What gathers reads of its source as much as it writes, what fills nothing.
+            flat = tree_leaves(out if fills or packet == "index" else (args, kwargs, out))
             once = {id(t): t for t in flat if isinstance(t, Tensor)}.values()
             moved = _bytes(once) * (2 if packet == "index" else 1)
             self.launches.append(Launch(SMALL, 0.0, moved, operator=packet))
