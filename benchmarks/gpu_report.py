@@ -32,7 +32,7 @@ from gpu_pages import markdown
 from steps import BORN, GRACE, Steps, outcomes
 
 ROOT = report.ROOT
-# The most of eight minutes that a step may take, in seconds; the last one takes what is left.
+# The most of eight minutes that a step may take, in seconds; the baselines take what is left.
 LIMITS = {
     "library": 110.0,
     "truth": 80.0,
@@ -43,7 +43,9 @@ LIMITS = {
     "tests": 50.0,
     "sanitizers": 30.0,
     "baselines": 480.0,
+    "plot": 30.0,
 }
+PLOT = 12.0  # of the last seconds
 LOG_BYTES = 8 << 20
 # Of benchmarks/tune.py, and the file that a variable of the environment may name.
 CHOICES = {"backward": "data-gradient.json", "softmax": "softmax-bwd.json"}
@@ -171,8 +173,17 @@ class Report:
         self._run("sanitizers", commands, len(commands), **alone)
 
     def _baselines(self) -> None:
-        words = ("--seconds", f"{self.steps.left() - 5:.0f}")
-        self._run("baselines", {"": self._script("baselines", "on_device.py", *words)})
+        words = ("--seconds", f"{self.steps.left() - PLOT:.0f}")
+        script = self._script("baselines", "on_device.py", *words)
+        self.steps.run("baselines", {"": script}, self.steps.left() - PLOT)
+
+    def _plot(self) -> None:
+        """Of providers that ran beside one another."""
+        if importlib.util.find_spec("matplotlib") is None:
+            self.steps.skip("plot", "matplotlib is not there")
+            return
+        rows, image = str(self.steps.output("baselines")), str(self.folder / "benchmark.png")
+        self._run("plot", {"": [sys.executable, "benchmarks/plots.py", rows, image]})
 
     # --------------------------------------------------------------------------- the report
 
@@ -249,21 +260,12 @@ def main() -> int:
     try:
         made.all_steps(args.steps)
     finally:
+        made.steps.kill()
+        made.steps.report()
         made.steps.close()
-        made.write()
-    plot(made.found()["benchmark"]["rows"], folder / "benchmark.png")
     shutil.rmtree(made.steps.scratch, ignore_errors=True)
     print(f"wrote {folder}")
     return int(any(step.status in ("failed", "timed out") for step in made.steps.done))
-
-
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Of providers that ran beside one another."""
-    timed = [row for row in rows if row["run"] == "beside" and "seconds_median" in row]
-    if timed and importlib.util.find_spec("matplotlib"):
-        import plots
-
-        plots.workloads(timed, path)
 
 
 if __name__ == "__main__":
