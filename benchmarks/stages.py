@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from gpl_fast.fast import policy
-from gpl_fast.tools.launches import GRADIENT, SMALL
+from gpl_fast.tools.recorder import GRADIENT, SMALL
 from gpl_fast.tools.measure import Stopwatch
 
 CONVOLUTION = r"dgrad|xmma|convol|implicit|cudnn|cutlass|gemm"  # in names of ATen's kernels
@@ -18,7 +18,7 @@ KERNELS = 25  # of a profile that are kept
 
 
 def profile(step: Callable[[], Any], device: str) -> dict[str, Any]:
-    """Seconds by stage, in the words of `gpl_fast.tools.launches`, and who says so."""
+    """Seconds by stage, in the words of `gpl_fast.tools.recorder`, and who says so."""
     try:
         found = of_kernels(step, device)
     except Exception as error:  # a profiler that cannot be had

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gpl_fast.tools.launches import Launch
+from gpl_fast.tools.recorder import Launch
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from gpl_fast.net.weights import padded_channels
-from gpl_fast.tools.columns import BEFORE, BEFORE_TILE, Kernels
+from gpl_fast.tools.columns import BEFORE, BEFORE_TILE, NEXT, Kernels
 from gpl_fast.tools.gpus import CHIPS, Chip
-from gpl_fast.tools.launches import GRADIENT, SMALL, WORKSPACE_MB, Launch, launches
+from gpl_fast.tools.launches import WORKSPACE_MB, launches
+from gpl_fast.tools.recorder import GRADIENT, SMALL, Launch
 from gpl_fast.tools.workload import Workload
 
 GAPS = {GRADIENT: 4e-6}  # seconds between two kernels of a stream
@@ -59,6 +60,8 @@ def seconds_of(launch: Launch, chip: Chip, kernels: Kernels) -> float:
         "conv_block_fwd": _convolution,
         "convolution (ATen)": _product,
         GRADIENT: _product,
+        "conv_block_bwd": _product,
+        "conv_block_logits_bwd": _product,
         "softmax_pack_fwd": _softmax,
         "softmax_bwd": _softmax,
     }.get(launch.name, _stream)(launch, chip, kernels)
@@ -171,8 +174,12 @@ def _product(launch: Launch, chip: Chip, kernels: Kernels) -> float:
     share = min(1.0, pixels / 128 * max(1.0, launch.c_in / 128) / chip.sms)
     if launch.c_out <= 64:  # the first layer
         share = 0.5 if launch.c_in <= 64 else 0.8
-    rate = kernels.gradient * chip.flops * share
-    return max(launch.flops / rate, launch.bytes / (0.8 * chip.memory))
+    ours = launch.name.startswith("conv_block")
+    rate = (NEXT.gradient if ours else kernels.gradient) * chip.flops * share
+    seconds = max(launch.flops / rate, launch.bytes / (0.8 * chip.memory))
+    if launch.name == "conv_block_logits_bwd":
+        seconds += _softmax(replace(launch, name="softmax_bwd"), chip, kernels)
+    return seconds
 
 
 # ------------------------------------------------------------------------------ elementwise

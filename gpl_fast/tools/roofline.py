@@ -16,8 +16,9 @@ from typing import Any
 
 from gpl_fast.tools.columns import COLUMNS
 from gpl_fast.tools.gpus import CHIPS, GPUS, Rates
-from gpl_fast.tools.launches import WORKSPACE_MB, Launch, count_line, launches
+from gpl_fast.tools.launches import WORKSPACE_MB, count_line, launches
 from gpl_fast.tools.prediction import predict, step_seconds
+from gpl_fast.tools.recorder import Launch
 from gpl_fast.tools.workload import Workload
 
 OURS = "gpl_fast-bf16"  # the provider that is predicted

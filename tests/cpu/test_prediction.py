@@ -13,7 +13,8 @@ from gpl_fast import cli, tiles
 from gpl_fast.tools import roofline
 from gpl_fast.tools.columns import BEFORE, COLUMNS, NEXT, NOW
 from gpl_fast.tools.gpus import CHIPS, GPUS
-from gpl_fast.tools.launches import Launch, launches
+from gpl_fast.tools.launches import launches
+from gpl_fast.tools.recorder import Launch
 from gpl_fast.tools.prediction import predict, seconds_of, step_seconds
 from gpl_fast.tools.workload import WORKLOADS, Workload
 
@@ -65,6 +66,14 @@ def test_wider_tiles_and_halos_ask_less_of_the_cache():
         seconds_of(b, H200, k) for b, k in ((narrow, BEFORE), (narrow, NOW), (BLOCK, NOW))
     )
     assert before > tapped > wide > seconds_of(BLOCK, H200, NEXT)
+
+
+def test_a_fused_gradient_takes_the_product_and_what_is_behind_it():
+    block = Launch("conv_block_bwd", 1e12, 1e9, 8, 512, 512, 150, 64)
+    logits = replace(block, name="conv_block_logits_bwd")
+    aten = replace(block, name="data gradient (ATen)")
+    assert seconds_of(aten, H200, NOW) > seconds_of(block, H200, NOW)
+    assert seconds_of(logits, H200, NOW) > 1.2 * seconds_of(block, H200, NOW)
 
 
 def test_few_programs_leave_sms_idle():
