@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from gpl_fast.fast import policy
-from gpl_fast.tools.recorder import GRADIENT, SMALL
 from gpl_fast.tools.measure import Stopwatch
+from gpl_fast.tools.recorder import GRADIENT, SMALL
 
 CONVOLUTION = r"dgrad|xmma|convol|implicit|cudnn|cutlass|gemm"  # in names of ATen's kernels
 STEPS = 3

@@ -14,8 +14,8 @@ from gpl_fast.tools import roofline
 from gpl_fast.tools.columns import BEFORE, COLUMNS, NEXT, NOW
 from gpl_fast.tools.gpus import CHIPS, GPUS
 from gpl_fast.tools.launches import launches
-from gpl_fast.tools.recorder import Launch
 from gpl_fast.tools.prediction import predict, seconds_of, step_seconds
+from gpl_fast.tools.recorder import Launch
 from gpl_fast.tools.workload import WORKLOADS, Workload
 
 ROOT = Path(__file__).resolve().parents[2]
