@@ -43,7 +43,7 @@ help:
 	@echo "make lint   ruff, mypy, clang-format"
 	@echo "make bench  time and memory on this machine, ten minutes on two cores"
 	@echo "make bench-gpu  the same of a GPU's workloads, with PYTHON and its torch"
-	@echo "make gpu-report  tests, sanitizer and benchmark of a GPU, with PYTHON and its torch"
+	@echo "make gpu-report  is a GPU right, how fast, and as predicted, with PYTHON and its torch"
 	@echo "make toy    the toy experiment of the paper's supplement, into toy_out/"
 	@echo "make wheel  a wheel in dist/"
 	@echo "make venv   the virtual environment only; make clean removes what was built"
@@ -149,7 +149,7 @@ bench: $(LIBRARY)
 # No environment is made: a machine with a GPU has its own torch, and may have no network.
 bench-gpu gpu-report: export GPL_FAST_FORCE_CUDA = 1
 bench-gpu:
-	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(PYTHON) benchmarks/gpu_report.py --stages build benchmark $(REPORT)
+	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(PYTHON) benchmarks/gpu_report.py --steps library times baselines $(REPORT)
 
 gpu-report:
 	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(PYTHON) benchmarks/gpu_report.py $(REPORT)

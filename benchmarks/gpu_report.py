@@ -1,10 +1,11 @@
-"""One report of a machine with a GPU and no network: build, tests, sanitizer, benchmark.
+"""One report of a machine with a GPU and no network, in the minutes that it has: is it right, how
+fast is it, and as predicted?
 
-``make gpu-report`` writes report.json, report.md, benchmark.png and the logs of every stage into
-one folder, within `BUDGET` seconds, with the Python and the torch that are there. A stage that
-fails leaves its log and does not keep the others from running; the exit status is 1 then.
-``--dry`` runs every stage on the CPU, at tiny sizes, with the library that is built already;
-``--stages build benchmark`` is ``make bench-gpu``.
+``python benchmarks/gpu_report.py --minutes 8 --out FOLDER`` ends in time whatever happens. It
+writes report.json and report.md, always whole ones, log.txt, and what was measured for
+GPL_FAST_TILES and GPL_FAST_DATA_GRADIENT: after every step and while one runs. The truth that
+matters most comes first. ``--dry`` runs every step on the CPU, at tiny sizes; ``--steps`` some of
+them. The exit status is 1 if a step failed.
 """
 
 from __future__ import annotations
@@ -15,243 +16,256 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
+import gpu_tiles
+import gpu_truth
+import on_device
 import report
 import torch
 from gpu_pages import markdown
-from on_device import machine
+from steps import BORN, GRACE, Steps, outcomes
 
 ROOT = report.ROOT
-BUDGET = 520.0
-STAGES = (
-    "build", "check", "layouts", "choices", "tests", "memcheck", "racecheck", "benchmark",
-)  # fmt: skip
-# The most that a stage may take of the budget; the benchmark takes what is left.
+# The most of eight minutes that a step may take, in seconds; the baselines take what is left.
 LIMITS = {
-    "build": 180.0,
-    "check": 60.0,
-    "layouts": 60.0,
-    "choices": 45.0,
-    "tests": 150.0,
-    "memcheck": 75.0,
-    "racecheck": 75.0,
+    "library": 110.0,
+    "truth": 80.0,
+    "warm": 40.0,
+    "times": 60.0,
+    "tiles": 50.0,
+    "choices": 25.0,
+    "tests": 50.0,
+    "sanitizers": 30.0,
+    "baselines": 480.0,
+    "plot": 30.0,
 }
-BENCHMARK = 150.0  # which is left at least
-QUERY = "name,driver_version,memory.total,clocks.sm"
-SMALL = "gpu and check"  # tests of a dry run, and of a sanitizer, which is slow
-SANITIZED = ("-k", "not small_loss")  # of few kernels
-SUITE = ("tests/stages", "--implementation", "gpu")
-BLOCKS = [f"tests/stages/test_conv_block_{name}.py" for name in ("bwd", "logits_bwd")]
-
-
-@dataclass
-class Stage:
-    """What became of a stage: "ok", "failed", "timed out" or "skipped", and why."""
-
-    name: str
-    status: str
-    seconds: float
-    detail: str
-    command: str = ""
+PLOT = 12.0  # of the last seconds
+LOG_BYTES = 8 << 20
+# Of benchmarks/tune.py, and the file that a variable of the environment may name.
+CHOICES = {"backward": "data-gradient.json", "softmax": "softmax-bwd.json"}
+TESTS = ("tests/gpu", "tests/stages")  # a process a file
+# Few kernels each, named: a sanitizer is slow.
+SANITIZED = {
+    "memcheck": ("tests/gpu/test_operators.py", "small"),
+    "racecheck": ("tests/stages/test_softmax_bwd.py", "check"),
+    "synccheck": ("tests/stages/test_conv_block_bwd.py", "check"),
+}
 
 
 class Report:
-    """Runs the stages one after the other into a folder."""
+    """Runs the steps one after the other and writes what there is into a folder."""
 
-    def __init__(self, folder: Path, dry: bool, budget: float) -> None:
-        self.folder, self.dry = folder, dry
-        self.end = time.monotonic() + budget
-        self.stages: list[Stage] = []
-        self.environment = dict(os.environ)
+    def __init__(self, folder: Path, dry: bool, seconds: float) -> None:
+        self.folder, self.dry, self.scale = folder, dry, seconds / 480.0
+        self.cores = max(2, min(12, (os.cpu_count() or 1) - 2))  # a driver's threads have two
+        environment = dict(os.environ)
         if dry:
-            self.environment |= {"GPL_FAST_TEST_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
+            environment |= {"GPL_FAST_TEST_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        self.environment["PYTHONPATH"] = os.pathsep.join(paths)  # the package need not be installed
-        caches = ROOT / ".cache"
-        self.environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(caches / "inductor"))
-        self.environment.setdefault("TRITON_CACHE_DIR", str(caches / "triton"))
+        environment["PYTHONPATH"] = os.pathsep.join(paths)  # the package need not be installed
+        environment["PYTHONUNBUFFERED"] = "1"
+        for name in ("TORCHINDUCTOR", "TRITON"):
+            folder_of = str(ROOT / ".cache" / name.lower())
+            environment.setdefault(f"{name}_CACHE_DIR", folder_of)
+        self.protocol = report.protocol()
+        left = BORN + seconds - time.monotonic() - 2 * GRACE  # importing torch has taken some
+        self.steps = Steps(left, self.write, ROOT, environment)
 
-    def run(self, name: str, command: list[str], more: dict[str, str] | None = None) -> Stage:
-        """One command into ``<name>.log``; `more`: of the environment."""
-        left = self.end - time.monotonic()
-        limit = min(LIMITS[name], left - BENCHMARK) if name in LIMITS else left
-        if limit <= 0:
-            return self.skip(name, "no time was left")
-        start, log = time.monotonic(), self.folder / f"{name}.log"
-        with log.open("w") as out:
-            running = subprocess.Popen(
-                command, cwd=ROOT, env=self.environment | (more or {}), stdout=out,
-                stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
-            try:
-                status = "failed" if running.wait(limit) else "ok"
-            except subprocess.TimeoutExpired:
-                status = "timed out"
-                os.killpg(running.pid, signal.SIGKILL)  # what a sanitizer has started, too
-                running.wait()
-        last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        stage = Stage(
-            name, status, time.monotonic() - start, last[-1] if last else "", " ".join(command)
-        )
-        return self._keep(stage)
+    # ---------------------------------------------------------------------------- the steps
 
-    def skip(self, name: str, why: str) -> Stage:
-        """A stage that cannot run here."""
-        return self._keep(Stage(name, "skipped", 0.0, why))
+    def all_steps(self, names: Sequence[str] = tuple(LIMITS)) -> None:
+        """Those named, in their order."""
+        for name in LIMITS:
+            if name in names:
+                getattr(self, f"_{name}")()
 
-    def _keep(self, stage: Stage) -> Stage:
-        self.stages.append(stage)
-        print(
-            f"{stage.name:<10} {stage.status:<9} {stage.seconds:6.1f}s  {stage.detail}", flush=True
-        )
-        return stage
+    def _run(self, name: str, commands: dict[str, list[str]], at_once: int = 1, **more: str) -> str:
+        limit = LIMITS[name] * self.scale
+        return self.steps.run(name, commands, limit, at_once, **more).status
 
-    def all_stages(self, names: Sequence[str] = STAGES) -> dict[str, Any]:
-        """The stages named, in turn; what report.json holds."""
-        python = sys.executable
-        if "build" in names:
-            self._build()
-        if "check" in names:
-            self.run("check", [python, "-m", "gpl_fast", "info", "--check"])
-        # Both kernels of conv_block_bwd, whose layouts no emulation can confirm, go first.
-        right = "layouts" not in names or self._tests("layouts", *BLOCKS, *SUITE[1:]).status == "ok"
-        if "choices" in names:
-            self._choices(right)
-        if "tests" in names:
-            others = [f"--ignore={path}" for path in BLOCKS]
-            self._tests("tests", "tests/gpu", *SUITE, *others)
-        for tool in ("memcheck", "racecheck"):
-            if tool in names:
-                self._sanitizer(tool)
-        measured: dict[str, Any] = {"rows": [], "left_out": []}
-        if "benchmark" in names:
-            measured = self._benchmark()
-        found = json.loads(_output(python, "-m", "gpl_fast", "info", "--json") or "{}")
-        return {
-            "machine": machine("cpu" if self.dry else "cuda"),
-            "dry": self.dry,
-            "protocol": report.protocol(),
-            "driver": _output("nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"),
-            "info": found,
-            "stages": [asdict(stage) for stage in self.stages],
-            "benchmark": measured,
-        }  # fmt: skip
+    def _script(self, step: str, script: str, *words: str, case: str = "") -> list[str]:
+        out = str(self.steps.output(step, case))
+        dry = ["--dry"] * (self.dry and script != "gpu_library.py")
+        return [sys.executable, f"benchmarks/{script}", *words, "--out", out, *dry]
 
-    def _build(self) -> None:
-        loads = (
-            "from gpl_fast import ops; assert ops.load() is None, ops.load(); print(ops.LIBRARY)"
-        )
-        build = ["setup.py", "-q", "build_ext", "--inplace"]
-        self.run("build", [sys.executable, *(["-c", loads] if self.dry else build)])
+    def _library(self) -> None:
+        device = "cpu" if self.dry else "cuda:0"
+        script = self._script("library", "gpu_library.py", "--device", device)
+        self._run("library", {"": script})
 
-    def _pytest(self, chosen: str, *arguments: str) -> list[str]:
+    def _truth(self) -> None:
+        cases = gpu_truth.DRY if self.dry else gpu_truth.CASES
+        commands = {c: self._script("truth", "gpu_truth.py", c, case=c) for c in cases}
+        self._run("truth", commands, self.cores)
+
+    def _warm(self) -> None:
+        """What the next steps launch is compiled by all cores."""
+        count = len(on_device.few_cases() if self.dry else on_device.CASES)
+        commands = {
+            f"case{i}": self._script("warm", "on_device.py", "--warm", str(i), case=f"{i}")
+            for i in range(1 if self.dry else count)
+        }
+        for i in range(1 if self.dry else len(gpu_tiles.SIZES)):
+            words = ("gpu_tiles.py", "--layer", str(i))
+            commands[f"tiles{i}"] = self._script("warm", *words, case=f"tiles{i}")
+        self._run("warm", commands, self.cores)
+
+    def _times(self) -> None:
+        left = min(self.steps.left(), LIMITS["times"] * self.scale)
+        words = ("--alone", "--seconds", f"{left - 4:.0f}")
+        self._run("times", {"": self._script("times", "on_device.py", *words)})
+
+    def _tiles(self) -> None:
+        self._run("tiles", {"": self._script("tiles", "gpu_tiles.py")})
+
+    def _choices(self) -> None:
+        """Who is the faster: whose data gradient, of each layer, and which `softmax_bwd`."""
+        if self.dry:
+            self.steps.skip("choices", "it needs a GPU")
+            return
+        words = ("--classes", "150", "19", "847", "--dtype", "bfloat16")
+        commands = {
+            case: self._script("choices", "tune.py", f"--{case}", *words, case=case)
+            for case in CHOICES
+        }
+        self._run("choices", commands)
+
+    def _tests(self) -> None:
+        files = [path for folder in TESTS for path in sorted((ROOT / folder).glob("test_*.py"))]
+        chosen = "gpu and check" if self.dry else "gpu and not slow"
+        files = files[:3] if self.dry else files
+        commands = {f.stem: self._pytest(str(f), "-m", chosen) for f in files}
+        self._run("tests", commands, self.cores)
+        found = self._outcomes()
+        del found["names"]
+        self.steps.done[-1].detail += f"; {found}"
+
+    def _pytest(self, *words: str) -> list[str]:
         # By the folder's own settings: nothing but pytest has to be installed.
         settings = ["-c", "tests/gpu/pytest.ini", "-p", "no:cacheprovider"]
-        return [sys.executable, "-m", "pytest", "-m", chosen, *settings, *arguments]
+        settings += ["--implementation", "gpu"] * any("stages" in word for word in words)
+        # A line a test, as it ends: what is cut off has told what it had.
+        return [sys.executable, "-m", "pytest", "-vv", "--tb=short", *settings, *words]
 
-    def _tests(self, name: str, *which: str) -> Stage:
-        xml = self.folder / f"{name}.xml"
-        chosen = SMALL if self.dry else "gpu and not slow"
-        stage = self.run(name, self._pytest(chosen, *which, f"--junitxml={xml}"))
-        if xml.exists():
-            counts, failed = outcomes(xml)
-            stage.detail = ", ".join(f"{n} {what}" for what, n in counts.items())
-            stage.detail += "; failed: " + ", ".join(failed) if failed else ""
-        return stage
+    def _outcomes(self) -> dict[str, Any]:
+        logs = sorted(self.steps.scratch.glob("tests-*.log"))
+        return outcomes(path.read_text(errors="replace") for path in logs)
 
-    def _choices(self, right: bool) -> None:
-        """Which layers' data gradients are conv_block_bwd's: the stages after it go by that."""
-        if self.dry or not right:
-            self.skip("choices", "it needs a GPU" if self.dry else "conv_block_bwd is not right")
+    def _sanitizers(self) -> None:
+        tool = shutil.which("compute-sanitizer")
+        if self.dry or tool is None:
+            why = "it needs a GPU" if self.dry else "compute-sanitizer is not there"
+            self.steps.skip("sanitizers", why)
             return
-        out = self.folder / "data_gradient.json"
-        command = [sys.executable, "benchmarks/tune.py", "--backward", "--out", str(out)]
-        command += ["--classes", "150", "19", "1", "847", "1203"]
-        command += ["--dtype", "bfloat16", "float16", "float32"]
-        if self.run("choices", command).status == "ok":
-            self.environment["GPL_FAST_DATA_GRADIENT"] = str(out)
+        commands = {}
+        for name, (path, chosen) in SANITIZED.items():
+            words = ["-k", chosen] if chosen != "check" else ["-m", "gpu and check"]
+            check = [tool, "--tool", name, "--error-exitcode", "9"]
+            commands[name] = [*check, *self._pytest(path, *words)]
+        # Each tensor an allocation of its own: what is behind its end is nobody's.
+        alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        self._run("sanitizers", commands, len(commands), **alone)
 
-    def _sanitizer(self, tool: str) -> None:
-        sanitizer = shutil.which("compute-sanitizer")
-        if sanitizer is None:
-            self.skip(tool, "compute-sanitizer is not there")
-        elif self.dry:
-            self.skip(tool, "it needs a GPU")
-        else:
-            check = [sanitizer, "--tool", tool, "--error-exitcode", "9"]
-            # Each tensor an allocation of its own: what is behind its end is nobody's.
-            alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {}
-            self.run(tool, [*check, *self._pytest(SMALL, "tests/gpu", *SUITE, *SANITIZED)], alone)
+    def _baselines(self) -> None:
+        words = ("--seconds", f"{self.steps.left() - PLOT:.0f}")
+        script = self._script("baselines", "on_device.py", *words)
+        self.steps.run("baselines", {"": script}, self.steps.left() - PLOT)
 
-    def _benchmark(self) -> dict[str, Any]:
-        out = self.folder / "rows.json"
-        left = self.end - time.monotonic()
-        command = [sys.executable, "benchmarks/on_device.py", "--out", str(out)]
-        stage = self.run(
-            "benchmark", [*command, "--seconds", f"{left - 20:.0f}", *["--dry"] * self.dry]
-        )
-        if not out.exists():
-            return {"rows": [], "left_out": []}
-        measured: dict[str, Any] = json.loads(out.read_text())
-        timed = [row for row in measured["rows"] if "seconds_median" in row]
-        stage.detail = f"{len(timed)} of {len(measured['rows'])} rows have times"
-        if timed and importlib.util.find_spec("matplotlib"):
-            import plots
+    def _plot(self) -> None:
+        """Of providers that ran beside one another."""
+        if importlib.util.find_spec("matplotlib") is None:
+            self.steps.skip("plot", "matplotlib is not there")
+            return
+        rows, image = str(self.steps.output("baselines")), str(self.folder / "benchmark.png")
+        self._run("plot", {"": [sys.executable, "benchmarks/plots.py", rows, image]})
 
-            plots.workloads(timed, self.folder / "benchmark.png")
-        return measured
+    # --------------------------------------------------------------------------- the report
+
+    def found(self) -> dict[str, Any]:
+        """All that there is now."""
+        read = self._read
+        times, beside, tiles = read("times"), read("baselines"), read("tiles")
+        rows = [{**row, "run": "alone"} for row in times.get("rows", [])]
+        rows += [{**row, "run": "beside"} for row in beside.get("rows", [])]
+        library = read("library")
+        truth = [row for case in gpu_truth.CASES for row in self._read("truth", case, default=[])]
+        return {
+            "machine": library.get("name") or report.machine(),
+            "dry": self.dry,
+            "seconds": round(time.monotonic() - BORN, 1),
+            "protocol": self.protocol,
+            "library": library,
+            "steps": [asdict(step) for step in self.steps.done],
+            "truth": truth,
+            "profiles": [p for p in times.get("profiles", []) if "seconds" in p],
+            "benchmark": {"rows": rows, "left_out": beside.get("left_out", [])},
+            "tiles": tiles.get("rows", []),
+            "choices": {case: read("choices", case, default=[]) for case in CHOICES},
+            "tests": self._outcomes(),
+        }
+
+    def write(self) -> None:
+        """Every file, each whole."""
+        found = self.found()
+        put = report.replace_text
+        put(self.folder / "report.json", json.dumps(found, indent=1) + "\n")
+        put(self.folder / "report.md", markdown(found))
+        put(self.folder / "log.txt", self.steps.log()[-LOG_BYTES:])
+        if rows := self._read("tiles").get("tiles"):
+            put(self.folder / "tiles.json", json.dumps(rows, indent=1) + "\n")
+        for case, name in CHOICES.items():
+            if rows := found["choices"][case]:
+                put(self.folder / name, json.dumps(rows, indent=1) + "\n")
+
+    def _read(self, step: str, case: str = "", default: Any = None) -> Any:
+        """A command's JSON; `default` where there is none, or half of one."""
+        try:
+            return json.loads(self.steps.output(step, case).read_text())
+        except (OSError, ValueError):
+            return {} if default is None else default
 
 
-def outcomes(xml: Path) -> tuple[dict[str, int], list[str]]:
-    """How many tests passed, failed and were skipped, and the names of those that failed."""
-    counts = {"passed": 0, "failed": 0, "skipped": 0}
-    failed = []
-    for case in ElementTree.parse(xml).iter("testcase"):
-        kinds = {child.tag for child in case}
-        if kinds & {"failure", "error"}:
-            counts["failed"] += 1
-            failed.append(f"{case.get('name')}")
-        else:
-            counts["skipped" if "skipped" in kinds else "passed"] += 1
-    return counts, failed
+def _stop(number: int, _frame: Any) -> None:
+    raise SystemExit(128 + number)
 
 
-def _output(*command: str) -> str:
-    if shutil.which(command[0]) is None:
-        return ""
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+def default_folder(args: argparse.Namespace) -> Path:
+    """By the GPU's name; the driver is asked only where it has to be."""
+    name = "dry" if args.dry else torch.cuda.get_device_name().lower().replace(" ", "-")
+    if set(args.steps) != set(LIMITS):  # a whole report stays as it is
+        name += "".join(f"-{step}" for step in args.steps)
+    return ROOT / "benchmarks" / "results" / name
 
 
 def main() -> int:
-    """Write the report; 1 if a stage failed."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<GPU>")
-    parser.add_argument("--dry", action="store_true", help="every stage on the CPU, tiny sizes")
-    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="default: all")
+    """Write the report; 1 if a step failed."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, help="folder; default: benchmarks/results/<GPU>")
+    parser.add_argument("--dry", action="store_true", help="every step on the CPU, tiny sizes")
+    parser.add_argument("--minutes", type=float, default=8.0, help="default: 8")
+    parser.add_argument("--steps", nargs="+", choices=LIMITS, default=list(LIMITS))
     args = parser.parse_args()
     if not (args.dry or torch.cuda.is_available()):
-        parser.error("torch finds no CUDA device; --dry runs every stage on the CPU")
-    name = "dry" if args.dry else machine("cuda").lower().replace(" ", "-")
-    if set(args.stages) != set(STAGES):  # a whole report stays as it is
-        name += "".join(f"-{stage}" for stage in args.stages)
-    folder = (args.out or ROOT / "benchmarks" / "results" / name).resolve()
+        parser.error("torch finds no CUDA device; --dry runs every step on the CPU")
+    folder = (args.out or default_folder(args)).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    stages = Report(folder, args.dry, args.budget)
-    found = stages.all_stages(args.stages)
-    (folder / "report.json").write_text(json.dumps(found, indent=1) + "\n")
-    (folder / "report.md").write_text(markdown(found))
+    made = Report(folder, args.dry, 60 * args.minutes)
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        made.all_steps(args.steps)
+    finally:
+        made.steps.kill()
+        made.steps.report()
+        made.steps.close()
+    shutil.rmtree(made.steps.scratch, ignore_errors=True)
     print(f"wrote {folder}")
-    return int(any(stage.status in ("failed", "timed out") for stage in stages.stages))
+    return int(any(step.status in ("failed", "timed out") for step in made.steps.done))
 
 
 if __name__ == "__main__":

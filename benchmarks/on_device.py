@@ -3,7 +3,8 @@
 ``python benchmarks/on_device.py --out rows.json`` takes the workloads of semantic segmentation,
 depth and instance masks at their papers' crops and batches, in the order of what matters, until
 ``--seconds`` are spent; ``--dry`` the same on the CPU at tiny sizes. A provider that fails, or is
-wrong against float64 on a crop, has a row that says so and no times.
+wrong against float64 on a crop, has a row that says so and no times. ``--alone`` takes gpl_fast
+alone, and a profile of its kernels with it; ``--warm CASE`` compiles what a case will launch.
 """
 
 from __future__ import annotations
@@ -12,18 +13,20 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gate
 import report
+import stages
 import torch
 from providers import BASELINE, PROVIDERS, Provider, crop, dtype_of, flops, make_inputs
 from torch import Tensor
 
 from gpl_fast.tools import measure
+from gpl_fast.tools.roofline import OURS
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ CASES = (
     Case("ade-full", ADE_FULL, "dense"),
 )
 # Seconds that a case may take: it is not started when fewer are left.
-CASE_SECONDS, COMPILE_SECONDS = 15.0, 45.0
+CASE_SECONDS, COMPILE_SECONDS, ALONE_SECONDS = 15.0, 45.0, 6.0
 CROP = 96
 PRINTED = ("workload", "target", "provider", "seconds_median", "backward_seconds", "error")
 
@@ -67,11 +70,20 @@ def few_cases() -> list[Case]:
     return [case.on_few_pixels() for case in first.values()]
 
 
-def rows_of(case: Case, device: str, rounds: int) -> list[report.Row]:
-    """The rows of a case, of every provider."""
-    torch.compiler.reset()
+def names_of(case: Case, alone: bool) -> list[str]:
+    """The providers of a case."""
+    if alone:
+        return [OURS]
     names = [n for n in PROVIDERS if not n.startswith("compile")]
-    names += ["compile-bf16"] * case.compiled
+    return names + ["compile-bf16"] * case.compiled
+
+
+def rows_of(
+    case: Case, device: str, rounds: int, alone: bool, profiles: list[dict[str, Any]]
+) -> list[report.Row]:
+    """The rows of a case, of every provider, and of ours `alone` a profile."""
+    torch.compiler.reset()
+    names = names_of(case, alone)
     logits, target = make_inputs(case.shape, case.kind, device=device)
     about = {**report.protocol(), "machine": machine(device), "workload": case.name}
     about |= {"shape": "x".join(map(str, case.shape)), "target": case.kind, "peaked": False}
@@ -91,7 +103,17 @@ def rows_of(case: Case, device: str, rounds: int) -> list[report.Row]:
         rows[name] |= found
         rows[name]["speedup_vs_eager_fp32"] = rows[name].pop("speedup")
         rows[name]["tflop_per_second"] = work / found["seconds_median"] / 1e12
+    if alone and OURS in made:
+        found = stages.profile(partial(measure.step, made[OURS], logits, target), device)
+        profiles.append({"shape": list(case.shape), "target": case.kind, **found})
     return list(rows.values())
+
+
+def warm(case: Case, device: str) -> None:
+    """One image, so that what it compiles is in the cache."""
+    case = replace(case, shape=(1, *case.shape[1:]))
+    logits, target = make_inputs(case.shape, case.kind, device=device)
+    measure.step(PROVIDERS[OURS](case.shape[1], case.kind, device), logits, target)
 
 
 def prepare(
@@ -123,22 +145,34 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=240.0, help="time to spend")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--dry", action="store_true", help="on the CPU, at tiny sizes")
+    parser.add_argument("--alone", action="store_true", help="gpl_fast alone, with profiles")
+    parser.add_argument("--warm", type=int, metavar="CASE", help="compile a case and end")
     args = parser.parse_args()
     end = time.monotonic() + args.seconds
     device = "cpu" if args.dry else "cuda"
+    cases = few_cases() if args.dry else list(CASES)
+    if args.warm is not None:
+        warm(cases[args.warm], device)
+        return 0
     rows: list[report.Row] = []
+    profiles: list[dict[str, Any]] = []
     left_out: list[str] = []
-    for case in few_cases() if args.dry else CASES:
-        needed = CASE_SECONDS + COMPILE_SECONDS * case.compiled
+    for case in cases:
+        needed = ALONE_SECONDS if args.alone else CASE_SECONDS
+        if case.compiled and end - time.monotonic() < needed + COMPILE_SECONDS:
+            case = replace(case, compiled=False)
         if not args.dry and end - time.monotonic() < needed:
             left_out.append(f"{case.name} {case.kind}")
         else:
-            measured = rows_of(case, device, 2 if args.dry else args.rounds)
+            rounds = 2 if args.dry else args.rounds
+            measured = rows_of(case, device, rounds, args.alone, profiles)
             for row in measured:
                 print(*(row.get(k, "") for k in PRINTED), flush=True)
             rows += measured
         # after each case: a run may be cut off
-        args.out.write_text(json.dumps({"rows": rows, "left_out": left_out}, indent=1))
+        report.replace_text(
+            args.out, json.dumps({"rows": rows, "profiles": profiles, "left_out": left_out})
+        )
     ours = [row for row in rows if row["provider"].startswith("gpl_fast")]
     return int(not ours or any("error" in row for row in ours))
 

@@ -1,8 +1,13 @@
-"""Plots of measured rows: the CPU's sweeps, a GPU's workloads."""
+"""Plots of measured rows: the CPU's sweeps, a GPU's workloads.
+
+``python benchmarks/plots.py rows.json image.png`` plots those of benchmarks/on_device.py.
+"""
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,3 +106,9 @@ def _save(figure: Any, title: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+if __name__ == "__main__":
+    found = json.loads(Path(sys.argv[1]).read_text())["rows"]
+    if timed := [row for row in found if "seconds_median" in row]:
+        workloads(timed, Path(sys.argv[2]))

@@ -198,7 +198,7 @@ def fast(
     kind: str,
     device: str = "cpu",
     net: str = NET,
-    workspace_mb: float = 256,
+    workspace_mb: float | str = "auto",
 ) -> Provider:
     """gpl_fast's fast path with `dtype` inside the network; it goes where its inputs are."""
     loss = gpl_fast.GenericPerceptualLoss(

@@ -14,6 +14,7 @@ import csv
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -79,6 +80,9 @@ def slug() -> str:
 
 
 def _commit() -> str:
+    if shutil.which("git") is None:
+        return "unknown"
+
     def git(*args: str) -> str:
         command = ["git", "-C", str(ROOT), *args]
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
@@ -87,6 +91,13 @@ def _commit() -> str:
     sources = ("gpl_fast", "csrc", "benchmarks/*.py")
     changed = git("status", "--porcelain", "--", *sources) if commit else ""
     return commit + "+changes" * bool(changed) or "unknown"
+
+
+def replace_text(path: Path, text: str) -> None:
+    """The file is the old or the new one, whenever it is looked at."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text)
+    new.replace(path)
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:

@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", help="print JSON")
     info.set_defaults(run=_info)
 
-    bench = commands.add_parser("bench", help="time and memory on this machine; a GPU's floors")
+    bench = commands.add_parser("bench", help="time and memory on this machine; a GPU's predicted")
     add = bench.add_argument
     shapes = bench.add_mutually_exclusive_group()
     shapes.add_argument("--quick", action="store_true", help="small shapes, about a minute")
@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         help="bound on a loss' transient memory, or auto (default)",
     )  # fmt: skip
     add("--json", type=arguments.output_file, metavar="FILE", help="write the rows to FILE")
-    add("--roofline", action="store_true", help="run nothing: FLOPs, bytes, floors by stage")
+    add("--roofline", action="store_true", help="run nothing: floors and predictions by stage")
     add("--gpu", choices=("h200", "h100", "a100", "rtx4090"), help="of --roofline (default h200)")
     add("--csv", type=Path, metavar="FILE", help="with --roofline: measured rows to print beside")
     bench.set_defaults(run=_bench)
@@ -135,12 +135,12 @@ def _time(args: argparse.Namespace) -> int:
 
 
 def _roofline(args: argparse.Namespace) -> int:
-    from gpl_fast.tools import bench, launches, roofline
+    from gpl_fast.tools import bench, launches, roofline, workload
 
-    work = launches.WORKLOADS
+    work = workload.WORKLOADS
     if args.mine is not None:
         activation = "sigmoid" if args.mine[1] == 1 else "softmax"
-        work = {"mine": launches.Workload(tuple(args.mine), args.target, activation)}
+        work = {"mine": workload.Workload(tuple(args.mine), args.target, activation)}
     workspace = launches.WORKSPACE_MB if args.workspace_mb in (None, "auto") else args.workspace_mb
     asked = args.gpu or "h200", work, args.csv, workspace
     print(roofline.report(*asked))

@@ -1,22 +1,17 @@
 """FLOPs and bytes of every launch of a step on a GPU, counted without one.
 
 The two walks of `gpl_fast.fast` run with their arguments on tensors without memory, and a recorder
-in the place of the stages: neither a GPU nor Triton is needed. A launch is a stage, or an operator
-of ATen's that neither views nor allocates. Bytes are those of each tensor once: halos, weights that
-leave the cache and rows that other programs read again come on top.
+in the place of the stages: neither a GPU nor Triton is needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from gpl_fast.backend import BackendUnavailable
 from gpl_fast.fast import policy
@@ -26,124 +21,12 @@ from gpl_fast.fast.forward import Forward
 from gpl_fast.fast.plan import Plan
 from gpl_fast.net import weights
 from gpl_fast.net.lossnet import LossNet
-from gpl_fast.stages import Listed
-from gpl_fast.tools.workload import check_shape, make_inputs, make_loss
+from gpl_fast.tools.recorder import SMALL as SMALL
+from gpl_fast.tools.recorder import Launch, Recorder, is_launch
+from gpl_fast.tools.workload import TOP, Workload, check_shape, make_inputs, make_loss
+from gpl_fast.tools.workload import WORKLOADS as WORKLOADS
 
-
-@dataclass(frozen=True)
-class Workload:
-    """Logits (N, C, H, W), the kind of target ("dense" or "labels" or "topk"), the activation."""
-
-    shape: tuple[int, int, int, int]
-    kind: str
-    activation: str = "softmax"
-
-
-WORKLOADS = {
-    "cityscapes": Workload((8, 19, 769, 769), "dense"),
-    "voc": Workload((16, 21, 512, 512), "dense"),
-    "ade20k": Workload((16, 150, 512, 512), "dense"),
-    "ade20k, labels": Workload((16, 150, 512, 512), "labels"),
-    "ade-full, labels": Workload((8, 847, 512, 512), "labels"),
-    "lvis": Workload((4, 1203, 512, 512), "dense"),
-    "lvis, labels": Workload((4, 1203, 512, 512), "labels"),
-    "depth": Workload((8, 1, 385, 385), "dense", "none"),
-    "masks": Workload((64, 1, 200, 200), "dense", "sigmoid"),
-}
-TOP = 8  # classes listed in a pixel of a top-k target
-WORKSPACE_MB = 256.0
-SMALL = "other operators (ATen)"
-CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten._convolution.default)
-ALLOCATING = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
-HOST = {"scalar_tensor"}  # a number of Python's, which a kernel takes as an argument
-
-
-@dataclass
-class Launch:
-    """One kernel's work; of an operator that is `SMALL` also which."""
-
-    name: str
-    flops: float
-    bytes: float
-    operator: str = ""
-
-
-def is_launch(func: Any) -> bool:
-    """Whether an operator runs a kernel: what views and what allocates does not."""
-    packet = func.overloadpacket.__name__
-    return not (func.is_view or packet in ALLOCATING | HOST or packet == "_unsafe_view")
-
-
-class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Stands for the stages, and sees ATen's operators: collects both."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.launches: list[Launch] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func in CONVOLUTIONS:
-            x, w = args[:2]
-            transposed = args[6]
-            out = out.contiguous(memory_format=torch.channels_last)  # as cuDNN leaves it
-            # Each weight meets each pixel of the side that is not spread.
-            pixels = (x if transposed else out).numel() // (x if transposed else out).shape[1]
-            name = "data gradient (ATen)" if transposed else "convolution (ATen)"
-            self.launches.append(Launch(name, 2.0 * pixels * w.numel(), _bytes((x, w, out))))
-        elif is_launch(func):
-            flat = tree_leaves((args, kwargs, out))
-            once = {id(t): t for t in flat if isinstance(t, Tensor)}.values()
-            self.launches.append(Launch(SMALL, 0.0, _bytes(once), func.overloadpacket.__name__))
-        return out
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        """A stage without arithmetic worth counting, on tensors of the rows that it touches."""
-        if name.startswith("_") or not name.endswith(("_fwd", "_bwd")):
-            raise AttributeError(name)
-        return lambda first, **rest: self.launches.append(
-            Launch(name, 0.0, _bytes((first, *rest.values())))
-        )
-
-    def carry_target_fwd(self, x: Tensor, *, step: tuple[int, int], **rest: Any) -> None:
-        """As `gpl_fast.stages`: pixels of a grid, and what decides."""
-        moved = _bytes((x, *rest.values())) / (step[0] * step[1])
-        self.launches += [Launch("carry_target_fwd", 0.0, moved)] * 2
-
-    def conv_block_fwd(
-        self, a: Tensor, *, weight: Tensor, d: Tensor | None, target: Listed | None, **rest: Any
-    ) -> Tensor | None:
-        """As `gpl_fast.stages`."""
-        n, height, width, _ = a.shape
-        k, stride = rest["kernel_size"], rest["stride"]
-        rows = (height + 2 * rest["pad_h"] - k) // stride + 1
-        columns = (width + 2 * (k // 2) - k) // stride + 1
-        branches = 1 if d is None else 2
-        flops = 2.0 * branches * n * rows * columns * weight.numel()
-        moved: float = _bytes((a, d, weight, *rest.values()))
-        if target is not None:
-            whole = (target.labels, target.values, target.indices, target.rest, target.valid)
-            image_rows = next(t.shape[-2] for t in whole if t is not None)
-            moved += _bytes((target.table, target.taken, target.interior, target.rest_table))
-            moved += _bytes(whole) * min(1.0, height / image_rows)
-        self.launches.append(Launch("conv_block_fwd", flops, moved))
-        return a.new_empty((n, 1), dtype=torch.float32) if rest["reduce"] else None
-
-    def relu_pool_bwd(
-        self, dy: Tensor, *, code: Tensor, height: int, dz: Tensor, **_rest: int
-    ) -> None:
-        """As `gpl_fast.stages`: rows of whole maps."""
-        moved = _bytes((dy, code)) * min(1.0, dz.shape[1] / height) + _bytes((dz,))
-        self.launches.append(Launch("relu_pool_bwd", 0.0, moved))
-
-    def softmax_bwd(self, x: Tensor, *, dy: Tensor, **rest: Any) -> None:
-        """As `gpl_fast.stages`: rows of whole planes."""
-        moved = _bytes((x, *rest.values())) * min(1.0, dy.shape[1] / x.shape[2]) + _bytes((dy,))
-        self.launches.append(Launch("softmax_bwd", 0.0, moved))
-
-
-def _bytes(arguments: Iterable[Any]) -> int:
-    return sum(t.numel() * t.element_size() for t in arguments if isinstance(t, Tensor))
+WORKSPACE_MB = 2048.0
 
 
 @cache

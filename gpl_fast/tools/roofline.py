@@ -1,7 +1,7 @@
-"""`gpl-fast bench --roofline`: the floors of a step on a GPU, by stage.
+"""`gpl-fast bench --roofline`: floors and predictions of a step on a GPU, by stage.
 
-The floor of a launch is the larger of its FLOPs and its bytes (`launches`) at a GPU's rates
-(docs/gpu.md).
+The floor of a launch is the larger of its FLOPs and its bytes (`launches`) at a GPU's rates, the
+prediction `prediction`'s (docs/gpu.md).
 """
 
 from __future__ import annotations
@@ -9,37 +9,19 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from gpl_fast.tools.launches import WORKSPACE_MB, Launch, Workload, count_line, launches
+from gpl_fast.tools.columns import COLUMNS
+from gpl_fast.tools.gpus import CHIPS, GPUS, Rates
+from gpl_fast.tools.launches import WORKSPACE_MB, count_line, launches
+from gpl_fast.tools.prediction import predict, step_seconds
+from gpl_fast.tools.recorder import Launch
+from gpl_fast.tools.workload import Workload
 
-
-@dataclass(frozen=True)
-class Rates:
-    """Dense bfloat16 TFLOP/s with float32 accumulation, TB/s of memory, and who says so."""
-
-    tflops: float
-    tbps: float
-    source: str
-
-    def seconds(self, launch: Launch) -> float:
-        """The floor of a launch."""
-        return max(launch.flops / self.tflops, launch.bytes / self.tbps) / 1e12
-
-
-# A GPU's peak first, then what has been measured on it.
-GPUS: dict[str, tuple[Rates, ...]] = {
-    "h200": (
-        Rates(989, 4.8, "NVIDIA H200 data sheet, SXM"),
-        Rates(790, 4.3, "measured: PyTorch's matmul and copy"),
-    ),
-    "h100": (Rates(989, 3.35, "NVIDIA H100 data sheet, SXM"),),
-    "a100": (Rates(312, 2.039, "NVIDIA A100 80GB data sheet, SXM"),),
-    "rtx4090": (Rates(165.2, 1.008, "NVIDIA Ada GPU architecture, appendix A"),),
-}
+OURS = "gpl_fast-bf16"  # the provider that is predicted
 
 
 def as_data(
@@ -48,9 +30,9 @@ def as_data(
     measured: Path | None = None,
     workspace_mb: float = WORKSPACE_MB,
 ) -> dict[str, Any]:
-    """All workloads in JSON's types: FLOPs, bytes and floors (one for each of "rates") by stage."""
-    rates = GPUS[gpu]
-    rows = [] if measured is None else read_measured(measured)
+    """All workloads in JSON's types: FLOPs, bytes, floors (one for each of "rates") by stage, and
+    the predictions by column."""
+    rates, rows = GPUS[gpu], [] if measured is None else read_measured(measured)
     workloads = []
     for name, w in work.items():
         stages = [
@@ -62,12 +44,17 @@ def as_data(
                 "bytes": sum(v.bytes for v in some),
                 "floor_seconds": [sum(map(r.seconds, some)) for r in rates],
             }
-            for half, made in zip(("forward", "backward"), launches(w, workspace_mb), strict=True)
+            for half, made in _halves(gpu, w, workspace_mb).items()
             for stage, some in _by_name(made)
         ]
-        workloads.append({"name": name, **asdict(w), "stages": stages, "measured": _of(w, rows)})
+        predicted = {
+            column.name: [asdict(stage) for stage in predict(w, gpu, column, workspace_mb)]
+            for column in COLUMNS
+        }
+        more = {"stages": stages, "predicted": predicted, "measured": _of(w, rows)}
+        workloads.append({"name": name, **asdict(w), **more})
     named = {"gpu": gpu, "workspace_mb": workspace_mb, "rates": [asdict(r) for r in rates]}
-    return {**named, "workloads": workloads}
+    return {**named, "chip": asdict(CHIPS[gpu]), "workloads": workloads}
 
 
 def report(
@@ -77,37 +64,73 @@ def report(
     workspace_mb: float = WORKSPACE_MB,
 ) -> str:
     """All workloads in Markdown, each beside its rows in a file of measured ones."""
-    rates = GPUS[gpu]
-    lines = [f"# {gpu}: floors of a step, bfloat16, net 1,1,1,1,1\n"]
-    lines += [f"- {r.tflops:g} TFLOP/s, {r.tbps:g} TB/s ({r.source})" for r in rates]
+    lines = [f"# {gpu}: floors and predictions of a step, bfloat16, net 1,1,1,1,1\n"]
+    lines += [f"- {r.tflops:g} TFLOP/s, {r.tbps:g} TB/s ({r.source})" for r in GPUS[gpu]]
+    lines += [f"- Predicted by {CHIPS[gpu].source}.", ""]
+    lines += [f"- {column.name}: {column.legend}" for column in COLUMNS]
     rows = [] if measured is None else read_measured(measured)
-    tables = [table(name, w, rates, rows, workspace_mb) for name, w in work.items()]
-    return "\n".join([*lines, "", *tables])
+    profiles = {} if measured is None else read_profiles(measured)
+    tables = [table(name, w, gpu, rows, workspace_mb, profiles) for name, w in work.items()]
+    return "\n".join([*lines, "", *summary(gpu, work, rows, workspace_mb), "", *tables])
+
+
+def summary(
+    gpu: str,
+    work: dict[str, Workload],
+    rows: Sequence[dict[str, Any]] = (),
+    workspace_mb: float = WORKSPACE_MB,
+) -> list[str]:
+    """Milliseconds of a step: a line a workload."""
+    columns = [f"{column.name}, ms" for column in COLUMNS]
+    columns = ["workload", "target", "floor, ms", *columns, *["measured, ms"] * bool(rows)]
+    lines = [_cells(columns), "|---|---|" + "--:|" * (len(columns) - 2)]
+    for name, w in work.items():
+        made = [v for half in _halves(gpu, w, workspace_mb).values() for v in half]
+        seconds = [sum(map(GPUS[gpu][0].seconds, made))]
+        seconds += [step_seconds(predict(w, gpu, k, workspace_mb)) for k in COLUMNS]
+        cells = [f"{1e3 * s:.1f}" for s in seconds]
+        if rows:
+            ours = [r["seconds_median"] for r in _of(w, rows) if r["provider"] == OURS]
+            cells.append(f"{1e3 * min(ours):.1f}" if ours else "")
+        lines.append(_cells([f"{name.partition(',')[0]} {_times(w)}", w.kind, *cells]))
+    return lines
 
 
 def table(
     name: str,
     work: Workload,
-    rates: Sequence[Rates],
+    gpu: str,
     rows: Sequence[dict[str, Any]] = (),
     workspace_mb: float = WORKSPACE_MB,
+    profiles: dict[Any, dict[str, float]] | None = None,
 ) -> str:
     """One workload: a line a stage, all of them, and what was measured."""
-    title = " x ".join(map(str, work.shape)) + f", {work.kind}, {work.activation}"
+    rates, measured = GPUS[gpu], (profiles or {}).get((work.shape, work.kind), {})
     floors = [f"floor at {r.tflops:g} TFLOP/s, {r.tbps:g} TB/s, ms" for r in rates]
     columns = ["stage", "launches", "GFLOP", "GB", "FLOP / byte", *floors, "limit"]
+    columns += [*(f"{k.name}, ms" for k in COLUMNS), *["measured, ms"] * bool(measured)]
     lines = [
-        f"### {name}: {title}\n",
-        "| " + " | ".join(columns) + " |",
-        "|---|" + "--:|" * (len(columns) - 2) + "---|",
+        f"### {name}: {_times(work)}, {work.kind}, {work.activation}\n",
+        _cells(columns),
+        "|---|" + "--:|" * (4 + len(rates)) + "---|" + "--:|" * (len(columns) - 6 - len(rates)),
     ]
-    halves = dict(zip(("forward", "backward"), launches(work, workspace_mb), strict=True))
+    halves = _halves(gpu, work, workspace_mb)
+    predicted = [predict(work, gpu, k, workspace_mb) for k in COLUMNS]
     for half, made in halves.items():
         for stage, some in _by_name(made):
-            lines.append(_line(f"{half}: {stage}", some, rates, limit=True))
+            times = [sum(s.seconds for s in p if (s.half, s.stage) == (half, stage))
+                     for p in predicted]  # fmt: skip
+            times += [measured[stage]] if stage in measured else []
+            lines.append(_line(f"{half}: {stage}", some, rates, times, limit=True))
     everything = [launch for made in halves.values() for launch in made]
-    lines.append(_line("all", everything, rates) + "\n")
+    times = [*map(step_seconds, predicted), *[sum(measured.values())] * bool(measured)]
+    lines.append(_line("all", everything, rates, times) + "\n")
+    host = [
+        f"{k.name} {1e3 * sum(s.host for s in p):.1f}"
+        for k, p in zip(COLUMNS, predicted, strict=True)
+    ]
     lines.append(count_line(work, workspace_mb) + "\n")
+    lines.append(f"Of the host for them, ms: {', '.join(host)}.\n")
     found = _of(work, rows)
     seconds = {f"{half}_seconds": sum(map(rates[0].seconds, made)) for half, made in halves.items()}
     seconds["seconds_median"] = sum(seconds.values())
@@ -116,6 +139,19 @@ def table(
         lines += [_measured_line(row, seconds) for row in found]
         lines += ["", f"In brackets the floor's share of it, at {rates[0].tflops:g} TFLOP/s.", ""]
     return "\n".join(lines)
+
+
+def _times(work: Workload) -> str:
+    return " x ".join(map(str, work.shape))
+
+
+def _cells(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _halves(gpu: str, work: Workload, workspace_mb: float) -> dict[str, list[Launch]]:
+    made = launches(work, workspace_mb, CHIPS[gpu].architecture)
+    return dict(zip(("forward", "backward"), made, strict=True))
 
 
 def _of(work: Workload, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -128,15 +164,17 @@ def _by_name(made: Sequence[Launch]) -> Iterator[tuple[str, list[Launch]]]:
         yield name, list(some)
 
 
-def _line(name: str, some: Sequence[Launch], rates: Sequence[Rates], limit: bool = False) -> str:
+def _line(
+    name: str, some: Sequence[Launch], rates: Sequence[Rates], times: Sequence[float],
+    limit: bool = False,
+) -> str:  # fmt: skip
     flops, moved = sum(v.flops for v in some), sum(v.bytes for v in some)
-    floors = [f"{1e3 * sum(map(r.seconds, some)):.2f}" for r in rates]
     bound = "arithmetic" if flops / rates[0].tflops > moved / rates[0].tbps else "memory"
-    cells = [
+    floors = [f"{1e3 * sum(map(r.seconds, some)):.2f}" for r in rates]
+    return _cells([
         name, f"{len(some)}" if limit else "", f"{flops / 1e9:,.0f}", f"{moved / 1e9:.2f}",
-        f"{flops / moved:.0f}", *floors, bound if limit else "",
-    ]  # fmt: skip
-    return "| " + " | ".join(cells) + " |"
+        f"{flops / moved:.0f}", *floors, bound if limit else "", *(f"{1e3 * s:.2f}" for s in times),
+    ])  # fmt: skip
 
 
 def _measured_line(row: dict[str, Any], floors: dict[str, float]) -> str:
@@ -145,7 +183,7 @@ def _measured_line(row: dict[str, Any], floors: dict[str, float]) -> str:
         value = row.get(part)
         share = "" if value is None else f"{1e3 * value:.2f} ({floors[part] / value:.0%})"
         cells.append(share)
-    return "| " + " | ".join(cells) + " |"
+    return _cells(cells)
 
 
 def read_measured(path: Path) -> list[dict[str, Any]]:
@@ -171,6 +209,14 @@ def read_measured(path: Path) -> list[dict[str, Any]]:
             f"{path}: got no rows of a benchmark ({error!r}), expected a CSV of "
             "benchmarks/run.py, or a report.json of make gpu-report or gpl-fast bench --json"
         ) from error
+
+
+def read_profiles(path: Path) -> dict[Any, dict[str, float]]:
+    """Of a GPU report: (shape, kind of target) -> stage -> seconds of its kernels in a step."""
+    if path.suffix != ".json":
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8")).get("profiles", [])
+    return {(tuple(p["shape"]), p["target"]): p["seconds"] for p in found}
 
 
 def csv_rows(text: str) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,29 @@ BASELINE = "reference"  # plain PyTorch with autograd, float32
 DTYPES = {BASELINE: torch.float32, "fast": torch.float32, "fast-bf16": torch.bfloat16}
 TOP = 8  # classes listed in a pixel of a top-k target
 BLOB = 16  # pixels: labels come in squares of this size
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Logits (N, C, H, W), the kind of target ("dense" or "labels" or "topk"), the activation."""
+
+    shape: tuple[int, int, int, int]
+    kind: str
+    activation: str = "softmax"
+
+
+WORKLOADS = {
+    "cityscapes": Workload((8, 19, 769, 769), "dense"),
+    "voc": Workload((16, 21, 512, 512), "dense"),
+    "ade20k": Workload((16, 150, 512, 512), "dense"),
+    "ade20k, labels": Workload((16, 150, 512, 512), "labels"),
+    "ade-full": Workload((8, 847, 512, 512), "dense"),
+    "ade-full, labels": Workload((8, 847, 512, 512), "labels"),
+    "lvis": Workload((4, 1203, 512, 512), "dense"),
+    "lvis, labels": Workload((4, 1203, 512, 512), "labels"),
+    "depth": Workload((8, 1, 385, 385), "dense", "none"),
+    "masks": Workload((64, 1, 200, 200), "dense", "sigmoid"),
+}
 
 
 def check_shape(net: LossNet, shape: Shape, kind: str) -> None:

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from policies import Told
 
 import gpl_fast
 from gpl_fast import cli, ops
+from gpl_fast.fast import policy
 from gpl_fast.tools import batch, bench, launches, measure, roofline, workload
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -247,6 +249,21 @@ def test_the_flops_counted_are_those_of_explain(kind, workspace_mb):
     assert names.count("conv_block_fwd") >= 5 * names.count("softmax_pack_fwd") > 0
     gradient = 2 * pred.numel() * 4  # the logits once in, their gradient once out
     assert sum(v.bytes for v in backward if v.name == "softmax_bwd") > gradient
+
+
+@pytest.mark.parametrize("workspace_mb", [24, 256])
+def test_the_flops_of_one_kernels_gradients_are_the_same(workspace_mb):
+    """conv_block_bwd's, in strips but for their halos, where measured rows say so."""
+    work = launches.Workload((2, 32, 128, 96), "dense")
+    on_gpu = {"device": "cuda", "forward": "triton", "backward": "compiled", "arch": 90}
+    found = {}
+    for kernels in (False, True):
+        with policy.injected(Told(**on_gpu, strip_mb=None, kernels=kernels)) as name:
+            _, found[kernels] = launches.launches(work, workspace_mb, name)
+    assert {v.name for v in found[True]} >= {"conv_block_bwd", "conv_block_logits_bwd"}
+    flops = [sum(v.flops for v in found[k]) for k in (False, True)]
+    assert flops[1] == pytest.approx(flops[0], rel=0.02)
+    assert all(v.bytes > 0 for v in found[True])
 
 
 def test_strips_of_rows_move_whole_maps_once():

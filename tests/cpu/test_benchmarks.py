@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,8 @@ import precision
 import tune
 
 from gpl_fast import tiles
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_fastest_tile_that_runs_is_taken():
@@ -88,3 +91,32 @@ def test_resident_memory_does_not_grow_with_the_images():
         transient.append((int(peak) - gradient - int(saved)) / 2**20)
     assert transient[1] <= transient[0] + 2
     assert max(transient) <= 32
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_a_launch_is_made_without_a_driver():
+    """In a process of its own: it compiles, and has a library in the driver's place."""
+    code = (
+        "import launches, torch\n"
+        "found = launches.rows(2, 3, classes=5, forms=('labels',))\n"
+        "print(*[' '.join(row) for row in found], sep='\\n')\n"
+        "assert launches.flat(('i32', 'constexpr', ('*fp32', ('i1', 'constexpr')))) == 3\n"
+        "assert torch.cuda.device.__name__ == 'device'\n"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}"}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    first, *others = done.stdout.splitlines()
+    assert first.startswith("an empty kernel 4 ")
+    assert first.endswith(" 1.00 ")
+    names = {line.partition(",")[0] for line in others}
+    assert names >= {"softmax_pack_fwd", "conv_block_fwd", "relu_pool_bwd", "softmax_bwd"}
+    for line in others:
+        arguments, took, times, _whole = line.partition("labels ")[2].split()
+        assert 4 < int(arguments) < 100
+        assert float(took) > 0
+        assert float(times) > 0

@@ -43,6 +43,15 @@ def test_the_counter_counts_what_runs_a_kernel():
     # Tensors once: in place, and into another.
     assert small[0].bytes == y.nbytes
     assert small[-1].bytes == 2 * x.nbytes + 2 * 8 * 8 * 2 * 8
+    zeros = next(launch for launch in small if launch.operator == "new_zeros")
+    assert zeros.bytes == 3 * 4  # not what they are to be like
+
+
+def test_what_gathers_does_not_read_its_whole_source():
+    x, rows = torch.empty(100, 8, device="meta"), torch.empty(3, device="meta", dtype=torch.long)
+    with Recorder() as recorder:
+        x[rows]
+    assert [launch.bytes for launch in recorder.launches] == [2 * 3 * 8 * 4]
 
 
 def test_convolutions_are_one_launch_whatever_layout_they_come_in():

@@ -182,18 +182,18 @@ def test_looking_leaves_nothing_behind(tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------- JSON of floors
 
 
-@pytest.mark.parametrize("workspace_mb", [256, 16])
+@pytest.mark.parametrize("workspace_mb", [2048, 16])
 def test_the_roofline_as_data_is_what_the_table_says(workspace_mb, tmp_path, capsys):
     path = tmp_path / "floors.json"
     words = ["bench", "--roofline", "--gpu", "a100", "--mine", "1", "40", "256", "128"]
     words += ["--target", "dense", "--json", str(path)]
-    words += [] if workspace_mb == 256 else ["--workspace-mb", "16"]
+    words += [] if workspace_mb == 2048 else ["--workspace-mb", "16"]
     assert cli.main(words) == 0
     (work,) = (found := json.loads(path.read_text()))["workloads"]
     assert found["workspace_mb"] == workspace_mb
     assert (work["shape"], work["kind"], work["measured"]) == ([1, 40, 256, 128], "dense", [])
     forward, backward = launches.launches(
-        launches.Workload((1, 40, 256, 128), "dense"), workspace_mb
+        launches.Workload((1, 40, 256, 128), "dense"), workspace_mb, "sm_80"
     )
     assert sum(stage["launches"] for stage in work["stages"]) == len(forward) + len(backward)
     flops = sum(launch.flops for launch in (*forward, *backward))

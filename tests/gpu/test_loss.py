@@ -5,6 +5,9 @@ err(fast, float64) <= 2 err(reference in the same dtype, float64) + what roundin
 
 from __future__ import annotations
 
+import contextlib
+
+import graph_recipe
 import pytest
 import torch
 from cases import ATOL, NARROW, SHAPES, error, make_target
@@ -210,29 +213,24 @@ def test_no_step_waits_for_the_device(cuda):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["dense", "labels"])
-def test_cuda_graph_replays_on_new_inputs(cuda, kind):
-    loss = loss_of()
-    x = torch.randn(SMALL, device=cuda, requires_grad=True)
-    target = moved(make_target(kind, SMALL), cuda)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            torch.autograd.grad(loss(x, target), x)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        value = loss(x, target)
-        (grad,) = torch.autograd.grad(value, x)
-    for _ in range(2):
-        new, other = torch.randn(SMALL, device=cuda), moved(make_target(kind, SMALL), cuda)
+def test_small_graph_of_the_page_replays_on_new_inputs(device, kind, dtype):
+    """docs/gpu.md's recipe, as it stands there; on the CPU with a graph of its own."""
+    loss = loss_of(compute_dtype=dtype)
+    x = torch.randn(SMALL, device=device, requires_grad=True)
+    target = moved(make_target(kind, SMALL), device)
+    with contextlib.nullcontext() if device.type == "cuda" else graph_recipe.on_the_cpu([]):
+        graph, value, grad = graph_recipe.capture()(loss, x, target)
+    for _ in range(3):
+        new = torch.randn(SMALL, device=device)
+        other = moved(make_target(kind, SMALL), device)
         with torch.no_grad():
             x.copy_(new)
         target.copy_(other)
         graph.replay()
         wanted = run(loss, new, other)
-        assert torch.equal(value.detach(), wanted[0])
+        assert torch.equal(value, wanted[0])
         assert torch.equal(grad, wanted[1])
 
 
