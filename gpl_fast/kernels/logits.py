@@ -28,7 +28,7 @@ def tiling(classes: int, channels: int, width: int, most: int = HELD) -> dict[st
     elif held:
         block_c, block_w, warps = 128, 16 if channels <= 512 else 8, 8
     else:
-        block_c, block_w, warps = 64, 32, 8
+        block_c, block_w, warps = 64, 32, 4
     return {
         "HELD": held,
         "TILES": -(-channels // block_c) if held else 1,
