@@ -156,8 +156,8 @@ def test_no_operand_of_a_wgmma_in_flight_is_overwritten():
 
 
 def test_the_halo_kernel_multiplies_from_shared_memory():
-    """Of a stage three rows of taps, four steps of channels, two maps: one wait, which leaves the
-    newest products in flight; no operand in registers, no copies between accumulators."""
+    """Of a stage three rows of taps, four steps of channels or two, two maps: one wait, which
+    leaves the newest products in flight; no operand in registers, nothing serialized."""
     found = sass("90a")
     if not found:
         pytest.skip("the library was not built for sm_90a")
@@ -165,7 +165,7 @@ def test_the_halo_kernel_multiplies_from_shared_memory():
         code = [text for _, text in sorted(parse(found[name]).items())]
         products = [i for i, text in enumerate(code) if text.startswith("HGMMA")]
         waits = [i for i, text in enumerate(code) if text.startswith("WARPGROUP.DEPBAR")]
-        assert (len(products), len(waits)) == (24, 2), name
+        assert (len(products), len(waits)) == (36, 2), name
         assert products[-1] < waits[0], name
         assert all("gdesc" in code[i].split(",")[1] for i in products), name
         assert all(re.search(r"HGMMA\.64x128x16\.F32", code[i]) for i in products), name

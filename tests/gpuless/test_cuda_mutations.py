@@ -108,6 +108,7 @@ FEWER = {
         ("if (a.C_in <= 64) return launch<T, 64, true>(a, stream);", ""),
         ("return a.C_in <= 160 ? launch<T, 160, true>(a, stream) : ", "return "),
     ],
+    "conv_block/conv_block_fwd_sm90.cu": [("launch_tile<__half>(a, (cudaStream_t)stream);", "")],
     "softmax_bwd.cu": [
         ("with_dtype(a.x_dtype, [&](auto x)", "[&](auto f) { f(0.0f); }([&](auto x)"),
         ("with_dtype(a.dy ? a.dtype : DType::kFloat32,", "[&](auto f) { f(0.0f); }("),

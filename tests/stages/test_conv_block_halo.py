@@ -165,7 +165,7 @@ def test_what_nobody_asks_for_is_left_out(halo, left_out):
 @pytest.mark.parametrize("channels", [64, 128])
 def test_no_bank_conflicts_and_no_product_twice(stages, halo, channels):
     """What is put out passes through shared memory without a conflict; nine taps of both maps are
-    multiplied once; for 64 channels and a column of taps there are two boxes of pixels."""
+    multiplied once, 24 channels as 32; a column of taps has two boxes of pixels."""
     emulation = operators.load()
     case = exact_case(channels, (32, 16))
     emulation.count_shared(True)
@@ -173,7 +173,7 @@ def test_no_bank_conflicts_and_no_product_twice(stages, halo, channels):
     counted = emulation.counters()
     emulation.count_shared(False)
     assert counted["shared_phases"] == counted["shared"] > 0
-    assert counted["mma"] == 2 * (32 * 16 // 8) * (channels // 16) * (9 * 64 // 16)
+    assert counted["mma"] == 2 * (32 * 16 // 8) * (channels // 16) * (9 * 32 // 16)
     blocks, slabs = 2 * channels // 64, channels // 64
     assert counted["tma"] == blocks * 3 * (2 + 3 * slabs)
 

@@ -87,37 +87,49 @@ __device__ void bring_halo(const HaloArgs& a, const HaloTile& t, const TensorMap
   }
 }
 
+// The products of a stage, of its first 16 kSteps input channels: of each 16 rows of weights and 32
+// bytes of pixels.
+template <class T, int kChannels, int kSteps>
+__device__ __forceinline__ void multiply_stage(uint64_t w, uint64_t a, uint64_t d, float (&z)[64],
+                                               float (&dz)[64]) {
+  constexpr bool kBFloat16 = std::is_same_v<T, __nv_bfloat16>;
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int row = 0; row < 3; ++row) {
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      const int of_w = (row * HaloLayout<kChannels>::kTap + k * 16 * 128) >> 4;
+      const int of_map = (row * kRowBytes + k * 32) >> 4;
+      ptx::wgmma_shared<kBFloat16, 128>(z, w + of_w, a + of_map);
+      ptx::wgmma_shared<kBFloat16, 128>(dz, w + of_w, d + of_map);
+    }
+  }
+  ptx::wgmma_commit();
+}
+
 // z and dz of a warpgroup's 64 channels and 128 pixels.
 template <class T, int kChannels>
-__device__ __forceinline__ void multiply_halo(int stages, int group, unsigned char* ring,
+__device__ __forceinline__ void multiply_halo(int C_in, int group, unsigned char* ring,
                                               HaloBarriers& bars, float (&z)[64], float (&dz)[64]) {
   using L = HaloLayout<kChannels>;
-  constexpr bool kBFloat16 = std::is_same_v<T, __nv_bfloat16>;
   const int first_row = L::kSplitsRows ? group * kHaloRows : 0, slab = L::kSplitsRows ? 0 : group;
 #pragma unroll
   for (int i = 0; i < 64; ++i) z[i] = dz[i] = 0.0f;
   ptx::keep_in_place(z);
   ptx::keep_in_place(dz);
   int at = 0, phase = 0;
-  for (int i = 0; i < stages; ++i) {
+  for (int i = 0; i < (C_in + 63) / 64 * 3; ++i) {
     unsigned char* stage = ring + at * L::kStage;
     const uint64_t w =
         ptx::wgmma_descriptor(stage + 2 * L::kMap + slab * L::kSlab, L::kSlab, 8 * 128);
     const uint64_t a = ptx::wgmma_descriptor(stage + first_row * kRowBytes, 0, kRowBytes);
     const uint64_t d = ptx::wgmma_descriptor(stage + L::kMap + first_row * kRowBytes, 0, kRowBytes);
     ptx::mbarrier_wait(bars.full + at, phase);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int row = 0; row < 3; ++row) {
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {  // of 16 input channels: 16 rows of weights, 32 bytes of pixels
-        const int of_w = (row * L::kTap + k * 16 * 128) >> 4,
-                  of_map = (row * kRowBytes + k * 32) >> 4;
-        ptx::wgmma_shared<kBFloat16, 128>(z, w + of_w, a + of_map);
-        ptx::wgmma_shared<kBFloat16, 128>(dz, w + of_w, d + of_map);
-      }
+    if (C_in - i / 3 * 64 > 32) {
+      multiply_stage<T, kChannels, 4>(w, a, d, z, dz);
+    } else {
+      multiply_stage<T, kChannels, 2>(w, a, d, z, dz);
     }
-    ptx::wgmma_commit();
     // These go on while the stage before them, whose products are done, is filled again.
     ptx::wgmma_wait<1>();
     if (i > 0 && threadIdx.x % 32 == 0) ptx::mbarrier_arrive(bars.empty + (at ^ 1));
@@ -287,7 +299,7 @@ __global__ void __launch_bounds__(kHaloThreads, 1)
   ptx::registers_take<232>();
   const int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 - 4;
   float z[64], dz[64];
-  multiply_halo<T, kChannels>((int)(a.conv.C_in + 63) / 64 * 3, group, smem, bars, z, dz);
+  multiply_halo<T, kChannels>((int)a.conv.C_in, group, smem, bars, z, dz);
   const HaloOutput<T, kChannels> out(a, t, group, smem + L::kStages * L::kStage);
   float sum = out.pool(z, dz);
 #pragma unroll
