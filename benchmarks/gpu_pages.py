@@ -53,6 +53,8 @@ def markdown(found: dict[str, Any]) -> str:
     ]
     layers += [[f"{r['classes']} classes", "softmax_bwd, Triton's", f"{r['cuda_ms']:.3f}",
                 f"{r['triton_ms']:.3f}"] for r in choices["softmax"]]  # fmt: skip
+    layers += [[f"{r['c_in']} -> {r['c_out']}", "forward with a halo, Triton's",
+                f"{r['halo_ms']:.3f}", f"{r['triton_ms']:.3f}"] for r in found["halo"]]  # fmt: skip
     lines += table(["layer", "what, and the other's", "CUDA, ms", "the other, ms"], layers)
     clock = "the CPU's clock" if found["dry"] else "CUDA events"
     return "\n".join([*lines, PROTOCOL.format(clock=clock)]) + "\n"

@@ -39,7 +39,7 @@ LIMITS = {
     "warm": 40.0,
     "times": 60.0,
     "tiles": 50.0,
-    "choices": 25.0,
+    "choices": 30.0,
     "tests": 50.0,
     "sanitizers": 30.0,
     "baselines": 480.0,
@@ -125,7 +125,7 @@ class Report:
         self._run("tiles", {"": self._script("tiles", "gpu_tiles.py")})
 
     def _choices(self) -> None:
-        """Who is the faster: whose data gradient, of each layer, and which `softmax_bwd`."""
+        """Who is the faster: whose data gradient, which `softmax_bwd`, which forward of sm_90."""
         if self.dry:
             self.steps.skip("choices", "it needs a GPU")
             return
@@ -134,6 +134,7 @@ class Report:
             case: self._script("choices", "tune.py", f"--{case}", *words, case=case)
             for case in CHOICES
         }
+        commands["halo"] = self._script("choices", "halo.py", case="halo")
         self._run("choices", commands)
 
     def _tests(self) -> None:
@@ -207,6 +208,7 @@ class Report:
             "benchmark": {"rows": rows, "left_out": beside.get("left_out", [])},
             "tiles": tiles.get("rows", []),
             "choices": {case: read("choices", case, default=[]) for case in CHOICES},
+            "halo": read("choices", "halo").get("rows", []),
             "tests": self._outcomes(),
         }
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import gpl_fast
+from gpl_fast import ops
 from gpl_fast.fast import policy
 from gpl_fast.fast.policy import Policy
 from gpl_fast.tools import measure
@@ -95,11 +96,11 @@ class Bench:
         return x, dense
 
     def run(
-        self, loss: Any, x: Tensor, target: Any, kind: type[Policy] | None = None
+        self, loss: Any, x: Tensor, target: Any, kind: type[Policy] | None = None, **stages: Any
     ) -> tuple[Tensor, ...]:
-        """(value, gradient), as `kind` decides."""
+        """(value, gradient), as `kind` decides; `stages`: who has them, by the policy's words."""
         now = self.policy()
-        with policy.injected(now if kind is None else changed(now, kind)):
+        with policy.injected(now if kind is None else changed(now, kind), **stages):
             return measure.step(loss, x, target)
 
 
@@ -131,7 +132,7 @@ def bits(bench: Bench, kind: str, dtype: torch.dtype) -> list[Row]:
 
 
 def form(
-    bench: Bench, name: str, dtype: torch.dtype, kind: type[Policy] | None = None
+    bench: Bench, name: str, dtype: torch.dtype, kind: type[Policy] | None = None, **stages: Any
 ) -> list[Row]:
     """Value and gradient against the reference in float64, as near as plain PyTorch's twice."""
     target_kind, options = FORMS[name]
@@ -140,7 +141,7 @@ def form(
     exact, plain = (bench.loss("reference", **options) for _ in range(2))
     truth = measure.step(exact, x.double(), moved(target, torch.float64))
     x, target = x.to(dtype), moved(target, dtype)
-    ours = bench.run(bench.loss(**options), x, target, kind)
+    ours = bench.run(bench.loss(**options), x, target, kind, **stages)
     theirs = measure.step(plain, x, target)
     rows = []
     for i, what in enumerate(("value", "gradient")):
@@ -154,6 +155,13 @@ def by_older_kernel(bench: Bench) -> list[Row]:
     """The backward that sm_90 takes from sm_80."""
     os.environ["GPL_FAST_SM90A"] = "0"
     return form(bench, "dense", torch.bfloat16, _ByKernel)
+
+
+def by_halo(bench: Bench) -> list[Row]:
+    """The forward that loads halos once, which no call takes by itself."""
+    halo = importlib.import_module("halo")
+    assert ops.load() is None, ops.load()
+    return form(bench, "dense", torch.bfloat16, triton=halo.halo)
 
 
 Case = Callable[[Bench], list[Row]]
@@ -173,6 +181,7 @@ CASES: dict[str, Case] = {
         f"form-{name}-bf16": functools.partial(form, name=name, dtype=torch.bfloat16)
         for name in ("avg", "stride", "kernel5", "sigmoid")
     },
+    "halo-dense-bf16": by_halo,
     "backward-sm80-bf16": by_older_kernel,
     "form-dense-fp16": lambda b: form(b, "dense", torch.float16),
     "backward-fp32": lambda b: form(b, "labels", torch.float32, _ByKernel),

@@ -203,8 +203,8 @@ def rows(rounds: int, calls: int, **step: Any) -> list[list[str]]:
 def main() -> int:
     """Print the table; 1 where a launch has more arguments, or takes longer, than it should."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--calls", type=int, default=200, help="of each, a round")
+    parser.add_argument("--rounds", type=int, default=300)
+    parser.add_argument("--calls", type=int, default=20, help="of each, a round")
     args = parser.parse_args()
     found = rows(args.rounds, args.calls)
     print("| launch | arguments | µs | times an empty one | µs of the stage |")

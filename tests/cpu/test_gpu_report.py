@@ -311,6 +311,7 @@ def test_the_page_tells_what_is_wrong_and_how_far_off_it_is(make):
     found["choices"]["softmax"] = [{"classes": 150, "cuda_ms": 1.5, "triton_ms": 2.0}]
     found["choices"]["backward"] = [{"in_channels": 64, "out_channels": 128, "kernel_ms": 0.5,
                                      "aten_ms": 0.75}]  # fmt: skip
+    found["halo"] = [{"c_in": 64, "c_out": 128, "halo_ms": 0.25, "triton_ms": 0.3}]
     found["tiles"] = [{"c_in": 64, "c_out": 128, "block_h": 8, "block_w": 16, "block_k": 64,
                        "block_n": 128, "stages": 3, "error": "OutOfResources"}]  # fmt: skip
     import gpu_pages
@@ -322,6 +323,7 @@ def test_the_page_tells_what_is_wrong_and_how_far_off_it_is(make):
     assert "| 8x19x769x769, dense | odd_fwd |  | 2000.00 |  |" in page
     assert "| 8x19x769x769, dense | softmax_bwd | 0." in page
     assert "| 64 -> 128 | data gradient, ATen's | 0.500 | 0.750 |" in page
+    assert "| 64 -> 128 | forward with a halo, Triton's | 0.250 | 0.300 |" in page
     assert "| 150 classes | softmax_bwd, Triton's | 1.500 | 2.000 |" in page
     assert "| 64 -> 128 | 8 x 16 x 64 x 128, 3 stages |  | OutOfResources |" in page
 
