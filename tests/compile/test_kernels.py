@@ -141,8 +141,9 @@ def check_conv_block(capability: int, options: dict) -> Compiled:
     copied = c_out % 8 == 0 and (tile.descriptors or tiles.fences_copies() or tile.stages > 1)
     # And one step is no loop.
     pipelined = copied and kernel**2 * c_in > tile.block_k
-    few = options["form"] == "topk and rest" and compiled.spills <= 128
-    check(replace(compiled, spills=0) if few else compiled, pipelined=pipelined)
+    # At 128 registers or less, where more programs fit, the assembler moves a few bytes by choice.
+    few = 128 if options["form"] == "topk and rest" else 16 if compiled.registers <= 128 else 0
+    check(replace(compiled, spills=max(compiled.spills - few, 0)), pipelined=pipelined)
     assert compiled.arguments <= 20
     assert compiled.warps == tile.warps
     assert ("TMA load" in compiled.instructions) == tile.descriptors
