@@ -65,7 +65,7 @@ MUTATIONS = [
     Mutation("1 / T first", PIXEL, "a.scale[n]}", "a.scale[n] * a.inv_t}", LOGITS + "any_temperature[cuda-80-1e-30-19]"),  # noqa: E501
     Mutation("the label's neighbour", GRADIENT, "c == label ?", "c == label + 1 ?", LOGITS + "cross_entropy_and_masks[cuda-80-1-19]"),  # noqa: E501
     Mutation("the sums of one warp", SOFTMAX, "k < 1 << work_.log2_warps", "k < 1", SUMS + "shared_memory_of_every_gpu[cuda-150]"),  # noqa: E501
-    Mutation("dy read before it is there", SOFTMAX, "    ptx::cp_async_wait<0>();\n", "", SUMS + "orders_agree_bit_for_bit[cuda-19]"),  # noqa: E501
+    Mutation("dy read before it is there", SOFTMAX, "    ptx::cp_async_wait<0>();\n", "", SUMS + "orders_agree_bit_for_bit[cuda-1300]"),  # noqa: E501
     Mutation("dy read before others have copied it", SOFTMAX, "<0>();\n    __syncthreads();", "<0>();", SUMS + "orders_agree_bit_for_bit[cuda-1300]"),  # noqa: E501
     Mutation("the next chunk of dy over this one", SOFTMAX, "if (step > first && step != chunks) __syncthreads();", "", SUMS + "orders_agree_bit_for_bit[cuda-1300]"),  # noqa: E501
     Mutation("sums read before others have them", SOFTMAX, "= sums_;\n      __syncthreads();", "= sums_;", SUMS + "orders_agree_bit_for_bit[cuda-1300]"),  # noqa: E501
@@ -79,8 +79,8 @@ MUTATIONS = [
     Mutation("the halo's bytes of one map", FORWARD, "bars.full + at, L::kStage)", "bars.full + at, L::kStage - L::kMap)", HALO + "orders_agree_bit_for_bit[cuda-90-64]"),  # noqa: E501
     Mutation("a stage filled before it was read", FORWARD, "int at = 0, phase = 1;", "int at = 0, phase = 0;", HALO + "against_float64[cuda-90-one row]"),  # noqa: E501
     Mutation("a stage given back while it is read", FORWARD, "bars.empty + (at ^ 1)", "bars.empty + at", HALO + "orders_agree_bit_for_bit[cuda-90-64]"),  # noqa: E501
-    Mutation("a lax wait for the products before", FORWARD, "ptx::wgmma_wait<1>();", "", HALO + "orders_agree_bit_for_bit[cuda-90-128]"),  # noqa: E501
-    Mutation("no wait for the last products", FORWARD, "  ptx::wgmma_wait<0>();", "", HALO + "against_float64[cuda-90-one row]"),  # noqa: E501
+    Mutation("a lax wait for the products before", FORWARD, "ptx::wgmma_wait<1>();", "", HALO + "against_float64[cuda-90-two tiles of 128]"),  # noqa: E501
+    Mutation("no wait for the last products", FORWARD, "  ptx::wgmma_wait<0>();", "", HALO + "against_float64[cuda-90-64 channels]"),  # noqa: E501
     Mutation("columns of taps the other way around", FORWARD, "t.w0 + column - 1, h, t.n);\n      ptx::tma_load(stage + L::kMap", "t.w0 + 1 - column, h, t.n);\n      ptx::tma_load(stage + L::kMap", HALO + "against_float64[cuda-90-64 channels]"),  # noqa: E501
     Mutation("the same rows for each row of taps", FORWARD, "(row * kRowBytes + k * 32) >> 4", "(k * 32) >> 4", HALO + "against_float64[cuda-90-64 channels]"),  # noqa: E501
     Mutation("half a step along the channels of pixels", FORWARD, "k * 32) >> 4", "k * 16) >> 4", HALO + "against_float64[cuda-90-64 channels]"),  # noqa: E501

@@ -29,13 +29,11 @@ CASE = Case(BF16, 3, "max", "diff", (34, 18), 72, None, 64, True)
 @pytest.fixture
 def halo(stages: Any) -> Any:
     """`benchmarks/halo.py`'s stages, whose operator is the kernel here or on the GPU."""
-    if stages.device is None:
-        operator = operators.load().operators.conv_block_fwd.default
-        made = Halo(operator, None)
-        return SimpleNamespace(name="halo", conv_block_fwd=watched(made.conv_block_fwd))
-    made = Halo(torch.ops.gpl_fast.conv_block_fwd, None)
-    run = watched(partial(on_device, stages.device, made.conv_block_fwd))
-    return SimpleNamespace(name="halo", conv_block_fwd=run)
+    on_gpu = stages.device is not None and stages.device.type == "cuda"
+    own = torch.ops.gpl_fast if on_gpu else operators.load().operators
+    run = Halo(own.conv_block_fwd, None).conv_block_fwd
+    run = run if stages.device is None else partial(on_device, stages.device, run)
+    return SimpleNamespace(name="halo", conv_block_fwd=watched(run))
 
 
 def watched(stage: Any) -> Any:
