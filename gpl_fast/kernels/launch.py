@@ -63,13 +63,6 @@ def pair(low: int, high: int) -> int:
     return high << 32 | low & 0xFFFFFFFF
 
 
-def ranks(topk_values: Tensor | None) -> tuple[int, tuple[int, ...]]:
-    """k, and the strides of an image and of a rank; zeros without a list."""
-    if topk_values is None:
-        return 0, (0, 0)
-    return topk_values.shape[1], topk_values.stride()[:2]
-
-
 def blocks_of_maps(channels: int) -> tuple[int, int]:
     """Pixels and channels of an elementwise program: 2048 elements, whole bytes of masks."""
     block_c = min(max(triton.next_power_of_2(channels), 8), 128)
