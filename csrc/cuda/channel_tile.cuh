@@ -18,7 +18,10 @@ class ChannelTile {
   __device__ ChannelTile(unsigned char* at, int channels)
       : at_(at),
         pitch_((channels + kUnit - 1) / kUnit * kPieces),
-        shift_(pitch_ % 8 == 0 ? 0 : pitch_ % 4 == 0 ? 1 : pitch_ % 2 == 0 ? 2 : 3) {}
+        shift_(pitch_ % 8 == 0   ? 0
+               : pitch_ % 4 == 0 ? 1
+               : pitch_ % 2 == 0 ? 2
+                                 : 3) {}
 
   static int64_t bytes(int64_t channels) {
     return kLanes * (ceil_div(channels, kUnit) * kPieces + 1) * 16;
