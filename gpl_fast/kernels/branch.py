@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpl_fast.kernels.launch import ACTIVATION_NAMES, cdiv, launch, pointers
+from gpl_fast.kernels.launch import ACTIVATION_NAMES, cdiv, launch
 
 CLASSES, COLUMNS = 64, 16  # of a tile: few columns, that there are programs enough
 
@@ -63,32 +63,34 @@ def _list_tile(values_ptr, indices_ptr, rest, at, plane, k, c, inside, BLOCK_C: 
     return t
 
 
-@triton.jit(do_not_specialize=["k"])
+@triton.jit
 def _look_kernel(
     x_ptr, target_ptr, indices_ptr, rest_ptr, valid_ptr,  # as `carry_target_fwd` takes them
     partial_ptr,  # (N, 3, programs): Σ (y' − y)², Σ y², pixels like their right neighbours
-    C, H, W, h, w, k, step_h, step_w, columns, ratio_h, ratio_w, inv_t, target_inv_t,
-    x_strides, target_strides,  # n, c or rank, h, w
+    H, W, step_h, step_w, inv_t, target_inv_t, x_strides, target_strides,  # n, c or rank, h, w
+    h, w, ratio_h, ratio_w,  # of a dense target of another size, and its over the prediction's
     ACTIVATION: tl.constexpr, TARGET_ACTIVATION: tl.constexpr,
     KIND: tl.constexpr,  # of the target: "dense", "labels" or "topk"
-    HAS_REST: tl.constexpr, HAS_VALID: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
+    C: tl.constexpr, k: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     x_n, x_c, x_h, x_w = x_strides
     t_n, t_c, t_h, t_w = target_strides
     n, program = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    columns = tl.cdiv(W, step_w)
     blocks = tl.cdiv(columns, BLOCK_W)
     row, j = (program // blocks) * step_h, (program % blocks) * BLOCK_W + tl.arange(0, BLOCK_W)
     inside, column = j < columns, j * step_w
     x_at = n * x_n + row.to(tl.int64) * x_h + column.to(tl.int64) * x_w
     pixel = (n * H + row) * W + column
-    # Nearest pixels of a dense target of another size.
-    near = tl.minimum(((row + 0.5) * ratio_h).to(tl.int64), h - 1)
-    left = tl.minimum(((column + 0.5) * ratio_w).to(tl.int64), w - 1)
+    near, left, beside_it = row.to(tl.int64), column.to(tl.int64), tl.minimum(column + 1, W - 1)
+    if ratio_h is not None:  # the nearest pixels
+        near = tl.minimum(((row + 0.5) * ratio_h).to(tl.int64), h - 1)
+        left = tl.minimum(((column + 0.5) * ratio_w).to(tl.int64), w - 1)
+        beside_it = tl.minimum(left + 1, w - 1)
     at = n * t_n + near * t_h + left * t_w
-    beside = n * t_n + near * t_h + tl.minimum(left + 1, w - 1) * t_w
+    beside = n * t_n + near * t_h + beside_it.to(tl.int64) * t_w
     keep = inside
-    if HAS_VALID:
+    if valid_ptr is not None:
         keep = keep & (tl.load(valid_ptr + pixel, mask=inside, other=0) != 0)
     m, factor = _softmax(x_ptr, x_at, x_c, C, keep, inv_t, ACTIVATION, BLOCK_C, BLOCK_W)
     tm, t_factor = m, factor
@@ -101,7 +103,7 @@ def _look_kernel(
         label = tl.load(target_ptr + at, mask=inside, other=-1)
         same = same & (label == tl.load(target_ptr + beside, mask=inside, other=-1))
     rest = tl.zeros((BLOCK_W,), tl.float32)
-    if HAS_REST:
+    if rest_ptr is not None:
         rest = tl.load(rest_ptr + pixel, mask=inside, other=0.0)
     if KIND == "topk":
         for i in range(0, k):
@@ -165,17 +167,19 @@ def carry_target_fwd(
     of_x, of_target = ACTIVATION_NAMES[activation], ACTIVATION_NAMES[target_activation]
     inv_t = 1.0 / min(max(temperature, 2.0**-126), 2.0**128)
     as_it_is = of_target == "none" != of_x
-    h, w = target.shape[-2:]
+    size: tuple[int | float | None, ...] = (None,) * 4
+    if target.shape[-2:] != x.shape[-2:]:
+        h, w = target.shape[-2:]
+        size = (h, w, h / height, w / width)
     programs = rows * cdiv(columns, COLUMNS)
     partial = x.new_empty((n, 3, programs), dtype=torch.float32)
     launch(
-        _look_kernel, (programs, n), x, *pointers(x, target, topk_indices, topk_rest, valid),
-        partial, channels, height, width, h, w, 0 if topk_values is None else topk_values.shape[1],
-        *step, columns, h / height, w / width, inv_t, 1.0 if as_it_is else inv_t,
-        x.stride(), (target.unsqueeze(1) if kind == "labels" else target).stride(),
-        ACTIVATION=of_x, TARGET_ACTIVATION=of_target, KIND=kind, HAS_REST=topk_rest is not None,
-        HAS_VALID=valid is not None, BLOCK_C=min(triton.next_power_of_2(channels), CLASSES),
-        BLOCK_W=COLUMNS, num_warps=4,
+        _look_kernel, (programs, n), x, target, topk_indices, topk_rest, valid, partial, height,
+        width, *step, inv_t, 1.0 if as_it_is else inv_t,
+        x.stride(), (target.unsqueeze(1) if kind == "labels" else target).stride(), *size,
+        ACTIVATION=of_x, TARGET_ACTIVATION=of_target, KIND=kind, C=channels,
+        k=0 if topk_values is None else topk_values.shape[1],
+        BLOCK_C=min(triton.next_power_of_2(channels), CLASSES), BLOCK_W=COLUMNS, num_warps=4,
     )  # fmt: skip
     launch(
         _decide_kernel, (n,), partial, from_target.view(torch.uint8), programs, rows * columns,

@@ -43,11 +43,6 @@ def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, device="cuda", dtype=torch.int8)
 
 
-def pointers(x: Tensor, *tensors: Tensor | None) -> list[Tensor]:
-    """The tensors, `x` in the place of those that are missing: a kernel does not read it there."""
-    return [x if t is None else t for t in tensors]
-
-
 def image_strides(*maps: Tensor | None) -> tuple[int, ...]:
     """From one image to the next, in elements; 0 for a missing map."""
     return tuple(0 if t is None else t.stride(0) for t in maps)
