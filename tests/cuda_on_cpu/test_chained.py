@@ -6,10 +6,13 @@ the saved tensors. The bounds are those of `test_path`.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import test_path
 import torch
 
+ROOT = Path(__file__).resolve().parents[2]
 FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
 fast_tests, triton_path = test_path.fast_tests, test_path.triton_path
 
@@ -80,3 +83,36 @@ def test_bfloat16_holds_on_peaked_maps(launched):
 def test_a_confident_sigmoid_keeps_its_difference_to_labels(c, launched):
     fast_tests.test_a_confident_sigmoid_keeps_its_difference_to_labels(c, BF16)
     assert "conv_block_logits_bwd" in launched
+
+
+@pytest.mark.parametrize("rows", [None, 8])
+def test_whole_losses_with_a_halo(rows, emulated, launched, decide, monkeypatch):
+    """`benchmarks/halo.py`'s stages forward: values and gradients are Triton's but for the order of
+    sums, in strips too."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from halo import Halo
+
+    from gpl_fast import GenericPerceptualLoss, kernels
+
+    loss = GenericPerceptualLoss(5, net="1,1", widths=(64, 128), compute_dtype=BF16)
+    x, target = torch.randn(2, 5, 18, 20), torch.randn(2, 5, 18, 20)
+    ran = []
+
+    def operator(*given):
+        ran.append(given)
+        emulated.conv_block_fwd(*given)
+
+    def found():
+        mine = x.clone().requires_grad_()
+        value = loss(mine, target)
+        value.backward()
+        return value.detach(), mine.grad
+
+    decide(rows=rows)
+    value, gradient = found()
+    decide(forward="halo", stages={"halo": Halo(operator, kernels)})
+    ours, of_ours = found()
+    assert len(ran) >= 2
+    torch.testing.assert_close(ours, value, rtol=5e-3, atol=0)
+    assert torch.nn.functional.cosine_similarity(of_ours, gradient, dim=1).mean() > 0.99
+    assert (of_ours - gradient).norm() < 0.05 * gradient.norm()
