@@ -142,9 +142,8 @@ class Policy:
 
     def tile(self, call: Call, i: int, step: Step, c_in: int) -> Tile:
         """Of `conv_block_fwd`."""
-        form = "plain" if call.plain else "diff"
-        if i == 0 and call.looked_up and not call.front:
-            form = "listed"
+        listed = i == 0 and call.looked_up and not call.front
+        form = "listed" if listed else "plain" if call.plain else "diff"
         dtype = str(call.dtype).removeprefix("torch.")
         return tiles.choose(self.arch, dtype, form, c_in, step.out_channels, step.stride)
 
@@ -211,8 +210,7 @@ def _of_name(name: str) -> Policy:
         return Policy("cuda", "triton", "compiled", int(name[3:]), strip_mb=None)
     if name.partition(":")[0] in ("cpu", "cuda"):
         return ask(torch.device(name))
-    known = [*CPUS, "sm_80", "sm_90", "…"]
-    raise ValueError(f"architecture: got {name!r}, expected one of {', '.join(known)}")
+    raise ValueError(f"architecture: got {name!r}, expected one of {', '.join(CPUS)}, sm_80, …")
 
 
 def ask(device: torch.device) -> Policy:
@@ -243,8 +241,8 @@ def injected(policy: Policy, **implementations: Any) -> Iterator[str]:
 def implementation(policy: str, half: Literal["forward", "backward"]) -> Any:
     """Who has the stages of a half, by the policy's name: `gpl_fast.stages.Stages`."""
     who = getattr(named(policy), half)
-    if policy in _injected and who in _injected[policy][1]:
-        return _injected[policy][1][who]
+    if who in (given := _injected.get(policy, (None, {}))[1]):
+        return given[who]
     if who == "compiled":
         return ops if named(policy).device == "cpu" else ByTable(named(policy).softmax_bwd)
     from gpl_fast import kernels  # only here: importing Triton takes a while

@@ -14,17 +14,19 @@ from torch import Tensor
 HELD = 1280
 
 
-def tiling(classes: int, channels: int, width: int, most: int = HELD) -> dict[str, int]:
-    """What a program of either kernel covers: 16 to 40 logits a thread, where they are held.
+def tiling(classes: int, channels: int, width: int, twice: bool = False) -> dict[str, int]:
+    """What a program of either kernel covers: 16 to 40 logits a thread, where they are held; fewer
+    where each has two exponentials, which are held too (`twice`).
 
     Tiles of BLOCK_C x BLOCK_W: TILES for the `channels` of a map, WHOLE of them full of `classes`.
     """
-    held = channels <= most
+    held = channels <= (HELD - 256 if twice else HELD)
     if channels <= 32:
         block_c, warps = max(triton.next_power_of_2(channels), 2), 2 if channels > 8 else 4
         block_w = 2048 // block_c
     elif channels <= 256:
-        block_c, block_w, warps = 32, 64 if channels <= 64 else 32, 4 if channels <= 160 else 8
+        block_c, block_w = 32, 64 if channels <= 64 else 32
+        warps = 4 if channels <= (128 if twice else 160) else 8
     elif held:
         block_c, block_w, warps = 128, 16 if channels <= 512 else 8, 8
     else:

@@ -12,7 +12,6 @@ from torch import Tensor
 from gpl_fast.kernels.class_maps import hold_map, map_of
 from gpl_fast.kernels.launch import ACTIVATION_NAMES, cdiv, launch
 from gpl_fast.kernels.logits import (
-    HELD,
     hold_logits,
     inverse_of,
     layout_of,
@@ -154,9 +153,7 @@ def softmax_bwd(
         return
     kind = ACTIVATION_NAMES[activation]
     own_lse = kind != "softmax" or temperature != 1.0
-    # Of each logit held, two exponentials would be too.
-    most = 1024 if ce_labels is not None and own_lse else HELD
-    how = tiling(channels, channels, width, most)
+    how = tiling(channels, channels, width, twice=ce_labels is not None and own_lse)
     layout, strides = layout_of(x)
     dx_layout, dx_strides = layout_of(dx)
     same = (dx_layout, dx_strides) == (layout, strides)
