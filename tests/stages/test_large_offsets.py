@@ -60,7 +60,7 @@ def far_images(sparse, *shape: int, dtype: torch.dtype) -> Tensor:
 
 # ------------------------------------------------------------------- within an image: one, long
 
-LONG, WIDE, DEEP = 2**14, 64, 2304  # a bit more than 2^31 elements
+LONG, WIDE, DEEP = 2**15, 32, 2304  # a bit more than 2^31 elements; a program has a row
 
 
 def test_softmax_pack_within_an_image(stages, sparse):
