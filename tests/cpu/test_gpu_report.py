@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -151,6 +152,30 @@ def test_a_step_that_hangs_is_killed_with_all_that_it_began(make, tmp_path):
     assert on_disk(tmp_path)["steps"][0]["status"] == "timed out"
 
 
+def test_all_that_a_driver_holds_is_killed_within_one_grace(make, monkeypatch):
+    import steps
+
+    now, said = [0.0], []
+
+    def process(pid):
+        def wait(timeout):
+            said.append("wait")
+            now[0] += timeout
+            raise subprocess.TimeoutExpired("held", timeout)
+
+        return SimpleNamespace(pid=pid, wait=wait)
+
+    running = make().steps
+    monkeypatch.setattr(steps, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(steps.os, "killpg", lambda pid, number: said.append(pid))
+    for pid in range(-12, 0):  # of nobody
+        running._children[f"{pid}"] = steps._Child(process(pid), Path("none"))
+    running.kill()
+    assert said == [*range(-12, 0), *["wait"] * 12]
+    assert now[0] == steps.GRACE
+    assert not running._children
+
+
 def test_what_a_step_has_found_is_on_disk_before_it_ends(make, tmp_path):
     report = make()
     out = report.steps.output("times")
@@ -241,6 +266,23 @@ def test_steps_can_be_chosen(make, tmp_path):
     assert [step["name"] for step in found["steps"]] == ["library", "choices"]
     assert found["benchmark"] == {"rows": [], "left_out": []}
     assert "| library | ok |" in (tmp_path / "report.md").read_text()
+
+
+def test_without_baselines_there_is_no_plot(make, gpu_report, monkeypatch):
+    monkeypatch.setattr(gpu_report.importlib.util, "find_spec", lambda name: name)
+    report = make()
+    report.all_steps(("plot",))
+    (step,) = report.steps.done
+    assert (step.status, step.detail) == ("skipped", "no baselines were measured")
+
+
+def test_what_was_left_out_is_told_of_both_runs(make, tmp_path):
+    report = make()
+    for step, names in {"times": ["voc dense"], "baselines": ["voc dense", "lvis topk"]}.items():
+        report.steps.output(step).write_text(json.dumps({"rows": [], "left_out": names}))
+    report.write()
+    told = "Left out for want of time: voc dense alone, voc dense, lvis topk."
+    assert told in (tmp_path / "report.md").read_text()
 
 
 def test_outcomes_of_tests_are_counted(gpu_report):
