@@ -342,7 +342,7 @@ def test_without_a_profiler_stages_are_timed_by_events(gpu_report, monkeypatch, 
 
 
 def test_the_page_tells_what_is_wrong_and_how_far_off_it_is(make):
-    found = make().found()
+    found = make().found() | {"machine": "NVIDIA H200"}
     row = {"workload": "lvis", "shape": "4x1203x512x512", "target": "labels", "provider": "x"}
     found["benchmark"] = {"rows": [{**row, "error": "OutOfMemoryError: 9 GiB"}],
                           "left_out": ["voc"]}  # fmt: skip
@@ -368,6 +368,21 @@ def test_the_page_tells_what_is_wrong_and_how_far_off_it_is(make):
     assert "| 64 -> 128 | forward with a halo, Triton's | 0.250 | 0.300 |" in page
     assert "| 150 classes | softmax_bwd, Triton's | 1.500 | 2.000 |" in page
     assert "| 64 -> 128 | 8 x 16 x 64 x 128, 3 stages |  | OutOfResources |" in page
+
+
+@pytest.mark.parametrize(
+    ("machine", "known"),
+    [("NVIDIA L40S", False), ("NVIDIA GH200 480GB", False), ("NVIDIA H100 80GB HBM3", True),
+     ("NVIDIA A100-SXM4-80GB", True), ("NVIDIA GeForce RTX 4090", True)],
+)  # fmt: skip
+def test_only_a_gpu_that_is_known_is_predicted(make, machine, known):
+    import gpu_pages
+
+    profile = {"shape": [1, 5, 64, 64], "target": "dense", "seconds": {"conv_block_fwd": 0.02}}
+    page = gpu_pages.markdown(make().found() | {"machine": machine, "profiles": [profile]})
+    for stage in ("conv_block_fwd", "all"):
+        assert (f"| 1x5x64x64, dense | {stage} |  | 20.00 |  |" in page) == (not known)
+    assert ("| softmax_bwd | 0." in page) == known
 
 
 def test_a_library_that_serves_the_device_is_taken(gpu_report, tmp_path):
