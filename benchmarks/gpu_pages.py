@@ -71,15 +71,16 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _predicted(found: dict[str, Any]) -> list[list[str]]:
-    """A line a stage of each workload that was profiled."""
-    name = found["machine"].lower().replace(" ", "")
-    gpu = next((g for g in CHIPS if g in name), "h200")
+    """A line a stage of each workload that was profiled; of a GPU that nobody knows what was
+    measured alone."""
+    words = found["machine"].lower().replace("rtx ", "rtx").replace("-", " ").split()
+    gpu = next((g for g in CHIPS if g in words), None)
     lines = []
     for profile in found["profiles"]:
         n, c, h, w = profile["shape"]
         work = Workload((n, c, h, w), profile["target"], "sigmoid" if c == 1 else "softmax")
         expected: dict[str, float] = {}
-        for stage in predict(work, gpu, NOW):
+        for stage in predict(work, gpu, NOW, workspace_mb=None) if gpu else ():
             expected[stage.stage] = expected.get(stage.stage, 0.0) + stage.seconds
         measured = profile["seconds"]
         title = f"{'x'.join(map(str, profile['shape']))}, {profile['target']}"
@@ -87,8 +88,8 @@ def _predicted(found: dict[str, Any]) -> list[list[str]]:
             a, b = expected.get(stage), measured.get(stage)
             off = f"{b / a - 1:+.0%}" if a and b else ""
             lines.append([title, stage, _ms(a), _ms(b), off])
-        a, b = sum(expected.values()), sum(measured.values())
-        lines.append([title, "all", _ms(a), _ms(b), f"{b / a - 1:+.0%}"])
+        a, b = sum(expected.values()) or None, sum(measured.values())
+        lines.append([title, "all", _ms(a), _ms(b), f"{b / a - 1:+.0%}" if a else ""])
     return lines
 
 

@@ -183,6 +183,9 @@ class Report:
         if importlib.util.find_spec("matplotlib") is None:
             self.steps.skip("plot", "matplotlib is not there")
             return
+        if not self._read("baselines").get("rows"):
+            self.steps.skip("plot", "no baselines were measured")
+            return
         rows, image = str(self.steps.output("baselines")), str(self.folder / "benchmark.png")
         self._run("plot", {"": [sys.executable, "benchmarks/plots.py", rows, image]})
 
@@ -194,6 +197,8 @@ class Report:
         times, beside, tiles = read("times"), read("baselines"), read("tiles")
         rows = [{**row, "run": "alone"} for row in times.get("rows", [])]
         rows += [{**row, "run": "beside"} for row in beside.get("rows", [])]
+        left_out = [f"{case} alone" for case in times.get("left_out", [])]
+        left_out += beside.get("left_out", [])
         library = read("library")
         truth = [row for case in gpu_truth.CASES for row in self._read("truth", case, default=[])]
         return {
@@ -205,7 +210,7 @@ class Report:
             "steps": [asdict(step) for step in self.steps.done],
             "truth": truth,
             "profiles": [p for p in times.get("profiles", []) if "seconds" in p],
-            "benchmark": {"rows": rows, "left_out": beside.get("left_out", [])},
+            "benchmark": {"rows": rows, "left_out": left_out},
             "tiles": tiles.get("rows", []),
             "choices": {case: read("choices", case, default=[]) for case in CHOICES},
             "halo": read("choices", "halo").get("rows", []),

@@ -1,10 +1,10 @@
-"""What the host does for a launch of each Triton kernel, without a GPU.
+"""What the host does for a launch of a step's kernels, without a GPU.
 
 ``python benchmarks/launches.py`` compiles the kernels of a step for sm_90 and launches them again
 and again, by Triton's own code up to a driver that does nothing, in turns with an empty kernel of
-four arguments. It prints microseconds of a launch and of the stage's function around it, how many
-times as long as the empty one's a launch is, and how many arguments reach the launcher. It needs
-Triton and a C compiler.
+four arguments. It prints microseconds of a launch and of the stage's function around it, beside
+its first kernel, how many times as long as the empty one's a launch is, and how many arguments
+reach the launcher. It needs Triton and a C compiler.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -109,7 +110,7 @@ def on_the_cpu(size: int, alignment: int, stream: int | None) -> torch.Tensor:
 
 
 class Watched:
-    """Stages of Triton's whose launches are kept, by stage and form."""
+    """Stages of Triton's whose launches are kept, by kernel and form."""
 
     def __init__(self) -> None:
         self.launches: dict[str, Launch] = {}
@@ -119,23 +120,25 @@ class Watched:
         run = getattr(kernels, stage)
 
         def call(*args: Any, **options: Any) -> Any:
-            with watched(self, f"{stage}, {self.form}", partial(run, *args, **options)):
+            with watched(self, self.form, partial(run, *args, **options)):
                 return run(*args, **options)
 
         return call
 
 
 @contextlib.contextmanager
-def watched(into: Watched, name: str, stage: Callable[[], Any] | None) -> Iterator[None]:
-    """The first launch inside is kept."""
-    outer = JITFunction.run
+def watched(into: Watched, form: str, stage: Callable[[], Any] | None) -> Iterator[None]:
+    """The first launch of each kernel inside is kept; the stage beside its first kernel."""
+    outer, kernels_of_it = JITFunction.run, count()
 
     def run(self: Any, *args: Any, **options: Any) -> Any:
         kernel = outer(self, *args, **options)
+        whole = None if next(kernels_of_it) else stage
+        name = f"{self.__name__.removeprefix('_').removesuffix('_kernel')}, {form}"
         if name not in into.launches:
             again = partial(outer, self, *args, **options)
-            count = flat(kernel.src.signature.values())
-            into.launches[name] = Launch(name, again, stage, count)
+            arguments = flat(kernel.src.signature.values())
+            into.launches[name] = Launch(name, again, whole, arguments)
         return kernel
 
     JITFunction.run = run
@@ -169,9 +172,9 @@ def of_a_step(classes: int = 19, forms: tuple[str, ...] = ("dense", "labels", "t
 def empty() -> Launch:
     """The kernel that all others are compared with."""
     found, (a, b) = Watched(), torch.empty(2, 16)
-    with watched(found, "an empty kernel", None):
+    with watched(found, "of four arguments", None):
         _empty[(1,)](a, b, 3, 5)
-    return found.launches["an empty kernel"]
+    return found.launches["empty, of four arguments"]
 
 
 def seconds(launches: list[Callable[[], Any]], rounds: int, calls: int) -> list[float]:

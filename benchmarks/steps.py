@@ -126,8 +126,7 @@ class Steps:
 
     def kill(self) -> None:
         """What still runs, whatever it does with signals."""
-        for case in list(self._children):
-            self._kill(case)
+        self._kill(*self._children)
 
     def report(self) -> None:
         """Write it, by one thread at a time."""
@@ -158,15 +157,17 @@ class Steps:
             )  # fmt: skip
         self._children[case] = _Child(process, log)
 
-    def _kill(self, case: str) -> None:
-        child = self._children.pop(case, None)
-        if child is None:  # the other thread was here
-            return
-        process = child.process
-        with suppress(ProcessLookupError):  # it has left nothing
-            os.killpg(process.pid, signal.SIGKILL)
-        with suppress(subprocess.TimeoutExpired):  # a driver holds it: it ends when that lets go
-            process.wait(GRACE)
+    def _kill(self, *cases: str) -> None:
+        """All of them, then one grace for all to be gone."""
+        found = [self._children.pop(case, None) for case in cases]
+        processes = [child.process for child in found if child]  # None: the other thread was here
+        for process in processes:
+            with suppress(ProcessLookupError):  # it has left nothing
+                os.killpg(process.pid, signal.SIGKILL)
+        end = time.monotonic() + GRACE
+        for process in processes:
+            with suppress(subprocess.TimeoutExpired):  # a driver holds it: it ends when that does
+                process.wait(max(0.0, end - time.monotonic()))
 
     def _last_words(self, name: str, step: Step) -> str:
         """Of the only command, or which ones went wrong."""

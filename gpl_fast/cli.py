@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add(
         "--workspace-mb", type=arguments.workspace, metavar="MB",
-        help="bound on a loss' transient memory, or auto (default)",
+        help="bound on a loss' transient memory, or auto (default; of --roofline 2048)",
     )  # fmt: skip
     add("--json", type=arguments.output_file, metavar="FILE", help="write the rows to FILE")
     add("--roofline", action="store_true", help="run nothing: floors and predictions by stage")
@@ -141,7 +141,9 @@ def _roofline(args: argparse.Namespace) -> int:
     if args.mine is not None:
         activation = "sigmoid" if args.mine[1] == 1 else "softmax"
         work = {"mine": workload.Workload(tuple(args.mine), args.target, activation)}
-    workspace = launches.WORKSPACE_MB if args.workspace_mb in (None, "auto") else args.workspace_mb
+    workspace = {None: launches.WORKSPACE_MB, "auto": None}.get(
+        args.workspace_mb, args.workspace_mb
+    )
     asked = args.gpu or "h200", work, args.csv, workspace
     print(roofline.report(*asked))
     if args.json:

@@ -29,6 +29,12 @@ def capture() -> Callable[..., Any]:
     return names["capture"]
 
 
+def scaled_backward(out: Tensor, gradient: Tensor, scaler: Any) -> None:
+    """The page's line for a `GradScaler`."""
+    (code,) = re.findall(r"With a `GradScaler`: `(.*?)`", PAGE.read_text())
+    exec(code, {"out": out, "gradient": gradient, "scaler": scaler})
+
+
 class Graph:
     """Of the CPU."""
 

@@ -28,7 +28,7 @@ class Kernels:
     """What the kernels of a column are like.
 
     Attributes:
-        workspace_mb: of the walk; None = the one asked for.
+        workspace_mb: of the walk, of "auto": it grows; None = the one asked for.
         serial: every segment in the chunks of the first one, a wait behind each product,
             `BEFORE_TILE`, one program a row of the pack.
         halo: three column-shifted boxes serve nine taps; persistent programs. Of sm_90, and of

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gpl_fast.fast import policy
 from gpl_fast.tools.recorder import Launch
 
 
@@ -40,6 +41,7 @@ class Chip:
     """What a prediction goes by.
 
     Attributes:
+        memory_mb: of all of it, in 2^20 bytes.
         sms, hz: and the clock that it keeps under load.
         tensor: FLOPs a clock and SM.
         flops, memory: FLOPs and bytes a second that long kernels reach.
@@ -48,6 +50,7 @@ class Chip:
     """
 
     architecture: str
+    memory_mb: float
     sms: int
     hz: float
     tensor: float
@@ -58,6 +61,11 @@ class Chip:
     shared: float = 128.0
 
     @property
+    def auto_mb(self) -> float:
+        """Of ``workspace_mb="auto"``, which grows."""
+        return policy.Policy("cuda", memory_mb=self.memory_mb).workspace(None)[0] / policy.MIB
+
+    @property
     def issue(self) -> float:
         """Instructions of a thread a second: four warps a clock and SM."""
         return 4 * 32 * self.sms * self.hz
@@ -65,20 +73,20 @@ class Chip:
 
 CHIPS = {
     "h200": Chip(
-        "sm_90", 132, 1.9e9, 4096, 790e12, 4.3e12, 37,
+        "sm_90", 141 * 1024, 132, 1.9e9, 4096, 790e12, 4.3e12, 37,
         "790 TFLOP/s, 4.3 TB/s: PyTorch's matmul and copy; L2 37 B a clock and SM: 9.7 TB/s",
     ),
     "h100": Chip(
-        "sm_90", 132, 1.9e9, 4096, 790e12, 3.0e12, 37,
+        "sm_90", 80 * 1024, 132, 1.9e9, 4096, 790e12, 3.0e12, 37,
         "as h200, but nine tenths of its own memory's rate: assumed",
     ),
     "a100": Chip(
-        "sm_80", 108, 1.41e9, 2048, 250e12, 1.83e12, 30,
+        "sm_80", 80 * 1024, 108, 1.41e9, 2048, 250e12, 1.83e12, 30,
         "four fifths of the peak, nine tenths of the memory's rate, two thirds of the 5120 B a "
         "clock from L2 that NVIDIA's A100 whitepaper names: assumed",
     ),
     "rtx4090": Chip(
-        "sm_89", 128, 2.52e9, 512, 132e12, 0.91e12, 16,
+        "sm_89", 24 * 1024, 128, 2.52e9, 512, 132e12, 0.91e12, 16,
         "four fifths of the peak, nine tenths of the memory's rate, 5 TB/s from L2: assumed",
     ),
 }  # fmt: skip

@@ -6,6 +6,7 @@ in the place of the stages: neither a GPU nor Triton is needed.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -22,22 +23,50 @@ from gpl_fast.fast.plan import Plan
 from gpl_fast.net import weights
 from gpl_fast.net.lossnet import LossNet
 from gpl_fast.tools.recorder import SMALL as SMALL
-from gpl_fast.tools.recorder import Launch, Recorder, is_launch
+from gpl_fast.tools.recorder import Launch, Recorder, count_of
 from gpl_fast.tools.workload import TOP, Workload, check_shape, make_inputs, make_loss
 from gpl_fast.tools.workload import WORKLOADS as WORKLOADS
 
 WORKSPACE_MB = 2048.0
 
 
+@dataclass(frozen=True)
+class _Growing(policy.Policy):
+    """One whose "auto" begins at so many megabytes."""
+
+    auto_mb: float = 0.0
+
+    def workspace(self, workspace_mb: float | None) -> tuple[int, bool]:
+        """As `policy.Policy`'s of "auto"."""
+        del workspace_mb
+        return int(self.auto_mb * policy.MIB), False
+
+
 @cache
 def launches(
-    work: Workload, workspace_mb: float = WORKSPACE_MB, architecture: str = "sm_90"
+    work: Workload,
+    workspace_mb: float = WORKSPACE_MB,
+    architecture: str = "sm_90",
+    grows: bool = False,
 ) -> tuple[list[Launch], list[Launch]]:
     """Of the forward and of the backward, in bfloat16 with the default network.
+
+    Args:
+        grows: the workspace does, as "auto", for an input which cannot do with it.
 
     Raises:
         ValueError: `gpl_fast.tools.workload.check_shape`, or it does not fit into the workspace.
     """
+    if grows:
+        known = policy.named(architecture)
+        with policy.injected(_Growing(**vars(known), auto_mb=workspace_mb)) as name:
+            return _walked(work, None, name)
+    return _walked(work, workspace_mb, architecture)
+
+
+def _walked(
+    work: Workload, workspace_mb: float | None, architecture: str
+) -> tuple[list[Launch], list[Launch]]:
     n, c, h, w = work.shape
     net = LossNet.vgg(c)
     check_shape(net, work.shape, work.kind)
@@ -74,8 +103,7 @@ class _Around(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return torch.zeros(4, len(args[0])), []
         if func is torch.ops.gpl_fast.perceptual_bwd.default:
             return torch.zeros_like(args[0])
-        if is_launch(func):
-            self.operators.append(func.overloadpacket.__name__)
+        self.operators += [func.overloadpacket.__name__] * count_of(func)
         return func(*args, **(kwargs or {}))
 
 
@@ -83,8 +111,8 @@ class _Around(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def launches_around(kind: str = "dense") -> tuple[str, ...]:
     """ATen's operators that a whole loss and its backward launch around the two of the walks.
 
-    Of a small call on the CPU, which asks for the same ones as a GPU's: what looks at a target's
-    values, which is left out there, is one operator.
+    Of a small call on the CPU, which asks for the same ones as a GPU's but for the looks at a
+    target's values, which a GPU leaves out.
 
     Raises:
         BackendUnavailable: the fast path cannot run here.
@@ -97,10 +125,9 @@ def launches_around(kind: str = "dense") -> tuple[str, ...]:
     return tuple(around.operators)
 
 
-def count_line(work: Workload, workspace_mb: float = WORKSPACE_MB) -> str:
+def count_line(work: Workload, inside: int) -> str:
     """How many launches a step has: inside the two operators, and around them where the fast path
     can run here."""
-    inside = sum(map(len, launches(work, workspace_mb)))
     try:
         return f"launches: {inside} inside, {len(launches_around(work.kind))} outside"
     except BackendUnavailable:

@@ -33,12 +33,23 @@ class Prediction:
     host: float
 
 
+def launches_on(
+    chip: Chip, work: Workload, workspace_mb: float | None
+) -> tuple[list[Launch], list[Launch]]:
+    """`launches`; None = "auto" of that much memory."""
+    if workspace_mb is None:
+        return launches(work, chip.auto_mb, chip.architecture, grows=True)
+    return launches(work, workspace_mb, chip.architecture)
+
+
 def predict(
-    work: Workload, gpu: str, kernels: Kernels, workspace_mb: float = WORKSPACE_MB
+    work: Workload, gpu: str, kernels: Kernels, workspace_mb: float | None = WORKSPACE_MB
 ) -> list[Prediction]:
-    """Every stage of a step, in the order of the walks."""
+    """Every stage of a step, in the order of the walks; None = "auto"."""
     chip, found = CHIPS[gpu], []
-    halves = launches(work, kernels.workspace_mb or workspace_mb, chip.architecture)
+    halves = launches_on(chip, work, workspace_mb)
+    if kernels.workspace_mb is not None:
+        halves = launches(work, kernels.workspace_mb, chip.architecture, grows=True)
     chunk = _images(work)
     for half, made in zip(("forward", "backward"), halves, strict=True):
         for name in dict.fromkeys(launch.name for launch in made):

@@ -23,6 +23,7 @@ SMALL = "other operators (ATen)"
 GRADIENT = "data gradient (ATen)"
 CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten._convolution.default)
 ALLOCATING = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+VIEWS_BACKWARD = {"select_backward", "slice_backward", "diagonal_backward"}
 HOST = {"scalar_tensor"}  # a number of Python's, which a kernel takes as an argument
 
 
@@ -49,10 +50,14 @@ class Launch:
     operator: str = ""
 
 
-def is_launch(func: Any) -> bool:
-    """Whether an operator runs a kernel: what views and what allocates does not."""
+def count_of(func: Any) -> int:
+    """How many kernels an operator runs: what views, allocates or looks at values has none, a
+    view's gradient is zeros and a copy."""
     packet = func.overloadpacket.__name__
-    return not (func.is_view or packet in ALLOCATING | HOST or packet == "_unsafe_view")
+    looks = func.namespace == "gpl_fast" and packet.startswith("check_")
+    if func.is_view or looks or packet in ALLOCATING | HOST or packet == "_unsafe_view":
+        return 0
+    return 2 if packet in VIEWS_BACKWARD else 1
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -74,14 +79,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             flops = 2.0 * n * rows * columns * w.numel()
             sizes = (n, rows, columns, out.shape[1], x.shape[1])
             self.launches.append(Launch(name, flops, _bytes((x, w, out)), *sizes))
-        elif is_launch(func):
+        elif count := count_of(func):
             packet = func.overloadpacket.__name__
             fills = packet.startswith("new_") or packet.endswith("_like")
             # What gathers reads of its source as much as it writes, what fills nothing.
             flat = tree_leaves(out if fills or packet == "index" else (args, kwargs, out))
             once = {id(t): t for t in flat if isinstance(t, Tensor)}.values()
             moved = _bytes(once) * (2 if packet == "index" else 1)
-            self.launches.append(Launch(SMALL, 0.0, moved, operator=packet))
+            self.launches += [Launch(SMALL, 0.0, moved / count, operator=packet)] * count
         return out
 
     def __getattr__(self, name: str) -> Callable[..., None]:

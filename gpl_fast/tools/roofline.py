@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import groupby
@@ -16,8 +17,8 @@ from typing import Any
 
 from gpl_fast.tools.columns import COLUMNS
 from gpl_fast.tools.gpus import CHIPS, GPUS, Rates
-from gpl_fast.tools.launches import WORKSPACE_MB, count_line, launches
-from gpl_fast.tools.prediction import predict, step_seconds
+from gpl_fast.tools.launches import WORKSPACE_MB, count_line
+from gpl_fast.tools.prediction import launches_on, predict, step_seconds
 from gpl_fast.tools.recorder import Launch
 from gpl_fast.tools.workload import Workload
 
@@ -28,10 +29,10 @@ def as_data(
     gpu: str,
     work: dict[str, Workload],
     measured: Path | None = None,
-    workspace_mb: float = WORKSPACE_MB,
+    workspace_mb: float | None = WORKSPACE_MB,
 ) -> dict[str, Any]:
     """All workloads in JSON's types: FLOPs, bytes, floors (one for each of "rates") by stage, and
-    the predictions by column."""
+    the predictions by column; a workspace of None is "auto"."""
     rates, rows = GPUS[gpu], [] if measured is None else read_measured(measured)
     workloads = []
     for name, w in work.items():
@@ -53,15 +54,17 @@ def as_data(
         }
         more = {"stages": stages, "predicted": predicted, "measured": _of(w, rows)}
         workloads.append({"name": name, **asdict(w), **more})
-    named = {"gpu": gpu, "workspace_mb": workspace_mb, "rates": [asdict(r) for r in rates]}
-    return {**named, "chip": asdict(CHIPS[gpu]), "workloads": workloads}
+    chip = CHIPS[gpu]
+    named = {"gpu": gpu, "workspace_mb": chip.auto_mb if workspace_mb is None else workspace_mb}
+    named |= {"rates": [asdict(r) for r in rates], "chip": asdict(chip)}
+    return {**named, "workloads": workloads}
 
 
 def report(
     gpu: str,
     work: dict[str, Workload],
     measured: Path | None = None,
-    workspace_mb: float = WORKSPACE_MB,
+    workspace_mb: float | None = WORKSPACE_MB,
 ) -> str:
     """All workloads in Markdown, each beside its rows in a file of measured ones."""
     lines = [f"# {gpu}: floors and predictions of a step, bfloat16, net 1,1,1,1,1\n"]
@@ -78,7 +81,7 @@ def summary(
     gpu: str,
     work: dict[str, Workload],
     rows: Sequence[dict[str, Any]] = (),
-    workspace_mb: float = WORKSPACE_MB,
+    workspace_mb: float | None = WORKSPACE_MB,
 ) -> list[str]:
     """Milliseconds of a step: a line a workload."""
     columns = [f"{column.name}, ms" for column in COLUMNS]
@@ -101,7 +104,7 @@ def table(
     work: Workload,
     gpu: str,
     rows: Sequence[dict[str, Any]] = (),
-    workspace_mb: float = WORKSPACE_MB,
+    workspace_mb: float | None = WORKSPACE_MB,
     profiles: dict[Any, dict[str, float]] | None = None,
 ) -> str:
     """One workload: a line a stage, all of them, and what was measured."""
@@ -116,12 +119,20 @@ def table(
     ]
     halves = _halves(gpu, work, workspace_mb)
     predicted = [predict(work, gpu, k, workspace_mb) for k in COLUMNS]
+    names = Counter(name for made in halves.values() for name in {launch.name for launch in made})
     for half, made in halves.items():
         for stage, some in _by_name(made):
             times = [sum(s.seconds for s in p if (s.half, s.stage) == (half, stage))
                      for p in predicted]  # fmt: skip
-            times += [measured[stage]] if stage in measured else []
+            times += [measured[stage]] if stage in measured and names[stage] == 1 else []
             lines.append(_line(f"{half}: {stage}", some, rates, times, limit=True))
+    # A profile has no halves.
+    blank = [""] * (len(columns) - 2)
+    lines += [
+        _cells([f"measured: {stage}", *blank, f"{1e3 * took:.2f}"])
+        for stage, took in measured.items()
+        if names[stage] != 1
+    ]
     everything = [launch for made in halves.values() for launch in made]
     times = [*map(step_seconds, predicted), *[sum(measured.values())] * bool(measured)]
     lines.append(_line("all", everything, rates, times) + "\n")
@@ -129,7 +140,7 @@ def table(
         f"{k.name} {1e3 * sum(s.host for s in p):.1f}"
         for k, p in zip(COLUMNS, predicted, strict=True)
     ]
-    lines.append(count_line(work, workspace_mb) + "\n")
+    lines.append(count_line(work, len(everything)) + "\n")
     lines.append(f"Of the host for them, ms: {', '.join(host)}.\n")
     found = _of(work, rows)
     seconds = {f"{half}_seconds": sum(map(rates[0].seconds, made)) for half, made in halves.items()}
@@ -149,8 +160,8 @@ def _cells(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _halves(gpu: str, work: Workload, workspace_mb: float) -> dict[str, list[Launch]]:
-    made = launches(work, workspace_mb, CHIPS[gpu].architecture)
+def _halves(gpu: str, work: Workload, workspace_mb: float | None) -> dict[str, list[Launch]]:
+    made = launches_on(CHIPS[gpu], work, workspace_mb)
     return dict(zip(("forward", "backward"), made, strict=True))
 
 
@@ -216,7 +227,7 @@ def read_profiles(path: Path) -> dict[Any, dict[str, float]]:
     if path.suffix != ".json":
         return {}
     found = json.loads(path.read_text(encoding="utf-8")).get("profiles", [])
-    return {(tuple(p["shape"]), p["target"]): p["seconds"] for p in found}
+    return {(tuple(p["shape"]), p["target"]): p["seconds"] for p in found if "seconds" in p}
 
 
 def csv_rows(text: str) -> list[dict[str, Any]]:

@@ -111,12 +111,14 @@ def test_a_launch_is_made_without_a_driver():
     )
     assert done.returncode == 0, done.stderr
     first, *others = done.stdout.splitlines()
-    assert first.startswith("an empty kernel 4 ")
+    assert first.startswith("empty, of four arguments 4 ")
     assert first.endswith(" 1.00 ")
     names = {line.partition(",")[0] for line in others}
     assert names >= {"softmax_pack_fwd", "conv_block_fwd", "relu_pool_bwd", "softmax_bwd"}
+    assert names >= {"look", "decide"}  # two of one stage
     for line in others:
-        arguments, took, times, _whole = line.partition("labels ")[2].split()
+        arguments, took, times, *whole = line.partition("labels ")[2].split()
+        assert len(whole) == (not line.startswith("decide,"))
         assert 4 < int(arguments) < 100
         assert float(took) > 0
         assert float(times) > 0

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -151,6 +152,30 @@ def test_a_step_that_hangs_is_killed_with_all_that_it_began(make, tmp_path):
     assert on_disk(tmp_path)["steps"][0]["status"] == "timed out"
 
 
+def test_all_that_a_driver_holds_is_killed_within_one_grace(make, monkeypatch):
+    import steps
+
+    now, said = [0.0], []
+
+    def process(pid):
+        def wait(timeout):
+            said.append("wait")
+            now[0] += timeout
+            raise subprocess.TimeoutExpired("held", timeout)
+
+        return SimpleNamespace(pid=pid, wait=wait)
+
+    running = make().steps
+    monkeypatch.setattr(steps, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(steps.os, "killpg", lambda pid, number: said.append(pid))
+    for pid in range(-12, 0):  # of nobody
+        running._children[f"{pid}"] = steps._Child(process(pid), Path("none"))
+    running.kill()
+    assert said == [*range(-12, 0), *["wait"] * 12]
+    assert now[0] == steps.GRACE
+    assert not running._children
+
+
 def test_what_a_step_has_found_is_on_disk_before_it_ends(make, tmp_path):
     report = make()
     out = report.steps.output("times")
@@ -243,6 +268,23 @@ def test_steps_can_be_chosen(make, tmp_path):
     assert "| library | ok |" in (tmp_path / "report.md").read_text()
 
 
+def test_without_baselines_there_is_no_plot(make, gpu_report, monkeypatch):
+    monkeypatch.setattr(gpu_report.importlib.util, "find_spec", lambda name: name)
+    report = make()
+    report.all_steps(("plot",))
+    (step,) = report.steps.done
+    assert (step.status, step.detail) == ("skipped", "no baselines were measured")
+
+
+def test_what_was_left_out_is_told_of_both_runs(make, tmp_path):
+    report = make()
+    for step, names in {"times": ["voc dense"], "baselines": ["voc dense", "lvis topk"]}.items():
+        report.steps.output(step).write_text(json.dumps({"rows": [], "left_out": names}))
+    report.write()
+    told = "Left out for want of time: voc dense alone, voc dense, lvis topk."
+    assert told in (tmp_path / "report.md").read_text()
+
+
 def test_outcomes_of_tests_are_counted(gpu_report):
     log = (
         "tests/gpu/test_a.py::test_a[1, 2] PASSED   [ 10%]\n"
@@ -300,7 +342,7 @@ def test_without_a_profiler_stages_are_timed_by_events(gpu_report, monkeypatch, 
 
 
 def test_the_page_tells_what_is_wrong_and_how_far_off_it_is(make):
-    found = make().found()
+    found = make().found() | {"machine": "NVIDIA H200"}
     row = {"workload": "lvis", "shape": "4x1203x512x512", "target": "labels", "provider": "x"}
     found["benchmark"] = {"rows": [{**row, "error": "OutOfMemoryError: 9 GiB"}],
                           "left_out": ["voc"]}  # fmt: skip
@@ -326,6 +368,21 @@ def test_the_page_tells_what_is_wrong_and_how_far_off_it_is(make):
     assert "| 64 -> 128 | forward with a halo, Triton's | 0.250 | 0.300 |" in page
     assert "| 150 classes | softmax_bwd, Triton's | 1.500 | 2.000 |" in page
     assert "| 64 -> 128 | 8 x 16 x 64 x 128, 3 stages |  | OutOfResources |" in page
+
+
+@pytest.mark.parametrize(
+    ("machine", "known"),
+    [("NVIDIA L40S", False), ("NVIDIA GH200 480GB", False), ("NVIDIA H100 80GB HBM3", True),
+     ("NVIDIA A100-SXM4-80GB", True), ("NVIDIA GeForce RTX 4090", True)],
+)  # fmt: skip
+def test_only_a_gpu_that_is_known_is_predicted(make, machine, known):
+    import gpu_pages
+
+    profile = {"shape": [1, 5, 64, 64], "target": "dense", "seconds": {"conv_block_fwd": 0.02}}
+    page = gpu_pages.markdown(make().found() | {"machine": machine, "profiles": [profile]})
+    for stage in ("conv_block_fwd", "all"):
+        assert (f"| 1x5x64x64, dense | {stage} |  | 20.00 |  |" in page) == (not known)
+    assert ("| softmax_bwd | 0." in page) == known
 
 
 def test_a_library_that_serves_the_device_is_taken(gpu_report, tmp_path):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import make_target
-from graph_recipe import capture, on_the_cpu
+from graph_recipe import capture, on_the_cpu, scaled_backward
 
 import gpl_fast
 from gpl_fast import ops
@@ -63,6 +63,27 @@ def test_a_student_is_trained_by_the_graph_as_without_it():
                     p -= 0.1 * p.grad
                     p.grad = None
     assert all(map(torch.equal, first.parameters(), second.parameters()))
+
+
+def test_with_a_scaler_gradients_are_scaled_as_the_loss_would_have_been():
+    loss = gpl_fast.GenericPerceptualLoss(5, backend="fast")
+    images, target = torch.randn(2, 3, 37, 45), make_target("dense", SHAPE)
+    student = torch.nn.Conv2d(3, 5, 1)
+    loss(student(images), target).backward()
+    wanted = [p.grad.clone() for p in student.parameters()]
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
+    optimizer.zero_grad()
+    logits = torch.zeros(SHAPE, requires_grad=True)
+    with on_the_cpu([]):
+        graph, _, gradient = capture()(loss, logits, target)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    out = student(images)
+    with torch.no_grad():
+        logits.copy_(out)
+    graph.replay()
+    scaled_backward(out, gradient, scaler)
+    scaler.unscale_(optimizer)
+    assert all(map(torch.equal, (p.grad for p in student.parameters()), wanted))
 
 
 def test_a_recipe_that_makes_its_input_anew_is_found_out():

@@ -8,10 +8,11 @@ import torch
 from gpl_fast import cli, ops
 from gpl_fast.tools import launches
 from gpl_fast.tools.launches import SMALL, Recorder, Workload, launches_around
+from gpl_fast.tools.recorder import count_of
 
 # Inside the two operators, with 2 GiB; and around them.
 MOST = {"cityscapes": 45, "ade20k": 60, "lvis": 90}
-OUTSIDE = 12
+OUTSIDE = {"dense": 12, "labels": 12, "topk": 16}  # whose values become probabilities
 
 
 def names(recorder: Recorder) -> list[str]:
@@ -85,13 +86,34 @@ def test_a_launch_more_is_a_chunk_more():
         assert sorted(v.name for v in many) == sorted([*(v.name for v in few), *more])
 
 
-@pytest.mark.parametrize("kind", ["dense", "labels"])
+@pytest.mark.parametrize("kind", OUTSIDE)
 def test_few_launches_are_around_the_operators(kind):
     if (reason := ops.load()) is not None:
         pytest.skip(reason)
     around = launches_around(kind)
     assert "sum" in around  # the reduction over images
-    assert 0 < len(around) <= OUTSIDE
+    assert not any(name.startswith("check_") for name in around)  # a GPU is not waited for
+    assert 0 < len(around) <= OUTSIDE[kind]
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("select_backward", (0, 1)),
+        ("slice_backward", (0, 1, 3, 1)),
+        ("diagonal_backward", (0, 0, 1)),
+    ],
+)
+def test_a_views_gradient_is_as_many_kernels_as_it_runs(name, args):
+    """By the operators that it calls, of which a profile tells."""
+    backward = getattr(torch.ops.aten, name).default
+    small = {"select_backward": (6,), "slice_backward": (2, 6), "diagonal_backward": (4,)}[name]
+    shape = (4, 6)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as watched:
+        backward(torch.ones(small), shape, *args)
+    run = {"aten::zero_", "aten::copy_"}
+    calls = sum(event.count for event in watched.key_averages() if event.key in run)
+    assert count_of(backward) == calls == 2
 
 
 def test_a_command_prints_the_count(capsys):

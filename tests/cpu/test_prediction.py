@@ -113,6 +113,50 @@ def test_a_report_is_printed_beside(tmp_path, capsys):
     assert any(s.startswith("| forward: conv_block_fwd") and s.endswith(" 4.56 |") for s in lines)
 
 
+def test_what_was_measured_adds_up_to_all_of_it(tmp_path, capsys):
+    """Stages of both halves once, and those that were not predicted."""
+    seconds = {"conv_block_fwd": 0.02, "other operators (ATen)": 0.002, "odd_fwd": 0.0005}
+    about = {"shape": [2, 5, 64, 64], "target": "dense"}
+    broken = {**about, "shape": [1, 5, 64, 64], "error": "no profiler"}
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps({"rows": [], "profiles": [broken, {**about, "seconds": seconds}]}))
+    words = ["bench", "--roofline", "--mine", "2", "5", "64", "64", "--target", "dense"]
+    assert cli.main([*words, "--csv", str(path)]) == 0
+    lines = capsys.readouterr().out.partition("###")[2].splitlines()
+    (columns,) = (line.count("|") for line in lines if line.startswith("| stage |"))
+    found = {}
+    for line in lines:
+        if line.startswith("| ") and line.count("|") == columns:
+            name, *_, last = line.strip("| ").split(" | ")
+            found[name.strip()] = last
+    del found["stage"]
+    assert float(found.pop("all")) == 22.5
+    assert sum(map(float, found.values())) == 22.5
+    assert len(found) == len(seconds)
+
+
+@pytest.mark.parametrize("gpu", CHIPS)
+def test_the_columns_of_auto_grow(gpu, capsys):
+    """A strip of what is asked needs more than 256 MB, and more than a small GPU's share."""
+    words = ["bench", "--roofline", "--gpu", gpu, "--mine", "1", "150", "2048", "2048"]
+    for workspace in ("4096", "auto"):
+        assert cli.main([*words, "--target", "dense", "--workspace-mb", workspace]) == 0
+        assert "| mine 1 x 150 x 2048 x 2048 | dense |" in capsys.readouterr().out
+
+
+def test_auto_is_a_share_of_the_chips_memory(tmp_path):
+    path, found = tmp_path / "roofline.json", {}
+    words = ["bench", "--roofline", "--mine", "1", "5", "64", "64", "--json", str(path)]
+    for gpu in CHIPS:
+        assert cli.main([*words, "--gpu", gpu, "--workspace-mb", "auto"]) == 0
+        found[gpu] = json.loads(path.read_text())["workspace_mb"]
+    assert found == {"h200": 2256, "h100": 1280, "a100": 1280, "rtx4090": 640}
+    work = WORKLOADS["ade20k"]  # what fits is as with a bound of that size
+    auto, bound = (predict(work, "h100", NOW, mb) for mb in (None, 1280.0))
+    assert auto == bound
+    assert predict(work, "h100", NOW) != auto
+
+
 def test_the_predictions_are_data_too(tmp_path):
     path = tmp_path / "roofline.json"
     words = ["bench", "--roofline", "--mine", "1", "5", "64", "64", "--json", str(path)]
