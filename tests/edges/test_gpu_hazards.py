@@ -40,12 +40,10 @@ def user_rows(tmp_path, monkeypatch):
         path = tmp_path / "tiles.json"
         path.write_text(json.dumps(rows))
         monkeypatch.setenv("GPL_FAST_TILES", str(path))
-        tiles.rows.cache_clear()
         tiles.choose.cache_clear()
 
     yield use
     monkeypatch.undo()
-    tiles.rows.cache_clear()
     tiles.choose.cache_clear()
 
 
@@ -71,6 +69,17 @@ def test_a_row_of_ones_own_goes_before(user_rows):
     assert chosen(90, "listed", c_out=128) != chosen(90, "listed")
     assert not chosen(90, "listed", c_out=21).descriptors
     assert chosen(90, "diff").block_k == 64
+
+
+def test_a_row_of_ones_own_is_for_its_architecture(user_rows):
+    """Of sm_80's 163 KiB of shared memory sm_86 and sm_89 have 99."""
+    newer = (86, 89, 90, 120)
+    shipped = [chosen(arch, "diff") for arch in newer]
+    row = {"arch": 80, "dtype": "bfloat16", "form": "any", "tile": [16, 16, 64, 64], "warps": 8,
+           "stages": 4, "descriptors": False}  # fmt: skip
+    user_rows(row, *tiles.rows())
+    assert chosen(80, "diff") == tiles.Tile(16, 16, 64, 64, 8, 4, False)
+    assert [chosen(arch, "diff") for arch in newer] == shipped
 
 
 def test_wider_rows_of_sm_90_are_not_inherited():
