@@ -75,7 +75,7 @@ def _look_kernel(
 ):  # fmt: skip
     x_n, x_c, x_h, x_w = x_strides
     t_n, t_c, t_h, t_w = target_strides
-    n, program = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    n, program = tl.program_id(0).to(tl.int64), tl.program_id(1)
     columns = tl.cdiv(W, step_w)
     blocks = tl.cdiv(columns, BLOCK_W)
     row, j = (program // blocks) * step_h, (program % blocks) * BLOCK_W + tl.arange(0, BLOCK_W)
@@ -132,7 +132,7 @@ def _look_kernel(
         d = tl.where(live, y - t, 0.0)
         difference += tl.sum(d * d, axis=0)
         size += tl.sum(t * t, axis=0)
-    programs = tl.num_programs(0)
+    programs = tl.num_programs(1)
     partial_ptr += n * 3 * programs + program
     tl.store(partial_ptr, tl.sum(difference))
     tl.store(partial_ptr + programs, tl.sum(size))
@@ -174,7 +174,7 @@ def carry_target_fwd(
     programs = rows * cdiv(columns, COLUMNS)
     partial = x.new_empty((n, 3, programs), dtype=torch.float32)
     launch(
-        _look_kernel, (programs, n), x, target, topk_indices, topk_rest, valid, partial, height,
+        _look_kernel, (n, programs), x, target, topk_indices, topk_rest, valid, partial, height,
         width, *step, inv_t, 1.0 if as_it_is else inv_t,
         x.stride(), (target.unsqueeze(1) if kind == "labels" else target).stride(), *size,
         ACTIVATION=of_x, TARGET_ACTIVATION=of_target, KIND=kind, C=channels,
