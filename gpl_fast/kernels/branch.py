@@ -75,6 +75,7 @@ def _look_kernel(
 ):  # fmt: skip
     x_n, x_c, x_h, x_w = x_strides
     t_n, t_c, t_h, t_w = target_strides
+    rank = tl.zeros((), tl.int64) + t_c  # k of them may be more than 2^31
     n, program = tl.program_id(0).to(tl.int64), tl.program_id(1)
     columns = tl.cdiv(W, step_w)
     blocks = tl.cdiv(columns, BLOCK_W)
@@ -107,10 +108,10 @@ def _look_kernel(
         rest = tl.load(rest_ptr + pixel, mask=inside, other=0.0)
     if KIND == "topk":
         for i in range(0, k):
-            value = tl.load(target_ptr + at + i * t_c, mask=inside, other=0.0)
-            same = same & (value == tl.load(target_ptr + beside + i * t_c, mask=inside, other=0.0))
-            index = tl.load(indices_ptr + at + i * t_c, mask=inside, other=-1)
-            same = same & (index == tl.load(indices_ptr + beside + i * t_c, mask=inside, other=-1))
+            value = tl.load(target_ptr + at + i * rank, mask=inside, other=0.0)
+            same = same & (value == tl.load(target_ptr + beside + i * rank, mask=inside, other=0.0))
+            index = tl.load(indices_ptr + at + i * rank, mask=inside, other=-1)
+            same = same & (index == tl.load(indices_ptr + beside + i * rank, mask=inside, other=-1))
     difference, size = tl.zeros((BLOCK_W,), tl.float32), tl.zeros((BLOCK_W,), tl.float32)
     for c0 in range(0, C, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)
@@ -126,7 +127,7 @@ def _look_kernel(
         elif KIND == "labels":
             t = tl.where(c[:, None] == label[None, :], 1.0, 0.0)
         else:
-            t = _list_tile(target_ptr, indices_ptr, rest, at, t_c, k, c, inside, BLOCK_C, BLOCK_W)
+            t = _list_tile(target_ptr, indices_ptr, rest, at, rank, k, c, inside, BLOCK_C, BLOCK_W)
         live = (c[:, None] < C) & keep[None, :]
         t = tl.where(live, t, 0.0)
         d = tl.where(live, y - t, 0.0)

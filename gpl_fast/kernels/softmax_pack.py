@@ -139,7 +139,7 @@ def _softmax_pack_fwd_kernel(
     if values_ptr is not None:
         # |y' − t|² < |y'|², that is Σ t (2y' − t) > 0
         gain = tl.zeros((BLOCK_W,), tl.float32)
-        first = n * (K * topk_k if topk_n is None else topk_n) + h.to(tl.int64) * W + w
+        first = (n * K * topk_k if topk_n is None else n * topk_n) + h.to(tl.int64) * W + w
         for c0 in range(0, C, TILES * BLOCK_C):
             for i in tl.static_range(TILES):
                 c = c0 + i * BLOCK_C + tl.arange(0, BLOCK_C)
