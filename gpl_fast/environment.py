@@ -136,7 +136,7 @@ VARIABLES = {
             ("default", "avx2", "avx512"),
         ),
         Variable("GPL_FAST_SM90A", "0 or 1", "0: sm_90 takes the kernels of sm_80", ("0", "1")),
-        Variable("GPL_FAST_TILES", _ROWS, "rows before those of tiles.json", TILES),
+        Variable("GPL_FAST_TILES", _ROWS, "rows before tiles.json's, each for its own arch", TILES),
         Variable(
             "GPL_FAST_DATA_GRADIENT",
             _ROWS,

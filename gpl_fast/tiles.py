@@ -3,7 +3,7 @@
 ``tiles.json`` holds rows by architecture, dtype, form and maybe channels: what compiles best there
 (registers, no spills, one wait for the tensor cores a step of the loop), until it is measured; a
 row that carries a measurement says where it was made. ``GPL_FAST_TILES`` names a file of rows that
-go before them, as ``benchmarks/tune.py`` writes it.
+go before them on the architecture that each names, as ``benchmarks/tune.py`` writes it.
 """
 
 from __future__ import annotations
@@ -54,9 +54,8 @@ class Row(TypedDict):
 
 @functools.cache
 def rows() -> list[Row]:
-    """All rows, those that go first first."""
-    found: list[Row] = environment.rows("GPL_FAST_TILES")
-    found += json.loads(Path(__file__).with_suffix(".json").read_text())
+    """Those that are shipped."""
+    found: list[Row] = json.loads(Path(__file__).with_suffix(".json").read_text())
     return found
 
 
@@ -73,11 +72,13 @@ def choose(arch: int, dtype: str, form: str, c_in: int, c_out: int, stride: int)
 
 
 def row_of(arch: int, dtype: str, form: str, c_in: int, c_out: int, stride: int) -> Row:
-    """The first that fits, of the newest architecture up to `arch` (90 is sm_90) that has one."""
+    """The first that fits, of the newest architecture up to `arch` (90 is sm_90) that has one; of a
+    user's rows those of `arch` alone: sm_86 has less shared memory than sm_80."""
+    own: list[Row] = [row for row in environment.rows("GPL_FAST_TILES") if row["arch"] == arch]
     described = c_in % 8 == 0 and c_out % 8 == 0 and stride == 1
     fitting = [
         row
-        for row in rows()
+        for row in own + rows()
         if row["dtype"] == dtype
         and row["form"] in (form, "any")
         and row["arch"] <= arch

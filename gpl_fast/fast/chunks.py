@@ -13,6 +13,8 @@ from gpl_fast.fast.policy import MIB
 
 # A workspace that grows becomes so many times what two rows a strip need.
 ENOUGH = 1.25
+# Of a chunk: its launches have them as their grids' y or z, which CUDA bounds.
+MOST_IMAGES = 65535
 
 
 def chunks(plan: Segments) -> tuple[Images, Rows] | None:
@@ -61,7 +63,8 @@ def _as_many_as_fit(plan: Segments, rows: Rows) -> Images:
         def of(count: int, images: Images = images, i: int = i) -> Images:
             return (*images[:i], count, *images[i + 1 :])
 
-        fit = bisect(range(1, most + 1), False, key=lambda c: peak(plan, of(c), rows) > plan.budget)
+        tried = range(1, min(most, MOST_IMAGES) + 1)
+        fit = bisect(tried, False, key=lambda c: peak(plan, of(c), rows) > plan.budget)
         parts = -(-most // max(fit, 1))
         most = -(-most // parts)
         images = of(most)

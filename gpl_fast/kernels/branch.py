@@ -75,7 +75,8 @@ def _look_kernel(
 ):  # fmt: skip
     x_n, x_c, x_h, x_w = x_strides
     t_n, t_c, t_h, t_w = target_strides
-    n, program = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    rank = tl.zeros((), tl.int64) + t_c  # k of them may be more than 2^31
+    n, program = tl.program_id(0).to(tl.int64), tl.program_id(1)
     columns = tl.cdiv(W, step_w)
     blocks = tl.cdiv(columns, BLOCK_W)
     row, j = (program // blocks) * step_h, (program % blocks) * BLOCK_W + tl.arange(0, BLOCK_W)
@@ -107,10 +108,10 @@ def _look_kernel(
         rest = tl.load(rest_ptr + pixel, mask=inside, other=0.0)
     if KIND == "topk":
         for i in range(0, k):
-            value = tl.load(target_ptr + at + i * t_c, mask=inside, other=0.0)
-            same = same & (value == tl.load(target_ptr + beside + i * t_c, mask=inside, other=0.0))
-            index = tl.load(indices_ptr + at + i * t_c, mask=inside, other=-1)
-            same = same & (index == tl.load(indices_ptr + beside + i * t_c, mask=inside, other=-1))
+            value = tl.load(target_ptr + at + i * rank, mask=inside, other=0.0)
+            same = same & (value == tl.load(target_ptr + beside + i * rank, mask=inside, other=0.0))
+            index = tl.load(indices_ptr + at + i * rank, mask=inside, other=-1)
+            same = same & (index == tl.load(indices_ptr + beside + i * rank, mask=inside, other=-1))
     difference, size = tl.zeros((BLOCK_W,), tl.float32), tl.zeros((BLOCK_W,), tl.float32)
     for c0 in range(0, C, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)
@@ -126,13 +127,13 @@ def _look_kernel(
         elif KIND == "labels":
             t = tl.where(c[:, None] == label[None, :], 1.0, 0.0)
         else:
-            t = _list_tile(target_ptr, indices_ptr, rest, at, t_c, k, c, inside, BLOCK_C, BLOCK_W)
+            t = _list_tile(target_ptr, indices_ptr, rest, at, rank, k, c, inside, BLOCK_C, BLOCK_W)
         live = (c[:, None] < C) & keep[None, :]
         t = tl.where(live, t, 0.0)
         d = tl.where(live, y - t, 0.0)
         difference += tl.sum(d * d, axis=0)
         size += tl.sum(t * t, axis=0)
-    programs = tl.num_programs(0)
+    programs = tl.num_programs(1)
     partial_ptr += n * 3 * programs + program
     tl.store(partial_ptr, tl.sum(difference))
     tl.store(partial_ptr + programs, tl.sum(size))
@@ -174,7 +175,7 @@ def carry_target_fwd(
     programs = rows * cdiv(columns, COLUMNS)
     partial = x.new_empty((n, 3, programs), dtype=torch.float32)
     launch(
-        _look_kernel, (programs, n), x, target, topk_indices, topk_rest, valid, partial, height,
+        _look_kernel, (n, programs), x, target, topk_indices, topk_rest, valid, partial, height,
         width, *step, inv_t, 1.0 if as_it_is else inv_t,
         x.stride(), (target.unsqueeze(1) if kind == "labels" else target).stride(), *size,
         ACTIVATION=of_x, TARGET_ACTIVATION=of_target, KIND=kind, C=channels,

@@ -139,7 +139,7 @@ def _softmax_pack_fwd_kernel(
     if values_ptr is not None:
         # |y' − t|² < |y'|², that is Σ t (2y' − t) > 0
         gain = tl.zeros((BLOCK_W,), tl.float32)
-        first = n * (K * topk_k if topk_n is None else topk_n) + h.to(tl.int64) * W + w
+        first = (n * K * topk_k if topk_n is None else n * topk_n) + h.to(tl.int64) * W + w
         for c0 in range(0, C, TILES * BLOCK_C):
             for i in tl.static_range(TILES):
                 c = c0 + i * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -174,13 +174,13 @@ def _softmax_pack_fwd_kernel(
             store_map(y_ptr, out, y, c, on_map, C_PAD, i < WHOLE)
 
 
-@triton.jit(do_not_specialize=["H", "row0"])
-def _row_sums_kernel(parts_ptr, sums_ptr, H, row0, TILES: tl.constexpr, BLOCK: tl.constexpr):
-    """(N, H, TILES, 2) -> (N, H, 2) float64, of the rows from row0 on."""
+@triton.jit(do_not_specialize=["H", "row0", "tiles"])
+def _row_sums_kernel(parts_ptr, sums_ptr, H, row0, tiles, BLOCK: tl.constexpr):
+    """(N, H, tiles, 2) -> (N, H, 2) float64, of the rows from row0 on."""
     row = tl.program_id(1).to(tl.int64) * H + row0 + tl.program_id(0)
     t = tl.arange(0, BLOCK)[:, None]
     of = tl.arange(0, 2)
-    parts = tl.load(parts_ptr + row * TILES * 2 + t * 2 + of[None, :], mask=t < TILES, other=0.0)
+    parts = tl.load(parts_ptr + row * tiles * 2 + t * 2 + of[None, :], mask=t < tiles, other=0.0)
     tl.store(sums_ptr + row * 2 + of, tl.sum(parts, axis=0))
 
 
@@ -238,5 +238,5 @@ def softmax_pack_fwd(
         launch(
             _row_sums_kernel,
             (core[1] - core[0], n),
-            parts, ce_rows, height, core[0], TILES=tiles, BLOCK=triton.next_power_of_2(tiles),
+            parts, ce_rows, height, core[0], tiles, BLOCK=triton.next_power_of_2(tiles),
         )  # fmt: skip

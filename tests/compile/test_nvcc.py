@@ -109,6 +109,13 @@ def test_the_smallest_layouts_fit_shared_memory():
         assert registers.dynamic_shared(name, kernel_size=7)[1] + static <= LIMIT["90a"] * 1024
 
 
+def test_static_shared_memory_tells_the_kernels_of_sm_90a():
+    """By it a launch knows that the library was built without sm_90a: there they are empty."""
+    for name in kernels(HOPPER, FORWARD):
+        for architecture, u in registers.usage()[name].items():
+            assert (u.shared > 0) == (architecture == "90a"), (name, architecture)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_tensor_core_and_copy_instructions(architecture):
     found = instructions(architecture)

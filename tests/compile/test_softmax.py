@@ -131,5 +131,14 @@ def test_few_arguments_reach_the_launcher(launches):
     assert max(counts) <= 20
 
 
+def test_sums_of_rows_are_compiled_by_powers_of_two_of_tiles(monkeypatch):
+    with compiling_for(90) as compiled:
+        for width in (200, 264, 328, 392):  # 4 to 7 tiles
+            monkeypatch.setattr(test_kernels, "W", width)
+            softmax_pack(kind="none", channels=19, **{**PLAIN, "cross_entropy": "shared"})
+    sums = [c.assembly for c in compiled if c.kernel == "_row_sums_kernel"]
+    assert (len(sums), len(set(sums))) == (4, 2)
+
+
 def without(form: dict, *names: str) -> dict:
     return {name: value for name, value in form.items() if name not in names}

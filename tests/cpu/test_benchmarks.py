@@ -43,14 +43,13 @@ def test_the_fastest_tile_that_runs_is_taken():
 
 
 def test_tuned_rows_go_before_the_shipped_ones(tmp_path, monkeypatch):
-    clear = (tiles.rows.cache_clear, tiles.choose.cache_clear)
     shipped = tiles.choose(90, "bfloat16", "diff", 64, 128, 1)
     row = {"arch": 90, "dtype": "bfloat16", "form": "diff", "c_in": 64, "c_out": 128,
            "tile": [4, 8, 32, 64], "warps": 4, "stages": 2, "descriptors": False,
            "measured": "here"}  # fmt: skip
     (tmp_path / "mine.json").write_text(json.dumps([row]))
     monkeypatch.setenv("GPL_FAST_TILES", str(tmp_path / "mine.json"))
-    [c() for c in clear]
+    tiles.choose.cache_clear()
     try:
         assert tiles.choose(90, "bfloat16", "diff", 64, 128, 1) == tiles.Tile(
             4, 8, 32, 64, 4, 2, False
@@ -59,7 +58,7 @@ def test_tuned_rows_go_before_the_shipped_ones(tmp_path, monkeypatch):
         assert tiles.choose(90, "bfloat16", "plain", 64, 128, 1) == shipped
     finally:
         monkeypatch.delenv("GPL_FAST_TILES")
-        [c() for c in clear]
+        tiles.choose.cache_clear()
 
 
 def test_a_row_of_the_precision_table():

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cases import call_of
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +23,7 @@ import gpl_fast
 from gpl_fast import LossNet, SegmentationLoss, backend, ops, streams, tiles
 from gpl_fast.fast import policy
 from gpl_fast.fast.convolution import conv_transpose
+from gpl_fast.fast.plan import Plan
 from gpl_fast.net import weights
 from gpl_fast.net.weights import Layout
 
@@ -40,12 +42,10 @@ def user_rows(tmp_path, monkeypatch):
         path = tmp_path / "tiles.json"
         path.write_text(json.dumps(rows))
         monkeypatch.setenv("GPL_FAST_TILES", str(path))
-        tiles.rows.cache_clear()
         tiles.choose.cache_clear()
 
     yield use
     monkeypatch.undo()
-    tiles.rows.cache_clear()
     tiles.choose.cache_clear()
 
 
@@ -71,6 +71,17 @@ def test_a_row_of_ones_own_goes_before(user_rows):
     assert chosen(90, "listed", c_out=128) != chosen(90, "listed")
     assert not chosen(90, "listed", c_out=21).descriptors
     assert chosen(90, "diff").block_k == 64
+
+
+def test_a_row_of_ones_own_is_for_its_architecture(user_rows):
+    """Of sm_80's 163 KiB of shared memory sm_86 and sm_89 have 99."""
+    newer = (86, 89, 90, 120)
+    shipped = [chosen(arch, "diff") for arch in newer]
+    row = {"arch": 80, "dtype": "bfloat16", "form": "any", "tile": [16, 16, 64, 64], "warps": 8,
+           "stages": 4, "descriptors": False}  # fmt: skip
+    user_rows(row, *tiles.rows())
+    assert chosen(80, "diff") == tiles.Tile(16, 16, 64, 64, 8, 4, False)
+    assert [chosen(arch, "diff") for arch in newer] == shipped
 
 
 def test_wider_rows_of_sm_90_are_not_inherited():
@@ -101,6 +112,17 @@ def test_unfenced_copies_are_not_pipelined(fences, monkeypatch):
         assert chosen(arch, "plain", c_out=21).stages == stages_
     assert chosen(90, "diff", dtype="float32").stages == async_proxy
     assert chosen(90, "diff").stages == chosen(100, "listed").stages == 3  # by TMA
+
+
+# ------------------------------------------------------------------------------------------ grids
+
+
+def test_a_launch_takes_no_more_images_than_a_grid():
+    """CUDA's y and z go up to 65535; the workspace has room for more of such images."""
+    call = call_of(LossNet.vgg(1), dtype=BF16, workspace_mb=float(2**20), policy="sm_90")
+    plan = Plan(call, 70000, 32, 32)
+    assert max(plan.images) == 35000  # of equal size
+    assert min(Plan(call, 65535, 32, 32).images) == 65535
 
 
 # -------------------------------------------------------------------------------- streams, graphs

@@ -194,6 +194,11 @@ namespace gpl_fast::cuda {
 
 using cudacpu::TensorMap;
 
+template <class Kernel>
+bool compiled_for_sm90a(Kernel) {
+  return true;
+}
+
 inline TensorMap checked(const TensorMap& m) {
   bool good = m.box[0] * 2 <= 128 && (uintptr_t)m.base % 16 == 0;
   for (int k = 0; k < cudacpu::kMapDims; ++k) {

@@ -295,6 +295,38 @@ def test_lists_whose_ranks_are_far_apart(stages, sparse):
     torch.testing.assert_close(y[0, -1, :, :3], (row - near * target).t())
 
 
+@pytest.fixture
+def far_lists(sparse):
+    """Values and indices (2, 3, 2, 4), where the last rank of each image is 2^31 from its first and
+    its list follows the one before; all zeros but the last rank of the last image."""
+
+    def listed(dtype: torch.dtype) -> Tensor:
+        rank = FAR // 2
+        flat = sparse(5 * rank + 8, dtype=dtype)
+        return flat.as_strided((2, 3, 2, 4), (3 * rank, rank, 4, 1))
+
+    values, indices = listed(FLOAT), listed(torch.int64)
+    values[1, 2], indices[1, 2] = torch.rand(2, 4) + 0.5, torch.randint(3, (2, 4))
+    return values, indices
+
+
+def dense_of(values: Tensor, indices: Tensor) -> Tensor:
+    """What the last image's last rank stands for, (3, 2, 4)."""
+    return torch.zeros(3, 2, 4).scatter_(0, indices[1, 2:], values[1, 2:])
+
+
+def test_lists_of_several_images(stages, far_lists):
+    values, indices = far_lists
+    target, taken = dense_of(*far_lists), torch.zeros(2, 2, 4, dtype=BYTE)
+    x, y = 2 * target.expand(2, 3, 2, 4), torch.zeros(2, 2, 4, 8)
+    stages.softmax_pack_fwd(
+        x, activation=0, target_activation=0, temperature=1.0, row0=0, rows=2, core0=0,
+        core_rows=2, topk_values=values, topk_indices=indices, y=y, taken=taken,
+    )  # fmt: skip
+    assert taken[1, -1].all()  # |2t − t|² < |2t|²
+    torch.testing.assert_close(y[1, -1, :, :3], target[:, -1].t())
+
+
 # ------------------------------------------------------------------------ a look at a few pixels
 
 
@@ -315,3 +347,18 @@ def test_which_branch(stages, far, sparse):
         )  # fmt: skip
         found.append(bool(from_target[-1]))
     assert found == [True, False, False]
+
+
+def test_which_branch_of_lists(stages, far_lists):
+    values, indices = far_lists
+    values[1, 2], indices[1, 2] = 0.5, 1  # alike, as where a target is carried
+    target, found = dense_of(*far_lists), []
+    for factor in (1.0, 2.0):
+        from_target = torch.zeros(2, dtype=torch.bool)
+        stages.carry_target_fwd(
+            (factor * target).expand(2, 3, 2, 4), activation=0, target_activation=0,
+            temperature=1.0, step=(2, 4), near=1 / 32, topk_values=values, topk_indices=indices,
+            from_target=from_target,
+        )  # fmt: skip
+        found.append(bool(from_target[-1]))
+    assert found == [True, False]

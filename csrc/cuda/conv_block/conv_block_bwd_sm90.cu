@@ -7,19 +7,6 @@
 namespace gpl_fast::cuda {
 namespace {
 
-// Barriers lie in static shared memory: a kernel without any was compiled for another architecture.
-template <class Kernel>
-bool compiled_for_sm90a(Kernel kernel) {
-#ifdef CUDA_ON_CPU
-  return true;
-#else
-  cudaFuncAttributes attributes;
-  const bool there = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess;
-  cudaGetLastError();
-  return there && attributes.sharedSizeBytes > 0;
-#endif
-}
-
 template <class T, int BN, bool kLogits>
 bool launch(const ConvBlockBwd& a, cudaStream_t stream) {
   const auto kernel = conv_block_bwd_sm90_kernel<T, BN, kLogits>;

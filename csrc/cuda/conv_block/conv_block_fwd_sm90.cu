@@ -10,6 +10,9 @@ template <class T, int kChannels>
 void launch(const ConvBlockFwd& a, const HaloArgs& args, cudaStream_t stream) {
   using L = HaloLayout<kChannels>;
   const auto kernel = conv_block_fwd_sm90_kernel<T, kChannels>;
+  if (!compiled_for_sm90a(kernel)) {  // or this GPU is another one
+    throw std::runtime_error("gpl_fast: conv_block_fwd: no kernel for sm_90a on this GPU");
+  }
   constexpr bool kBFloat16 = std::is_same_v<T, __nv_bfloat16>;
   auto boxes = [&](const void* p, int64_t image_stride) {
     return tensor_map(p, kBFloat16, MapShape{a.N, a.H_in, a.W, a.C_in, image_stride}, L::kRows + 2,

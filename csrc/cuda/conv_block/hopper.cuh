@@ -30,6 +30,15 @@ namespace gpl_fast::cuda {
 
 using TensorMap = CUtensorMap;
 
+// Barriers lie in static shared memory: a kernel without any was compiled for another architecture.
+template <class Kernel>
+bool compiled_for_sm90a(Kernel kernel) {
+  cudaFuncAttributes attributes;
+  const bool there = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess;
+  cudaGetLastError();
+  return there && attributes.sharedSizeBytes > 0;
+}
+
 // By dimensions from the innermost on, in boxes with the 128-byte swizzle.
 inline TensorMap tensor_map(const void* p, bool bfloat16, int dims, const cuuint64_t* sizes,
                             const cuuint64_t* pitch, const cuuint32_t* box) {
