@@ -49,7 +49,7 @@ def kernel(name: str) -> ModuleType:
     return importlib.import_module(f"gpl_fast.kernels.{name}")
 
 
-def wide_tiling(classes: int, channels: int, width: int, most: int = 0) -> dict[str, int]:
+def wide_tiling(classes: int, channels: int, width: int, twice: bool = False) -> dict[str, int]:
     """One tile of all classes."""
     block_c = max(1 << (channels - 1).bit_length(), 2)
     block_w = min(1 << (width - 1).bit_length(), 64)
