@@ -15,7 +15,14 @@ from itertools import product
 import pairwise
 import pytest
 import torch
-from ahead_of_time import CAPABILITIES, Compiled, check, compiling_for, meta
+from ahead_of_time import (
+    CAPABILITIES,
+    SPILLS_BY_CHOICE,
+    Compiled,
+    check,
+    compiling_for,
+    meta,
+)
 from torch import Tensor
 
 from gpl_fast import kernels, tiles
@@ -36,10 +43,11 @@ def compiled_once(capability, launch) -> Compiled:
 
 
 def but_for_occupancy(compiled: Compiled, form: str) -> Compiled:
-    """Without the few bytes that the assembler moves out of a top-k list's loop to stay at 168
-    registers or less, where more programs fit: 255 are there for what must not spill.
+    """Without the few bytes that the assembler moves out of a top-k list's loop to stay at 128
+    registers or less (168 by some), where more programs fit: 255 are there for what must not spill.
     """
-    by_choice = compiled.registers <= 168 and compiled.spills <= 128
+    most = 168 if SPILLS_BY_CHOICE else 128
+    by_choice = compiled.registers <= most and compiled.spills <= 128
     return replace(compiled, spills=0) if form.startswith("topk") and by_choice else compiled
 
 
@@ -219,8 +227,9 @@ def test_true_float32(capability):
     options = {"form": "labels" if capability % 2 else "diff", "dtype": FLOAT}
     options |= {"allow_tf32": False}
     compiled = compiled_once(capability, lambda: conv_block(capability, **options))
-    # From Triton 3.8 on some of it spills.
-    check(replace(compiled, spills=0), tensor_core=None, pipelined=False)
+    if SPILLS_BY_CHOICE:  # 608 bytes on sm_80: no walk launches it
+        compiled = replace(compiled, spills=0)
+    check(compiled, tensor_core=None, pipelined=False)
 
 
 # -------------------------------------------------------------------------------- other stages

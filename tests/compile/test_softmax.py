@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 import test_kernels
-from ahead_of_time import check, compiling_for, disassembled
+from ahead_of_time import SPILLS_BY_CHOICE, check, compiling_for, disassembled
 from instructions import loops, per_element
 from test_kernels import BF16, FLOAT, LISTED, softmax_bwd, softmax_pack
 
@@ -74,7 +74,10 @@ def test_instructions_of_an_element(stage, classes, width, monkeypatch):
     programs = -(-width // tiling(classes, padded_channels(classes), width)["BLOCK_W"])
     figure = per_element(sass, (), kernel.warps * 32 * programs, width * classes)
     print(f"{stage}, {classes} classes, {width} pixels: {figure:.1f}, {kernel.registers} registers")
-    assert figure <= 1.05 * FIGURES[stage][classes][WIDTHS.index(width)]
+    assert (
+        figure
+        <= (1.05 if SPILLS_BY_CHOICE else 1.03) * FIGURES[stage][classes][WIDTHS.index(width)]
+    )
     assert classes != 150 or figure <= GOAL
 
 
@@ -92,7 +95,7 @@ def test_no_spills_where_the_tiles_change(capability, classes, monkeypatch):
         softmax_bwd(**EVERYTHING, channels=classes)
     for each in compiled:
         # The assembler's choice: at 168 registers one more program fits than at 255.
-        by_choice = each.registers <= 168 and each.spills <= 64
+        by_choice = SPILLS_BY_CHOICE and each.registers <= 168 and each.spills <= 64
         check(replace(each, spills=0) if by_choice else each, tensor_core=None, pipelined=False)
     with compiling_for(capability) as compiled:
         softmax_pack(**EVERYTHING, kind="topk and rest", channels=classes)
