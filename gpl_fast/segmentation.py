@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
-from typing import Any, SupportsFloat, SupportsIndex, Unpack
+from typing import SupportsFloat, SupportsIndex, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch._guards import active_fake_mode
 
-from gpl_fast import parts, streams
+from gpl_fast import parts
 from gpl_fast.costs import Explanation
+from gpl_fast.device_copies import DeviceCopies
 from gpl_fast.explain import explain_segmentation
 from gpl_fast.input_checks import (
     as_class_weight,
@@ -90,8 +90,7 @@ class SegmentationLoss(nn.Module):
         self.class_weight = (
             None if class_weight is None else as_class_weight(class_weight, num_classes)
         )
-        # Copies on other devices: what of, its version, the copy.
-        self._class_weights: dict[torch.device, tuple[Tensor, int | None, Tensor]] = {}
+        self._copies = DeviceCopies()
 
     @property
     def label_smoothing(self) -> float:
@@ -126,7 +125,7 @@ class SegmentationLoss(nn.Module):
             mask=mask,
             gpl_weight=self.gpl_weight,
             ce_weight=self.ce_weight,
-            class_weight=self._class_weight_on(logits),
+            class_weight=self._copies.of("class_weight", self.class_weight, logits),
             label_smoothing=self.label_smoothing,
             gpl_ignore=self.gpl_ignore,
         )
@@ -134,25 +133,6 @@ class SegmentationLoss(nn.Module):
             self.gpl._looked = first_look(self.gpl.options, teacher=(teacher, mask))
         wanted = self.return_parts if return_parts is None else return_parts
         return found if wanted else parts.sum_of_parts(found)
-
-    def _class_weight_on(self, logits: object) -> Tensor | None:
-        """`class_weight` where the logits are: copying it at each step would stop a GPU."""
-        weight = self.class_weight
-        if torch.compiler.is_compiling() or weight is None or not isinstance(logits, Tensor):
-            return weight
-        device = logits.device
-        if weight.device == device or logits.is_meta or active_fake_mode() is not None:
-            return weight
-        version = None if weight.is_inference() else weight._version
-        made_of, made_at, copied = self._class_weights.get(device, (None, None, weight))
-        if made_of is not weight or made_at != version:  # none yet, or of other numbers
-            with streams.made_once(device, weight.dtype):
-                copied = weight.to(device)
-            self._class_weights[device] = weight, version, copied
-        return streams.read_here([copied])[0]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_class_weights": {}}
 
     def explain(
         self,

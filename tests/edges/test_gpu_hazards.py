@@ -386,12 +386,22 @@ def test_class_weights_are_copied_once_and_follow_a_change(monkeypatch):
     monkeypatch.setattr(streams, "made_once", lambda device, dtype: contextlib.nullcontext())
     monkeypatch.setattr(torch.Tensor, "to", lambda t, device: made.append(device) or t.clone())
     for _ in range(3):
-        assert total._class_weight_on(logits).tolist() == [1.0, 2.0, 3.0, 4.0]
+        assert total._copies.of("class_weight", total.class_weight, logits).tolist() == [
+            1.0,
+            2.0,
+            3.0,
+            4.0,
+        ]
     assert made == [logits.device]
     total.class_weight = torch.tensor([4.0, 3.0, 2.0, 1.0])
-    assert total._class_weight_on(logits).tolist() == [4.0, 3.0, 2.0, 1.0]
+    assert total._copies.of("class_weight", total.class_weight, logits).tolist() == [
+        4.0,
+        3.0,
+        2.0,
+        1.0,
+    ]
     total.class_weight.fill_(7.0)
-    assert total._class_weight_on(logits).tolist() == [7.0] * 4
+    assert total._copies.of("class_weight", total.class_weight, logits).tolist() == [7.0] * 4
     assert len(made) == 3
     with FakeTensorMode():  # whose tensors must not stay
-        assert total._class_weight_on(logits) is total.class_weight
+        assert total._copies.of("class_weight", total.class_weight, logits) is total.class_weight
