@@ -14,6 +14,8 @@ from gpl_fast.graphs import constant
 from gpl_fast.input_checks import as_float, as_float_dtype, as_int
 from gpl_fast.stages import ACTIVATIONS
 
+IgnoreIndex = SupportsIndex | Sequence[SupportsIndex] | None
+
 TARGET_ACTIVATIONS = ("auto", "same", *ACTIVATIONS)
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -35,7 +37,7 @@ class TermWords(TypedDict, total=False):
 class LabelWords(TermWords, total=False):
     """The same where labels may be the target."""
 
-    ignore_index: SupportsIndex | None
+    ignore_index: IgnoreIndex
 
 
 class OptionWords(LabelWords, total=False):
@@ -55,7 +57,7 @@ class Options:
     activation: str = "softmax"
     target_activation: str = "auto"
     temperature: float = 1.0
-    ignore_index: int | None = None
+    ignore_index: int | tuple[int, ...] | None = None
     reduction: str = "mean"
     compute_dtype: torch.dtype | None = None
     backend: str = "auto"
@@ -118,6 +120,12 @@ class Options:
             )
 
     @property
+    def ignored(self) -> tuple[int, ...]:
+        """`ignore_index`, as many as there are."""
+        index = self.ignore_index
+        return () if index is None else index if isinstance(index, tuple) else (index,)
+
+    @property
     def target(self) -> str:
         """Activation of a dense target."""
         own = self.target_activation not in ("auto", "same")
@@ -158,15 +166,23 @@ def refuse_unknown(taker: str, given: Iterable[str], known: Sequence[str]) -> No
         )
 
 
-def as_ignore_index(value: SupportsIndex | None) -> int | None:
-    """A label that does not count, or None.
+def as_ignore_index(value: IgnoreIndex) -> int | tuple[int, ...] | None:
+    """A label that does not count, several, or None.
 
     Raises:
         ValueError: not an integer of 64 bits.
     """
     if value is None:
         return None
-    index = as_int("ignore_index", value, "an integer, or None = ignore nothing")
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        several = tuple(dict.fromkeys(map(_as_label, value)))
+        return several if len(several) > 1 else several[0] if several else None
+    return _as_label(value)
+
+
+def _as_label(value: SupportsIndex | Sequence[SupportsIndex]) -> int:
+    expected = "an integer, several of them, or None = ignore nothing"
+    index = as_int("ignore_index", value, expected)  # type: ignore[arg-type]  # refused there
     if not -(2**63) <= index < 2**63:
         raise ValueError(
             f"ignore_index: got {index}, expected an integer that a label can hold, in "
