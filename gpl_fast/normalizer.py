@@ -21,14 +21,12 @@ class Normalizer(NamedTuple):
     images: float | Tensor | None
 
 
-def as_normalizer(given: NormalizerLike | None, reduction: str) -> Normalizer | None:
+def as_normalizer(given: NormalizerLike, reduction: str) -> Normalizer:
     """A number of pixels, or of pixels and images: two of them, or a tensor (2,).
 
     Raises:
         TypeError, ValueError: anything else; a `reduction` that divides by counts of its own.
     """
-    if given is None:
-        return None
     if reduction != "mean":
         raise ValueError(
             f"normalizer: got one with reduction={reduction!r}, expected reduction='mean', whose "

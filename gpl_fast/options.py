@@ -62,6 +62,8 @@ class Options:
     compute_dtype: torch.dtype | None = None
     backend: str = "auto"
     workspace_mb: float | str = "auto"
+    # `ignore_index`, as many as there are.
+    ignored: tuple[int, ...] = field(init=False, repr=False, compare=False)
     # The numbers as text, on which torch.compile guards: a float that differs between two losses
     # becomes a symbol in the second one's graph, which no constant can be made of.
     texts: Mapping[str, str] = field(init=False, repr=False, compare=False)
@@ -82,7 +84,9 @@ class Options:
             if megabytes <= 0:
                 raise ValueError(f"workspace_mb: got {self.workspace_mb!r}, expected {expected}")
             self._set("workspace_mb", megabytes)
-        self._set("ignore_index", as_ignore_index(self.ignore_index))
+        ignored = as_ignored(self.ignore_index)
+        self._set("ignored", ignored)
+        self._set("ignore_index", ignored if len(ignored) > 1 else ignored[0] if ignored else None)
         self._set("compute_dtype", as_float_dtype("compute_dtype", self.compute_dtype))
         numbers = {"temperature": self.temperature, "workspace_mb": self.workspace_mb}
         self._set("texts", {name: str(number) for name, number in numbers.items()})
@@ -118,12 +122,6 @@ class Options:
                 "activation: got 'softmax' with in_channels=1, whose softmax is constant 1; "
                 "expected activation='sigmoid' (masks from logits) or 'none' (depth, probabilities)"
             )
-
-    @property
-    def ignored(self) -> tuple[int, ...]:
-        """`ignore_index`, as many as there are."""
-        index = self.ignore_index
-        return () if index is None else index if isinstance(index, tuple) else (index,)
 
     @property
     def target(self) -> str:
@@ -166,18 +164,16 @@ def refuse_unknown(taker: str, given: Iterable[str], known: Sequence[str]) -> No
         )
 
 
-def as_ignore_index(value: IgnoreIndex) -> int | tuple[int, ...] | None:
-    """A label that does not count, several, or None.
+def as_ignored(value: IgnoreIndex) -> tuple[int, ...]:
+    """The labels that do not count: none, one, or several.
 
     Raises:
         ValueError: not an integer of 64 bits.
     """
     if value is None:
-        return None
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        several = tuple(dict.fromkeys(map(_as_label, value)))
-        return several if len(several) > 1 else several[0] if several else None
-    return _as_label(value)
+        return ()
+    given = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    return tuple(dict.fromkeys(map(_as_label, given)))
 
 
 def _as_label(value: SupportsIndex | Sequence[SupportsIndex]) -> int:

@@ -56,7 +56,7 @@ def segmentation_parts(
     normalizer: NormalizerLike | None = None,
 ) -> dict[str, Tensor]:
     """The weighted terms of `functional.segmentation_loss`: ``{"loss_ce", "loss_gpl"}``."""
-    divisor = as_normalizer(normalizer, o.reduction)
+    divisor = None if normalizer is None else as_normalizer(normalizer, o.reduction)
     checked, given = resolve_labels(labels, mask, logits, net, o)
     logits = reference.input_edge(logits)
     with no_autocast(logits):
