@@ -114,16 +114,9 @@ class SegmentationLoss(nn.Module):
     ) -> Tensor | dict[str, Tensor]:
         """The total for `logits` (N, C, h, w); see `functional.segmentation_loss`."""
         found = parts.segmentation_parts(
-            logits,
-            labels,
-            self.net,
-            self.gpl.taps,
-            self.gpl.options,
-            self._terms(logits),
-            teacher=teacher,
-            mask=mask,
-            normalizer=normalizer,
-        )
+            logits, labels, self.net, self.gpl.taps, self.gpl.options, self._terms(logits),
+            teacher=teacher, mask=mask, normalizer=normalizer,
+        )  # fmt: skip
         if not (torch.compiler.is_compiling() or self.gpl._looked):
             self.gpl._looked = first_look(self.gpl.options, teacher=(teacher, mask))
         wanted = self.return_parts if return_parts is None else return_parts
@@ -167,15 +160,9 @@ class SegmentationLoss(nn.Module):
             ValueError: one of the gradients is 0 or not finite.
         """
         norms = segmentation_norms(
-            logits,
-            labels,
-            self.net,
-            self.gpl.taps,
-            self.gpl.options,
-            self._terms(logits)._replace(gpl_weight=1.0),
-            teacher=teacher,
-            mask=mask,
-        )
+            logits, labels, self.net, self.gpl.taps, self.gpl.options,
+            self._terms(logits)._replace(gpl_weight=1.0), teacher=teacher, mask=mask,
+        )  # fmt: skip
         return weight_for(share, norms["loss_ce"], norms["loss_gpl"])
 
     def explain(
@@ -194,18 +181,9 @@ class SegmentationLoss(nn.Module):
         norm the perceptual term's gradient has beside the cross-entropy's, which is computed.
         """
         return explain_segmentation(
-            self,
-            self.net,
-            self.gpl.options,
-            self._terms(logits),
-            logits,
-            labels,
-            teacher=teacher,
-            mask=mask,
-            taps=self.gpl.taps,
-            architecture=architecture,
-            ratio=ratio,
-        )
+            self, self.net, self.gpl.options, self._terms(logits), logits, labels,
+            teacher=teacher, mask=mask, taps=self.gpl.taps, architecture=architecture, ratio=ratio,
+        )  # fmt: skip
 
     def encode(self, teacher: TargetMap, mask: Tensor | None = None) -> TargetFeatures:
         """φ(teacher), to be used as `teacher`; see `functional.encode`."""
