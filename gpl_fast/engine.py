@@ -13,6 +13,7 @@ from torch import Tensor
 from gpl_fast import backend as backends
 from gpl_fast import reference
 from gpl_fast.fast import operator
+from gpl_fast.layer_weights import check_channels
 from gpl_fast.net.lossnet import LossNet
 from gpl_fast.options import Options
 from gpl_fast.precision import accumulation_dtype, has_autocast, no_autocast
@@ -73,6 +74,8 @@ def _fast(
     for name in weights.styles:
         if name in style_features:
             tensors[f"gram.{name}"] = reference.gram(style_features[name].detach().float())
+    for name, c in weights.channels.items():
+        tensors[f"weight.{name}"] = c.to(pred.device, torch.float32)
     smoothing = None
     if cross_entropy is not None:
         smoothing = cross_entropy.label_smoothing
@@ -104,9 +107,12 @@ def _reference(
         wide = pred.to(torch.promote_types(acc, dtype))
         y = reference.prediction_map(wide, o.activation, o.constant_temperature, target.valid)
         y = net.network_input(y, target.valid)
+        check_channels(weights, e_target)
+        channels = {name: c.to(pred.device) for name, c in weights.channels.items()}
         parts = reference.perceptual_terms(
-            y, net.features, e_target, e_style, weights.features, weights.styles, dtype
-        )
+            y, net.features, e_target, e_style, weights.features, weights.styles, dtype,
+            distance=weights.distance, channels=channels,
+        )  # fmt: skip
     seen = _seen(target, style_target)
     return parts["feature"].to(acc) + seen, parts["style"].to(acc) + seen
 
@@ -189,6 +195,7 @@ def describe(
         by,
         features=tuple(weights.features.items()),
         styles=tuple(weights.styles.items()),
+        distance=weights.distance.text,
         kind=target.kind,
         activation=o.target if encode else o.activation,
         target_activation=o.target,

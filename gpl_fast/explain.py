@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -40,8 +39,7 @@ def explain(
     target: TargetLike,
     mask: Tensor | None,
     *,
-    features: Mapping[str, float],
-    styles: Mapping[str, float] = MappingProxyType({}),
+    weights: Weights,
     style_target: TargetLike | None = None,
     tv_weight: float = 0.0,
     architecture: str | None = None,
@@ -54,7 +52,7 @@ def explain(
         pred: (N, C, H, W); its values are not looked at. On "meta" it stands for one on the default
             device.
         target, mask, style_target: what the loss takes.
-        features, styles, tv_weight: its weights.
+        weights, tv_weight: its own.
         architecture: who computes there, instead of on the prediction's device: "sm_90", "avx2",
             "avx512", "avx512_bf16", "amx" and so on.
 
@@ -66,7 +64,7 @@ def explain(
     if style_target is not None:
         inputs["style_target"] = style_target
     planned = Planned(
-        loss, net, o, pred, resolved, mask, inputs, features, styles, architecture=architecture
+        loss, net, o, pred, resolved, mask, inputs, weights, architecture=architecture
     )
     found = planned.explain()
     if tv_weight and found.backend == "fast":  # which leaves the total variation to PyTorch
@@ -88,7 +86,7 @@ def explain_segmentation(
     *,
     teacher: TargetLike | None,
     mask: Tensor | None,
-    taps: Mapping[str, float],
+    taps: Weights,
     architecture: str | None = None,
     ratio: bool = False,
 ) -> Explanation:
@@ -102,8 +100,8 @@ def explain_segmentation(
     inputs = {"logits": logits, "labels": labels, "teacher": teacher, "mask": mask}
     shared = s.label_smoothing if s.ce_weight and s.gpl_weight else None
     found = Planned(
-        loss, net, o, full, target, mask, inputs, taps if s.gpl_weight else {}, {}, shared,
-        resized=full is not logits, architecture=architecture,
+        loss, net, o, full, target, mask, inputs, taps if s.gpl_weight else Weights({}, {}),
+        shared, resized=full is not logits, architecture=architecture,
     ).explain()  # fmt: skip
     if not ratio:
         return found
@@ -126,8 +124,7 @@ class Planned:
     target: Target
     mask: Tensor | None
     inputs: Mapping[str, Any]
-    features: Mapping[str, float]
-    styles: Mapping[str, float]
+    weights: Weights
     label_smoothing: float | None = None
     resized: bool = False
     architecture: str | None = None
@@ -136,7 +133,7 @@ class Planned:
         dtype = engine.compute_dtype(self.pred, self.target, self.o)
         wide = torch.float64 if self.pred.dtype == torch.float64 else dtype
         choice = self._choice(wide)
-        if not (self.features or self.styles):
+        if not self.taps:
             choice = Choice("reference", "no feature has a weight")
         if choice.name == "fast":
             return self._fast(dtype, choice)
@@ -161,7 +158,7 @@ class Planned:
 
     @property
     def taps(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*self.features, *self.styles)))
+        return tuple(dict.fromkeys((*self.weights.features, *self.weights.styles)))
 
     def _seen_inputs(self) -> dict[str, Any]:
         # On CUDA labels and indices out of range make a mask of their own; meta tensors are like
@@ -174,12 +171,11 @@ class Planned:
 
     def _fast(self, dtype: torch.dtype, choice: Choice) -> Explanation:
         o, target = self.o, self.target
-        weights = Weights(self.features, self.styles)
-        names = tuple(target.tensors(dtype))
+        names = (*target.tensors(dtype), *(f"weight.{name}" for name in self.weights.channels))
         if self.label_smoothing is not None and "labels" not in names:
             names += ("ce_labels",)
         text = engine.describe(
-            self.net, o, target, weights, self.device, dtype, names, self.label_smoothing,
+            self.net, o, target, self.weights, self.device, dtype, names, self.label_smoothing,
             by=self.architecture,
         )  # fmt: skip
         n, c, height, width = self.pred.shape

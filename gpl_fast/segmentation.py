@@ -114,8 +114,8 @@ class SegmentationLoss(nn.Module):
     ) -> Tensor | dict[str, Tensor]:
         """The total for `logits` (N, C, h, w); see `functional.segmentation_loss`."""
         found = parts.segmentation_parts(
-            logits, labels, self.net, self.gpl.taps, self.gpl.options, self._terms(logits),
-            teacher=teacher, mask=mask, normalizer=normalizer,
+            logits, labels, self.net, self.gpl.weights.on(logits), self.gpl.options,
+            self._terms(logits), teacher=teacher, mask=mask, normalizer=normalizer,
         )  # fmt: skip
         if not (torch.compiler.is_compiling() or self.gpl._looked):
             self.gpl._looked = first_look(self.gpl.options, teacher=(teacher, mask))
@@ -160,7 +160,7 @@ class SegmentationLoss(nn.Module):
             ValueError: one of the gradients is 0 or not finite.
         """
         norms = segmentation_norms(
-            logits, labels, self.net, self.gpl.taps, self.gpl.options,
+            logits, labels, self.net, self.gpl.weights.on(logits), self.gpl.options,
             self._terms(logits)._replace(gpl_weight=1.0), teacher=teacher, mask=mask,
         )  # fmt: skip
         return weight_for(share, norms["loss_ce"], norms["loss_gpl"])
@@ -182,7 +182,8 @@ class SegmentationLoss(nn.Module):
         """
         return explain_segmentation(
             self, self.net, self.gpl.options, self._terms(logits), logits, labels,
-            teacher=teacher, mask=mask, taps=self.gpl.taps, architecture=architecture, ratio=ratio,
+            teacher=teacher, mask=mask, taps=self.gpl.weights.on(logits),
+            architecture=architecture, ratio=ratio,
         )  # fmt: skip
 
     def encode(self, teacher: TargetMap, mask: Tensor | None = None) -> TargetFeatures:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple, Self, SupportsFloat
 
 from torch import Tensor
 
+from gpl_fast.distance import Distance
 from gpl_fast.input_checks import (
     as_class_weight,
     as_label_smoothing,
@@ -16,10 +18,16 @@ from gpl_fast.input_checks import (
 
 
 class Weights(NamedTuple):
-    """The weight of each layer that is compared, by name; none of them is 0."""
+    """The weight of each layer that is compared, by name; none of them is 0.
+
+    ``distance`` says how; ``channels`` are (C_b,) floating: the weights of a layer's channels,
+    multiplied with its number in ``features``.
+    """
 
     features: Mapping[str, float]
     styles: Mapping[str, float]
+    distance: Distance = Distance()
+    channels: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class CrossEntropy(NamedTuple):
