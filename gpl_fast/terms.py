@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -26,11 +27,39 @@ class CrossEntropy(NamedTuple):
     label_smoothing: float
 
 
+class BinaryCrossEntropy(NamedTuple):
+    """The same of labels of single elements.
+
+    ``labels`` (N, C, H, W) uint8: 0, 1, or 2 = does not count; ``class_weight``, ``pos_weight``
+    (C,) float32 or None; ``mask`` (N, H, W) float32 by which a pixel's elements count, or None.
+    """
+
+    labels: Tensor
+    class_weight: Tensor | None
+    pos_weight: Tensor | None
+    label_smoothing: float
+    mask: Tensor | None = None
+
+    def to(self, dtype: torch.dtype) -> BinaryCrossEntropy:
+        """With weights in `dtype`."""
+        of_class, of_ones = self.class_weight, self.pos_weight
+        return self._replace(
+            class_weight=None if of_class is None else of_class.to(dtype),
+            pos_weight=None if of_ones is None else of_ones.to(dtype),
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the fast path reads, by name, but the class weights."""
+        pos_weight = None if self.pos_weight is None else self.pos_weight.float()
+        named = {"multi_hot": self.labels, "pos_weight": pos_weight, "ce_mask": self.mask}
+        return {name: t for name, t in named.items() if t is not None}
+
+
 class Terms(NamedTuple):
     """Of each image, (N,) float32, float64 for a float64 prediction.
 
-    ``cross_entropy`` is the sum over the pixels that count, ``normalizer`` that of their weights;
-    None where none was asked for.
+    ``cross_entropy`` is the sum over the pixels that count, ``normalizer`` that of their weights,
+    of a binary one over the elements and how many these are; None where none was asked for.
     """
 
     feature: Tensor
