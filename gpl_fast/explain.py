@@ -28,7 +28,7 @@ from gpl_fast.targets import (
     resolve_target,
     resolve_teacher,
 )
-from gpl_fast.terms import Weights
+from gpl_fast.terms import Segmentation, Weights
 
 
 def explain(
@@ -81,16 +81,13 @@ def explain_segmentation(
     loss: nn.Module,
     net: LossNet,
     o: Options,
+    s: Segmentation,
     logits: Tensor,
     labels: Tensor,
+    *,
     teacher: TargetLike | None,
     mask: Tensor | None,
-    *,
     taps: Mapping[str, float],
-    gpl_weight: float,
-    ce_weight: float,
-    label_smoothing: float,
-    gpl_ignore: bool | str,
     architecture: str | None = None,
 ) -> Explanation:
     """`explain` for a loss with a cross-entropy; see `functional.segmentation_loss`."""
@@ -99,11 +96,11 @@ def explain_segmentation(
     full = logits
     if size != tuple(logits.shape[2:]):  # as large, and without memory
         full = logits.new_empty(()).expand(*logits.shape[:2], *size)
-    target = resolve_teacher(teacher, checked, given, full, o, gpl_ignore)
+    target = resolve_teacher(teacher, checked, given, full, o, s.gpl_ignore)
     inputs = {"logits": logits, "labels": labels, "teacher": teacher, "mask": mask}
-    shared = label_smoothing if ce_weight and gpl_weight else None
+    shared = s.label_smoothing if s.ce_weight and s.gpl_weight else None
     return Planned(
-        loss, net, o, full, target, mask, inputs, taps if gpl_weight else {}, {}, shared,
+        loss, net, o, full, target, mask, inputs, taps if s.gpl_weight else {}, {}, shared,
         resized=full is not logits, architecture=architecture,
     ).explain()  # fmt: skip
 
