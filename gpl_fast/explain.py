@@ -24,9 +24,7 @@ from gpl_fast.options import Options
 from gpl_fast.targets import (
     Target,
     TargetLike,
-    resolve_labels,
     resolve_target,
-    resolve_teacher,
 )
 from gpl_fast.terms import Segmentation, Weights
 
@@ -91,17 +89,19 @@ def explain_segmentation(
     architecture: str | None = None,
 ) -> Explanation:
     """`explain` for a loss with a cross-entropy; see `functional.segmentation_loss`."""
-    checked, given = resolve_labels(labels, mask, logits, net, o)
-    size = tuple(checked.shape[1:])
+    resolve, compared = parts.segmentation_resolvers(s)
+    checked, given = resolve(labels, mask, logits, net, o)
+    size = tuple(checked.shape[-2:])
     full = logits
     if size != tuple(logits.shape[2:]):  # as large, and without memory
         full = logits.new_empty(()).expand(*logits.shape[:2], *size)
-    target = resolve_teacher(teacher, checked, given, full, o, s.gpl_ignore)
+    target = compared(teacher, checked, given, full, o, s.gpl_ignore)
     inputs = {"logits": logits, "labels": labels, "teacher": teacher, "mask": mask}
     shared = s.label_smoothing if s.ce_weight and s.gpl_weight else None
+    kept = s.by_element and (shared is not None or target.elements is not None)
     return Planned(
         loss, net, o, full, target, mask, inputs, taps if s.gpl_weight else {}, {}, shared,
-        resized=full is not logits, architecture=architecture,
+        multi_hot=checked if kept else None, resized=full is not logits, architecture=architecture,
     ).explain()  # fmt: skip
 
 
@@ -110,6 +110,7 @@ class Planned:
     """A call of a loss with checked arguments, to be counted.
 
     ``label_smoothing``: of the cross-entropy that shares the fast path's passes, or None;
+    ``multi_hot``: labels of elements (N, C, H, W) uint8 that the fast path keeps, or None;
     ``resized``: the prediction is a map that the loss makes; ``architecture``: see `explain`.
     """
 
@@ -123,6 +124,7 @@ class Planned:
     features: Mapping[str, float]
     styles: Mapping[str, float]
     label_smoothing: float | None = None
+    multi_hot: Tensor | None = None
     resized: bool = False
     architecture: str | None = None
 
@@ -169,8 +171,11 @@ class Planned:
     def _fast(self, dtype: torch.dtype, choice: Choice) -> Explanation:
         o, target = self.o, self.target
         weights = Weights(self.features, self.styles)
-        names = tuple(target.tensors(dtype))
-        if self.label_smoothing is not None and "labels" not in names:
+        tensors = target.tensors(dtype)
+        names = tuple(name for name in tensors if tensors[name] is not self.multi_hot)
+        if self.multi_hot is not None:
+            names += ("multi_hot",)
+        elif self.label_smoothing is not None and "labels" not in names:
             names += ("ce_labels",)
         text = engine.describe(
             self.net, o, target, weights, self.device, dtype, names, self.label_smoothing,
@@ -182,7 +187,9 @@ class Planned:
         total = planned.bytes_saved()
         if target.valid is not None and not _same_memory(target.valid, self.mask):
             total += target.valid.numel()
-        if self.label_smoothing is not None:
+        if self.multi_hot is not None:
+            total += self.multi_hot.numel()
+        elif self.label_smoothing is not None:
             total += n * height * width * label_dtype(c).itemsize
         if self.resized:
             total += self.pred.numel() * self.pred.element_size()

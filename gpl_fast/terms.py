@@ -62,6 +62,21 @@ class BinaryCrossEntropy(NamedTuple):
         return {name: t for name, t in named.items() if t is not None}
 
 
+def activation_of(mode: str, given: object) -> str:
+    """The prediction's in a segmentation of this mode.
+
+    Raises:
+        ValueError: another one than the mode has.
+    """
+    usual = "softmax" if mode == "multiclass" else "sigmoid"
+    if mode != "multiclass" and given not in (None, "sigmoid"):
+        raise ValueError(
+            f"activation: got {given!r} with mode={mode!r}, where each class is by itself, "
+            "expected 'sigmoid', or mode='multiclass'"
+        )
+    return usual if given is None else str(given)
+
+
 class Segmentation(NamedTuple):
     """How a segmentation's two terms are made and weighed, checked; see `SegmentationLoss`."""
 
@@ -70,6 +85,13 @@ class Segmentation(NamedTuple):
     class_weight: Tensor | None  # (C,) float32
     label_smoothing: float
     gpl_ignore: bool | str
+    mode: str = "multiclass"
+    pos_weight: Tensor | None = None  # (C,) float32
+
+    @property
+    def by_element(self) -> bool:
+        """Whether each class has labels of its own."""
+        return self.mode != "multiclass"
 
     @classmethod
     def of(
@@ -81,6 +103,8 @@ class Segmentation(NamedTuple):
         class_weight: Tensor | Iterable[SupportsFloat] | None,
         label_smoothing: SupportsFloat,
         gpl_ignore: bool | str,
+        mode: str = "multiclass",
+        pos_weight: Tensor | Iterable[SupportsFloat] | None = None,
         look: bool = True,
     ) -> Self:
         """What was given for C classes, checked; of a class weight the numbers only with `look`.
@@ -88,7 +112,12 @@ class Segmentation(NamedTuple):
         Raises:
             ValueError: an argument outside of what `SegmentationLoss` lists.
         """
-        as_num_classes(channels)
+        as_num_classes(channels, mode)
+        if mode == "multiclass" and pos_weight is not None:
+            raise ValueError(
+                "pos_weight: got one with mode='multiclass', expected class_weight, or "
+                "mode='binary' or 'multilabel', where labels are positive or negative"
+            )
         if not (gpl_ignore == "auto" or isinstance(gpl_ignore, bool)):
             raise ValueError(f"gpl_ignore: got {gpl_ignore!r}, expected 'auto', True or False")
         return cls(
@@ -97,6 +126,10 @@ class Segmentation(NamedTuple):
             None if class_weight is None else as_class_weight(class_weight, channels, look),
             as_label_smoothing(label_smoothing),
             gpl_ignore,
+            mode,
+            None
+            if pos_weight is None
+            else as_class_weight(pos_weight, channels, look, "pos_weight"),
         )
 
 

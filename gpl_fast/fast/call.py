@@ -17,7 +17,7 @@ from torch import Tensor
 from gpl_fast.net.steps import Chain, Step
 
 # What the backward reads of the target's tensors.
-KEPT = ("valid", "ce_labels", "class_weight", "pos_weight", "multi_hot")
+KEPT = ("valid", "ce_labels", "class_weight", "pos_weight", "multi_hot", "ce_mask")
 LOOKED_UP = ("labels", "topk")  # kinds that enter the first convolution as rows of a table
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from gpl_fast import reference
 from gpl_fast.options import Options
 from gpl_fast.targets import values
+from gpl_fast.targets.labels import given_labels
 from gpl_fast.targets.target import Target
 
 IGNORED = 2
@@ -66,7 +67,7 @@ def _look(labels: Tensor, mask: Tensor | None, ignored: Sequence[int]) -> Tensor
         raise ValueError(
             f"labels: got {int(wrong.sum())} elements that are neither 0 nor 1, such as "
             f"{found[:5].tolist()}, expected 0 and 1"
-            + (f" or ignore_index={_text(ignored)}" if ignored else "")
+            + (f" or ignore_index={given_labels(ignored)}" if ignored else "")
             + "; pass ignore_index= for elements that do not count, or mask= for pixels; soft "
             "labels go to teacher= with target_activation='none'"
         )
@@ -80,10 +81,6 @@ def _holds(dtype: torch.dtype, label: int) -> bool:
         return dtype != torch.bool or label in (0, 1)
     limits = torch.iinfo(dtype)
     return limits.min <= label <= limits.max
-
-
-def _text(ignored: Sequence[int]) -> str:
-    return str(ignored[0] if len(ignored) == 1 else tuple(ignored))
 
 
 def _fake(labels: Tensor, mask: Tensor | None, ignored: Sequence[int]) -> Tensor:
