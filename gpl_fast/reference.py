@@ -417,14 +417,14 @@ def binary_cross_entropy(
         mask: (N, H, W) by which a pixel's losses and elements are multiplied, or None.
     """
     counts = (labels != 2).to(logits.dtype)
-    element = F.binary_cross_entropy_with_logits(
-        # Zeroed first: an ignored NaN logit would reach the gradient as NaN times 0.
-        zero_ignored(logits, labels),
-        multi_hot(labels, logits.dtype) * (1 - label_smoothing) + label_smoothing / 2,
-        weight=None if class_weight is None else class_weight.view(-1, 1, 1),
-        pos_weight=None if pos_weight is None else pos_weight.view(-1, 1, 1),
-        reduction="none",
-    )
+    y = multi_hot(labels, logits.dtype) * (1 - label_smoothing) + label_smoothing / 2
+    # Zeroed first: an ignored NaN logit would reach the gradient as NaN times 0.
+    x = zero_ignored(logits, labels)
+    positive = y if pos_weight is None else pos_weight.view(-1, 1, 1) * y
+    # Two terms >= 0: F.binary_cross_entropy_with_logits cancels where x is far below 0.
+    element = -(positive * F.logsigmoid(x) + (1 - y) * F.logsigmoid(-x))
+    if class_weight is not None:
+        element = class_weight.view(-1, 1, 1) * element
     if mask is not None:
         counts = counts * mask.to(logits.dtype).unsqueeze(1)
     return (element * counts).sum(dim=(1, 2, 3)), counts.sum(dim=(1, 2, 3))

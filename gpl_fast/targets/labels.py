@@ -66,12 +66,16 @@ class LabelTarget(Target):
         return super().tensors(dtype) | {"labels": labels - 1 if self.channels == 1 else labels}
 
 
-def label_plane(labels: Tensor, channels: int, multi_hot: str = "here") -> Tensor:
+def label_plane(
+    labels: Tensor,
+    channels: int,
+    multi_hot: str = "give labels.float() with activation='sigmoid', target_activation='none'",
+) -> Tensor:
     """Labels (N, H, W) or (N, 1, H, W) -> (N, H, W).
 
     Args:
         channels: C.
-        multi_hot: where maps of several classes at a pixel may be given instead.
+        multi_hot: the way out of maps of several classes at a pixel.
 
     Raises:
         ValueError: another shape; one-hot labels, with the way out.
@@ -80,9 +84,8 @@ def label_plane(labels: Tensor, channels: int, multi_hot: str = "here") -> Tenso
         raise ValueError(
             f"labels: got {tuple(labels.shape)}, a map for each class, expected class indices "
             "(N, H, W): of one-hot maps use labels.argmax(dim=1); of multi-hot maps (several "
-            f"classes at a pixel) argmax would lose some: give labels.float() {multi_hot}"
-            " with activation='sigmoid', target_activation='none'; of images or other values give "
-            ".float(), divided by 255 if that is their range"
+            f"classes at a pixel) argmax would lose some: {multi_hot}; of images or other values "
+            "give .float(), divided by 255 if that is their range"
         )
     if labels.dim() not in (3, 4) or (labels.dim() == 4 and labels.shape[1] != 1):
         way_out = "one image: use labels.unsqueeze(0)"
@@ -114,8 +117,7 @@ def segmentation_labels(labels: object, channels: int, logits: Tensor | None = N
             f"labels: got {labels.dtype}, expected integers (N, H, W); use labels.long(), or "
             "teacher= for soft targets"
         )
-    multi_hot = "to GenericPerceptualLoss, beside a binary cross-entropy,"
-    labels = label_plane(labels, channels, multi_hot)
+    labels = label_plane(labels, channels, "use mode='multilabel'")
     if logits is not None:
         check_beside_logits(labels, logits)
     return labels
