@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gpl_fast import backend as backends
 from gpl_fast import engine, parts
 from gpl_fast.backend import Choice
+from gpl_fast.balance import ratios, segmentation_norms
 from gpl_fast.costs import Explanation, layer_costs, run_on_meta
 from gpl_fast.fast.call import LOOKED_UP, read
 from gpl_fast.fast.operator import label_dtype
@@ -87,6 +88,7 @@ def explain_segmentation(
     mask: Tensor | None,
     taps: Mapping[str, float],
     architecture: str | None = None,
+    ratio: bool = False,
 ) -> Explanation:
     """`explain` for a loss with a cross-entropy; see `functional.segmentation_loss`."""
     resolve, compared = parts.segmentation_resolvers(s)
@@ -99,10 +101,14 @@ def explain_segmentation(
     inputs = {"logits": logits, "labels": labels, "teacher": teacher, "mask": mask}
     shared = s.label_smoothing if s.ce_weight and s.gpl_weight else None
     kept = s.by_element and (shared is not None or target.elements is not None)
-    return Planned(
+    found = Planned(
         loss, net, o, full, target, mask, inputs, taps if s.gpl_weight else {}, {}, shared,
         multi_hot=checked if kept else None, resized=full is not logits, architecture=architecture,
     ).explain()  # fmt: skip
+    if not ratio:
+        return found
+    norms = segmentation_norms(logits, labels, net, taps, o, s, teacher=teacher, mask=mask)
+    return replace(found, ratio=ratios(norms))
 
 
 @dataclass(frozen=True)

@@ -79,8 +79,7 @@ def segmentation_loss(
 
     Args:
         logits: (N, C, h, w) floating; resized bilinearly to the labels' size if smaller.
-        labels: (N, H, W) or (N, 1, H, W) integer; in mode "binary" of 0, 1 and ignored ones, in
-            "multilabel" such (N, C, H, W), and there of any dtype.
+        labels: (N, H, W) or (N, 1, H, W) integer; in mode "multilabel" (N, C, H, W).
         net: the frozen network, ``net.in_channels == C``.
         teacher: what `generic_perceptual_loss` takes as a target; None = the labels.
         mask: (N, H, W) or (N, 1, H, W) bool, True = valid, for both terms.

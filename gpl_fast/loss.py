@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import SupportsFloat, SupportsIndex
 
 import torch
@@ -138,13 +139,15 @@ class GenericPerceptualLoss(nn.Module):
         target: TargetLike,
         mask: Tensor | None = None,
         architecture: str | None = None,
+        ratio: bool = False,
     ) -> Explanation:
         """Which backend would run and why, FLOPs, bytes saved, workspace; print it.
 
         Nothing is computed. Meta tensors stand for tensors of the default device; another
-        `architecture` than theirs goes by its name, such as "sm_90" or "avx2".
+        `architecture` than theirs goes by its name, such as "sm_90" or "avx2". `ratio` asks for
+        norms of gradients of one part beside another's; there is one here.
         """
-        return explain(
+        found = explain(
             self,
             self.net,
             self.options,
@@ -154,6 +157,7 @@ class GenericPerceptualLoss(nn.Module):
             features=self.taps,
             architecture=architecture,
         )
+        return replace(found, ratio={}) if ratio else found
 
     def extra_repr(self) -> str:
         last = {self.net.levels[-1]: 1.0}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gpl_fast import parts
+from gpl_fast.balance import segmentation_norms, weight_for
 from gpl_fast.costs import Explanation
 from gpl_fast.device_copies import DeviceCopies
 from gpl_fast.explain import explain_segmentation
@@ -123,16 +124,9 @@ class SegmentationLoss(nn.Module):
     ) -> Tensor | dict[str, Tensor]:
         """The total for `logits` (N, C, h, w); see `functional.segmentation_loss`."""
         found = parts.segmentation_parts(
-            logits,
-            labels,
-            self.net,
-            self.gpl.taps,
-            self.gpl.options,
-            self._terms(logits),
-            teacher=teacher,
-            mask=mask,
-            normalizer=normalizer,
-        )
+            logits, labels, self.net, self.gpl.taps, self.gpl.options, self._terms(logits),
+            teacher=teacher, mask=mask, normalizer=normalizer,
+        )  # fmt: skip
         if not (torch.compiler.is_compiling() or self.gpl._looked):
             self.gpl._looked = first_look(self.gpl.options, teacher=(teacher, mask))
         wanted = self.return_parts if return_parts is None else return_parts
@@ -160,6 +154,29 @@ class SegmentationLoss(nn.Module):
             labels, mask, self.net.in_channels, self.gpl.options, self._terms(labels)
         )
 
+    def suggest_weight(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        teacher: TargetLike | None = None,
+        mask: Tensor | None = None,
+        share: SupportsFloat = 0.1,
+    ) -> float:
+        """The `gpl_weight` at which the perceptual term's gradient by these logits has `share` of
+        the norm of the cross-entropy's, both with reduction "mean".
+
+        Some batches of a network that has begun to learn say more than one of an untrained one.
+        Works under `torch.no_grad` and `torch.inference_mode`, and synchronises with a GPU.
+
+        Raises:
+            ValueError: one of the gradients is 0 or not finite.
+        """
+        norms = segmentation_norms(
+            logits, labels, self.net, self.gpl.taps, self.gpl.options,
+            self._terms(logits)._replace(gpl_weight=1.0), teacher=teacher, mask=mask,
+        )  # fmt: skip
+        return weight_for(share, norms["loss_ce"], norms["loss_gpl"])
+
     def explain(
         self,
         logits: Tensor,
@@ -167,24 +184,18 @@ class SegmentationLoss(nn.Module):
         teacher: TargetLike | None = None,
         mask: Tensor | None = None,
         architecture: str | None = None,
+        ratio: bool = False,
     ) -> Explanation:
         """Which backend would run and why, FLOPs, bytes saved, workspace; print it.
 
         Nothing is computed. Meta tensors stand for tensors of the default device; another
-        `architecture` than theirs goes by its name, such as "sm_90" or "avx2".
+        `architecture` than theirs goes by its name, such as "sm_90" or "avx2". With `ratio`, what
+        norm the perceptual term's gradient has beside the cross-entropy's, which is computed.
         """
         return explain_segmentation(
-            self,
-            self.net,
-            self.gpl.options,
-            self._terms(logits),
-            logits,
-            labels,
-            teacher=teacher,
-            mask=mask,
-            taps=self.gpl.taps,
-            architecture=architecture,
-        )
+            self, self.net, self.gpl.options, self._terms(logits), logits, labels,
+            teacher=teacher, mask=mask, taps=self.gpl.taps, architecture=architecture, ratio=ratio,
+        )  # fmt: skip
 
     def encode(self, teacher: TargetMap, mask: Tensor | None = None) -> TargetFeatures:
         """φ(teacher), to be used as `teacher`; see `functional.encode`."""

@@ -93,12 +93,18 @@ def test_losses_are_exact_relative_to_themselves(stages):
         assert (ours[~normal] <= 1e-37).all()
 
 
+INFINITE = torch.tensor([float("inf"), -float("inf"), 3e38, -3e38]).view(1, 1, 1, 4)
+
+
 @FWD
-@BWD
 def test_infinite_logits_of_the_right_sign_cost_nothing(stages):
-    x = torch.tensor([float("inf"), -float("inf"), 3e38, -3e38]).view(1, 1, 1, 4)
-    labels = torch.tensor([1, 0, 1, 0]).byte().view(1, 1, 1, 4)
-    assert torch.equal(forward(stages, x, labels), torch.tensor([[[0.0, 4.0]]]).double())
+    labels = (INFINITE > 0).byte()
+    assert torch.equal(forward(stages, INFINITE, labels), torch.tensor([[[0.0, 4.0]]]).double())
+
+
+@BWD
+def test_infinite_logits_have_gradients_of_zero_and_one(stages):
+    x, labels = INFINITE, (INFINITE > 0).byte()
     assert not backward(stages, x, labels, torch.zeros_like(x)).any()
     wrong = backward(stages, x, 1 - labels, torch.zeros_like(x), ce_scale=torch.ones(1))
     assert torch.equal(wrong.flatten(), torch.tensor([1.0, -1.0, 1.0, -1.0]))
@@ -176,6 +182,19 @@ def test_strips_equal_the_whole(stages):
         backward(stages, x, labels, dx, strip=(r0, count), **how)
     assert torch.equal(whole, rows)
     assert torch.equal(dx, all_dx)
+
+
+@BWD
+def test_strips_of_the_gradient(stages):
+    for kind in LAYOUTS:
+        x = layout(torch.randn(2, 7, 11, 35), kind)
+        labels, before = labels_of(*x.shape), torch.randn_like(x)
+        dx = before.clone()
+        whole = backward(stages, x, labels, before.clone(), clear=True)
+        for r0 in range(0, 11, 4):
+            backward(stages, x, labels, dx, strip=(r0, min(4, 11 - r0)), clear=True)
+            assert torch.equal(dx[:, :, r0 + 4 :], before[:, :, r0 + 4 :])
+        assert torch.equal(dx, whole)
 
 
 @FWD
