@@ -12,7 +12,7 @@
 
 namespace gpl_fast {
 
-enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
+enum class DType : int32_t { kFloat32, kBFloat16, kFloat16, kLabels };  // kLabels: as BinaryCe's
 enum class Activation : int32_t { kNone, kSoftmax, kSigmoid };
 constexpr const char* kActivationNames[] = {"none", "softmax", "sigmoid"};
 enum class Pool : int32_t { kMax, kAvg, kNone };
@@ -57,8 +57,10 @@ struct SoftmaxPackFwd {
   const void* x;  // [N, C, H, W]
   Strides x_strides;
   const uint8_t* valid;  // [N, H, W], null = all
-  const void* target;    // [N, C, H, W] or null
+  const void* target;    // [N, C, H, W] or null; of kLabels 1 where it is 1
   Strides target_strides;
+  const uint8_t* elements;  // [N, C, H, W] or null, with target: maps are 0 where it is 2
+  Strides elements_strides;
   const int64_t* labels;        // [N, H, W] or null
   const float* topk_values;     // [N, k, H, W] or null
   const int64_t* topk_indices;  // [N, k, H, W]
@@ -236,6 +238,32 @@ struct SoftmaxBwd {
   const float* ce_scale;  // [N]
   void* dx;               // [N, C, H, W], x's dtype
   Strides dx_strides;
+};
+
+// The binary cross-entropy of single elements, with logits.
+struct BinaryCe {
+  int64_t N, C, H, W;
+  Strip strip;
+  DType x_dtype;
+  const void* x;  // [N, C, H, W]
+  Strides x_strides;
+  const uint8_t* labels;  // [N, C, H, W], rows contiguous: 0, 1, or 2 = does not count
+  Strides labels_strides;
+  const float* class_weight;  // [C], null = 1
+  const float* pos_weight;    // [C], null = 1: of what is labelled 1
+  const float* mask;          // [N, H, W], null = 1: by which a pixel's elements count
+  float label_smoothing;      // a label y is y (1 - e) + e / 2
+};
+
+struct BinaryCeFwd : BinaryCe {
+  double* sums;  // [N, H, 2]: of the losses, of what counts
+};
+
+struct BinaryCeBwd : BinaryCe {
+  const float* scale;  // [N], null: nothing is added
+  void* dx;            // [N, C, H, W], x's dtype: the gradient is added to it
+  Strides dx_strides;
+  bool clear;  // dx becomes 0 where an element does not count
 };
 
 // The gradient of a block's last convolution and of what follows it: dx = conv_transpose(dZ, w)

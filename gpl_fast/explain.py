@@ -24,9 +24,7 @@ from gpl_fast.options import Options
 from gpl_fast.targets import (
     Target,
     TargetLike,
-    resolve_labels,
     resolve_target,
-    resolve_teacher,
 )
 from gpl_fast.terms import Segmentation, Weights
 
@@ -91,17 +89,20 @@ def explain_segmentation(
     ratio: bool = False,
 ) -> Explanation:
     """`explain` for a loss with a cross-entropy; see `functional.segmentation_loss`."""
-    checked, given = resolve_labels(labels, mask, logits, net, o)
-    size = tuple(checked.shape[1:])
+    resolve, compared = parts.segmentation_resolvers(s)
+    checked, given = resolve(labels, mask, logits, net, o)
+    size = tuple(checked.shape[-2:])
     full = logits
     if size != tuple(logits.shape[2:]):  # as large, and without memory
         full = logits.new_empty(()).expand(*logits.shape[:2], *size)
-    target = resolve_teacher(teacher, checked, given, full, o, s.gpl_ignore)
+    target = compared(teacher, checked, given, full, o, s.gpl_ignore)
     inputs = {"logits": logits, "labels": labels, "teacher": teacher, "mask": mask}
     shared = s.label_smoothing if s.ce_weight and s.gpl_weight else None
+    kept = s.by_element and (shared is not None or target.elements is not None)
     found = Planned(
         loss, net, o, full, target, mask, inputs, taps if s.gpl_weight else Weights({}, {}),
-        shared, resized=full is not logits, architecture=architecture,
+        shared, multi_hot=checked if kept else None, resized=full is not logits,
+        architecture=architecture,
     ).explain()  # fmt: skip
     if not ratio:
         return found
@@ -114,6 +115,7 @@ class Planned:
     """A call of a loss with checked arguments, to be counted.
 
     ``label_smoothing``: of the cross-entropy that shares the fast path's passes, or None;
+    ``multi_hot``: labels of elements (N, C, H, W) uint8 that the fast path keeps, or None;
     ``resized``: the prediction is a map that the loss makes; ``architecture``: see `explain`.
     """
 
@@ -126,6 +128,7 @@ class Planned:
     inputs: Mapping[str, Any]
     weights: Weights
     label_smoothing: float | None = None
+    multi_hot: Tensor | None = None
     resized: bool = False
     architecture: str | None = None
 
@@ -171,8 +174,12 @@ class Planned:
 
     def _fast(self, dtype: torch.dtype, choice: Choice) -> Explanation:
         o, target = self.o, self.target
-        names = (*target.tensors(dtype), *(f"weight.{name}" for name in self.weights.channels))
-        if self.label_smoothing is not None and "labels" not in names:
+        tensors = target.tensors(dtype)
+        names = tuple(name for name in tensors if tensors[name] is not self.multi_hot)
+        names += tuple(f"weight.{name}" for name in self.weights.channels)
+        if self.multi_hot is not None:
+            names += ("multi_hot",)
+        elif self.label_smoothing is not None and "labels" not in names:
             names += ("ce_labels",)
         text = engine.describe(
             self.net, o, target, self.weights, self.device, dtype, names, self.label_smoothing,
@@ -184,7 +191,9 @@ class Planned:
         total = planned.bytes_saved()
         if target.valid is not None and not _same_memory(target.valid, self.mask):
             total += target.valid.numel()
-        if self.label_smoothing is not None:
+        if self.multi_hot is not None:
+            total += self.multi_hot.numel()
+        elif self.label_smoothing is not None:
             total += n * height * width * label_dtype(c).itemsize
         if self.resized:
             total += self.pred.numel() * self.pred.element_size()

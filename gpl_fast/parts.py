@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,17 +15,21 @@ from gpl_fast.normalizer import Normalizer, NormalizerLike, as_normalizer, divid
 from gpl_fast.options import Options
 from gpl_fast.precision import accumulation_dtype, no_autocast
 from gpl_fast.targets import (
+    Target,
     TargetFeatures,
     TargetLike,
+    count_elements,
     count_labels,
     feature_settings,
     normalise_mask,
+    resolve_element_teacher,
+    resolve_elements,
     resolve_labels,
     resolve_style,
     resolve_target,
     resolve_teacher,
 )
-from gpl_fast.terms import CrossEntropy, Segmentation, Weights
+from gpl_fast.terms import BinaryCrossEntropy, CrossEntropy, Segmentation, Weights
 
 
 def generic_value(
@@ -57,11 +62,12 @@ def segmentation_parts(
 ) -> dict[str, Tensor]:
     """The weighted terms of `functional.segmentation_loss`: ``{"loss_ce", "loss_gpl"}``."""
     divisor = None if normalizer is None else as_normalizer(normalizer, o.reduction)
-    checked, given = resolve_labels(labels, mask, logits, net, o)
+    resolve, compared = segmentation_resolvers(s)
+    checked, given = resolve(labels, mask, logits, net, o)
     logits = reference.input_edge(logits)
     with no_autocast(logits):
-        logits = reference.resize(logits, checked.shape[1:])
-    target = resolve_teacher(teacher, checked, given, logits, o, s.gpl_ignore)
+        logits = reference.resize(logits, checked.shape[-2:])
+    target = compared(teacher, checked, given, logits, o, s.gpl_ignore)
     classified = _classified(checked, s) if s.ce_weight else None
     weights = taps if s.gpl_weight else Weights({}, {})
     terms = engine.weighted_terms(logits, target, net, o, weights, cross_entropy=classified)
@@ -74,9 +80,20 @@ def segmentation_parts(
     return {"loss_ce": ce, "loss_gpl": s.gpl_weight * gpl if s.gpl_weight else gpl}
 
 
-def _classified(labels: Tensor, s: Segmentation) -> CrossEntropy:
-    """What the logits are classified as, of labels (N, H, W) int64, -1 = does not count."""
-    weight = None if s.class_weight is None else s.class_weight.to(labels.device)
+def segmentation_resolvers(s: Segmentation) -> tuple[Callable[..., Any], Callable[..., Target]]:
+    """Who checks the labels, and who finds what the logits are compared with."""
+    if s.by_element:
+        return resolve_elements, resolve_element_teacher
+    return resolve_labels, resolve_teacher
+
+
+def _classified(labels: Tensor, s: Segmentation) -> CrossEntropy | BinaryCrossEntropy:
+    """What the logits are classified as, of labels that are checked."""
+    weight, of_ones = (
+        None if w is None else w.to(labels.device) for w in (s.class_weight, s.pos_weight)
+    )
+    if s.by_element:
+        return BinaryCrossEntropy(labels, weight, of_ones, s.label_smoothing)
     return CrossEntropy(labels, weight, s.label_smoothing)
 
 
@@ -101,9 +118,13 @@ def count(
     labels: Tensor, mask: Tensor | None, channels: int, o: Options, s: Segmentation
 ) -> Tensor:
     """`SegmentationLoss.count`."""
-    checked = count_labels(labels, mask, channels, o)
-    counted = checked >= 0
-    if s.class_weight is not None:
+    if s.by_element:
+        checked = count_elements(labels, mask, channels, o)
+        counted = checked != 2
+    else:
+        checked = count_labels(labels, mask, channels, o)
+        counted = checked >= 0
+    if s.class_weight is not None and not s.by_element:
         weight = s.class_weight.to(checked.device, torch.float64)
         counted = weight[checked.clamp_min(0)] * counted
     pixels = counted.sum(dtype=torch.float64)

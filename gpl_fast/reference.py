@@ -69,6 +69,11 @@ def one_hot(labels: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     return (labels.unsqueeze(1) == classes).to(dtype)
 
 
+def multi_hot(labels: Tensor, dtype: torch.dtype) -> Tensor:
+    """``(N, C, H, W)`` uint8 labels of single elements -> their map: 1 where they are 1."""
+    return (labels == 1).to(dtype)
+
+
 def dense_topk(
     values: Tensor, indices: Tensor, rest: str, channels: int, dtype: torch.dtype
 ) -> Tensor:
@@ -107,6 +112,12 @@ def renormalized(values: Tensor) -> Tensor:
 def zero_invalid(x: Tensor, valid: Tensor | None) -> Tensor:
     """0 where a pixel is not valid: selected, not multiplied, so that NaN there is harmless."""
     return x if valid is None else torch.where(valid.unsqueeze(1), x, 0)
+
+
+def zero_ignored(x: Tensor, elements: Tensor | None) -> Tensor:
+    """0 where an element of a map ``(N, C, H, W)`` is ignored, its label in ``elements`` being 2;
+    selected, as in `zero_invalid`."""
+    return x if elements is None else torch.where(elements == 2, 0, x)
 
 
 def prediction_map(
@@ -483,3 +494,36 @@ def cross_entropy(
     if class_weight is not None:
         norm = class_weight[labels.clamp(min=0)] * norm
     return pixel.sum(dim=(1, 2)), norm.sum(dim=(1, 2))
+
+
+def binary_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    class_weight: Tensor | None,
+    pos_weight: Tensor | None,
+    label_smoothing: float,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """PyTorch's binary cross-entropy with logits: the sum over each image's elements that count,
+    and how many there are; both (N,).
+
+    Args:
+        logits: (N, C, H, W) float32 or float64.
+        labels: (N, C, H, W) uint8: 0, 1, or 2 = does not count.
+        class_weight: (C,) by which a class' losses are multiplied, or None.
+        pos_weight: (C,) by which a class' losses of label 1 are, or None.
+        label_smoothing: in [0, 1]: a label y is y (1 - e) + e / 2.
+        mask: (N, H, W) by which a pixel's losses and elements are multiplied, or None.
+    """
+    counts = (labels != 2).to(logits.dtype)
+    y = multi_hot(labels, logits.dtype) * (1 - label_smoothing) + label_smoothing / 2
+    # Zeroed first: an ignored NaN logit would reach the gradient as NaN times 0.
+    x = zero_ignored(logits, labels)
+    positive = y if pos_weight is None else pos_weight.view(-1, 1, 1) * y
+    # Two terms >= 0: F.binary_cross_entropy_with_logits cancels where x is far below 0.
+    element = -(positive * F.logsigmoid(x) + (1 - y) * F.logsigmoid(-x))
+    if class_weight is not None:
+        element = class_weight.view(-1, 1, 1) * element
+    if mask is not None:
+        counts = counts * mask.to(logits.dtype).unsqueeze(1)
+    return (element * counts).sum(dim=(1, 2, 3)), counts.sum(dim=(1, 2, 3))

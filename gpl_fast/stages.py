@@ -19,6 +19,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from gpl_fast.binary_stages import BinaryBackwardStages, BinaryStages
 from gpl_fast.tap_stages import TapStages
 from gpl_fast.tiles import Tile
 
@@ -44,7 +45,7 @@ class Listed:
     rest_table: Tensor | None = None
 
 
-class BackwardStages(Protocol):
+class BackwardStages(BinaryBackwardStages, Protocol):
     """What a CPU, CUDA and Triton offer."""
 
     def relu_pool_bwd(
@@ -78,7 +79,7 @@ class BackwardStages(Protocol):
         """The logits' gradient from that of their map, eq. (5), plus the cross-entropy's."""
 
 
-class Stages(BackwardStages, TapStages, Protocol):
+class Stages(BinaryStages, BackwardStages, TapStages, Protocol):
     """What a CPU and Triton offer: those, and all stages of the forward."""
 
     def softmax_pack_fwd(
@@ -88,13 +89,11 @@ class Stages(BackwardStages, TapStages, Protocol):
         activation: int,
         target_activation: int,  # "none" beside another takes the target as it is, without T
         temperature: float,
-        label_smoothing: float = 0.0,
-        row0: int,
-        rows: int,
-        core0: int,  # the rows of lse, ce_lse and ce_rows that are written
-        core_rows: int,
+        label_smoothing: float = 0.0, row0: int, rows: int,
+        core0: int, core_rows: int,  # the rows of lse, ce_lse and ce_rows that are written
         valid: Tensor | None = None,  # (N, H, W) bool; maps are 0 elsewhere
-        target: Tensor | None = None,  # (N, C, H, W), any strides; else labels, topk or nothing
+        target: Tensor | None = None,  # (N, C, H, W), as x, or uint8 labels, which are the map
+        elements: Tensor | None = None,  # (N, C, H, W) uint8, with target: maps are 0 where it is 2
         from_target: Tensor | None = None,  # (N,) bool, with target
         labels: Tensor | None = None,  # (N, H, W) int64; outside [0, C): no class
         topk_values: Tensor | None = None,  # (N, k, H, W) float32, each plane contiguous
@@ -108,7 +107,7 @@ class Stages(BackwardStages, TapStages, Protocol):
         lse: Tensor | None = None,  # (N, H, W) float32: max + T log Σ e^((x − max) / T)
         ce_lse: Tensor | None = None,  # (N, H, W) float32: with T = 1, where lse is not that
         ce_rows: Tensor | None = None,  # (N, H, 2) float64: Σ losses, Σ weights
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Logits to maps; what their gradient needs; the cross-entropy in the same passes."""
 
     def label_conv_fwd(
@@ -189,9 +188,9 @@ class TritonStages(Stages, Protocol):
     def carry_target_fwd(
         self, x: Tensor, *, activation: int, target_activation: int, temperature: float,
         step: tuple[int, int], near: float, from_target: Tensor, dense: Tensor | None = None,
-        labels: Tensor | None = None, topk_values: Tensor | None = None,
-        topk_indices: Tensor | None = None, topk_rest: Tensor | None = None,
-        valid: Tensor | None = None,
+        elements: Tensor | None = None, labels: Tensor | None = None,
+        topk_values: Tensor | None = None, topk_indices: Tensor | None = None,
+        topk_rest: Tensor | None = None, valid: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Whether an image's target is near and constant at every step-th row and column, into
         from_target (N,) bool: `gpl_fast.fast.branch`; dense (N, C, h, w), the rest as above."""

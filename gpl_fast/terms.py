@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple, Self, SupportsFloat
 
+import torch
 from torch import Tensor
 
 from gpl_fast.distance import Distance
@@ -41,6 +42,49 @@ class CrossEntropy(NamedTuple):
     label_smoothing: float
 
 
+class BinaryCrossEntropy(NamedTuple):
+    """The same of labels of single elements.
+
+    ``labels`` (N, C, H, W) uint8: 0, 1, or 2 = does not count; ``class_weight``, ``pos_weight``
+    (C,) float32 or None; ``mask`` (N, H, W) float32 by which a pixel's elements count, or None.
+    """
+
+    labels: Tensor
+    class_weight: Tensor | None
+    pos_weight: Tensor | None
+    label_smoothing: float
+    mask: Tensor | None = None
+
+    def to(self, dtype: torch.dtype) -> BinaryCrossEntropy:
+        """With weights in `dtype`."""
+        of_class, of_ones = self.class_weight, self.pos_weight
+        return self._replace(
+            class_weight=None if of_class is None else of_class.to(dtype),
+            pos_weight=None if of_ones is None else of_ones.to(dtype),
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the fast path reads, by name, but the class weights."""
+        pos_weight = None if self.pos_weight is None else self.pos_weight.float()
+        named = {"multi_hot": self.labels, "pos_weight": pos_weight, "ce_mask": self.mask}
+        return {name: t for name, t in named.items() if t is not None}
+
+
+def activation_of(mode: str, given: object) -> str:
+    """The prediction's in a segmentation of this mode.
+
+    Raises:
+        ValueError: another one than the mode has.
+    """
+    usual = "softmax" if mode == "multiclass" else "sigmoid"
+    if mode != "multiclass" and given not in (None, "sigmoid"):
+        raise ValueError(
+            f"activation: got {given!r} with mode={mode!r}, where each class is by itself, "
+            "expected 'sigmoid', or mode='multiclass'"
+        )
+    return usual if given is None else str(given)
+
+
 class Segmentation(NamedTuple):
     """How a segmentation's two terms are made and weighed, checked; see `SegmentationLoss`."""
 
@@ -49,6 +93,13 @@ class Segmentation(NamedTuple):
     class_weight: Tensor | None  # (C,) float32
     label_smoothing: float
     gpl_ignore: bool | str
+    mode: str = "multiclass"
+    pos_weight: Tensor | None = None  # (C,) float32
+
+    @property
+    def by_element(self) -> bool:
+        """Whether each class has labels of its own."""
+        return self.mode != "multiclass"
 
     @classmethod
     def of(
@@ -60,6 +111,8 @@ class Segmentation(NamedTuple):
         class_weight: Tensor | Iterable[SupportsFloat] | None,
         label_smoothing: SupportsFloat,
         gpl_ignore: bool | str,
+        mode: str = "multiclass",
+        pos_weight: Tensor | Iterable[SupportsFloat] | None = None,
         look: bool = True,
     ) -> Self:
         """What was given for C classes, checked; of a class weight the numbers only with `look`.
@@ -67,7 +120,12 @@ class Segmentation(NamedTuple):
         Raises:
             ValueError: an argument outside of what `SegmentationLoss` lists.
         """
-        as_num_classes(channels)
+        as_num_classes(channels, mode)
+        if mode == "multiclass" and pos_weight is not None:
+            raise ValueError(
+                "pos_weight: got one with mode='multiclass', expected class_weight, or "
+                "mode='binary' or 'multilabel', where labels are positive or negative"
+            )
         if not (gpl_ignore == "auto" or isinstance(gpl_ignore, bool)):
             raise ValueError(f"gpl_ignore: got {gpl_ignore!r}, expected 'auto', True or False")
         return cls(
@@ -76,14 +134,18 @@ class Segmentation(NamedTuple):
             None if class_weight is None else as_class_weight(class_weight, channels, look),
             as_label_smoothing(label_smoothing),
             gpl_ignore,
+            mode,
+            None
+            if pos_weight is None
+            else as_class_weight(pos_weight, channels, look, "pos_weight"),
         )
 
 
 class Terms(NamedTuple):
     """Of each image, (N,) float32, float64 for a float64 prediction.
 
-    ``cross_entropy`` is the sum over the pixels that count, ``normalizer`` that of their weights;
-    None where none was asked for.
+    ``cross_entropy`` is the sum over the pixels that count, ``normalizer`` that of their weights,
+    of a binary one over the elements and how many these are; None where none was asked for.
     """
 
     feature: Tensor

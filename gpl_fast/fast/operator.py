@@ -14,6 +14,7 @@ Saved between forward and backward (docs/math.md, section 4; `Geometry.saved` gi
 ``ce_lse``  cross-entropy: (N, H, W)                float32       where its temperature differs
 ``labels``  cross-entropy: (N, H, W)                int16 / 32    cross-entropy's gradient
 ``valid``   (N, H, W)                               bool          where pixels do not count
+``multi…``  labels of elements: (N, C, H, W)        uint8         binary cross-entropy's gradient
 =========== ======================================= ============= ==================================
 
 (*) Of normalised features float32 in a float16 chain: it grows as one over their norm.

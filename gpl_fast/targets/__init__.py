@@ -9,6 +9,11 @@ from torch import Tensor
 
 from gpl_fast.targets.data import TargetFeatures, TopK
 from gpl_fast.targets.dense import DenseTarget, first_look
+from gpl_fast.targets.elements import (
+    count_elements,
+    resolve_element_teacher,
+    resolve_elements,
+)
 from gpl_fast.targets.features import FeatureTarget, feature_settings
 from gpl_fast.targets.labels import LabelTarget
 from gpl_fast.targets.masks import normalise_mask
@@ -36,10 +41,13 @@ __all__ = [
     "TargetMap",
     "TopK",
     "TopKTarget",
+    "count_elements",
     "count_labels",
     "feature_settings",
     "first_look",
     "normalise_mask",
+    "resolve_element_teacher",
+    "resolve_elements",
     "resolve_labels",
     "resolve_style",
     "resolve_target",

@@ -160,6 +160,13 @@ def opcheck_cases():
             "lse": x.logsumexp(1), "dy": dy, "scale": one, "activation": 1, "temperature": 1.0,
             "ce_labels": labels, "ce_scale": one, "row0": 0, "rows": 4, "dx": x.clone(),
         }),
+        "binary_ce_fwd": (x, {
+            "labels": x.gt(0).byte(), "row0": 0, "rows": 4, "ce_rows": torch.zeros(2, 4, 2).double()
+        }),
+        "binary_ce_bwd": (x, {
+            "labels": x.gt(0).byte(), "ce_scale": one, "row0": 0, "rows": 4, "dx": x.clone(),
+            "clear": True,
+        }),
         "winograd_weight": (torch.randn(8, 3, 3, 8), {
             "tile": 2, "transposed": False, "u": torch.zeros(4096)
         }),
