@@ -27,6 +27,7 @@ from gpl_fast.targets import (
     resolve_labels,
     resolve_target,
     resolve_teacher,
+    weights_of_pixels,
 )
 from gpl_fast.terms import Weights
 
@@ -102,9 +103,10 @@ def explain_segmentation(
     target = resolve_teacher(teacher, checked, given, full, o, gpl_ignore)
     inputs = {"logits": logits, "labels": labels, "teacher": teacher, "mask": mask}
     shared = label_smoothing if ce_weight and gpl_weight else None
+    ce_mask = None if shared is None else weights_of_pixels(target, given)
     return Planned(
         loss, net, o, full, target, mask, inputs, taps if gpl_weight else {}, {}, shared,
-        resized=full is not logits, architecture=architecture,
+        ce_mask=ce_mask, resized=full is not logits, architecture=architecture,
     ).explain()  # fmt: skip
 
 
@@ -113,7 +115,8 @@ class Planned:
     """A call of a loss with checked arguments, to be counted.
 
     ``label_smoothing``: of the cross-entropy that shares the fast path's passes, or None;
-    ``resized``: the prediction is a map that the loss makes; ``architecture``: see `explain`.
+    ``ce_mask``: its weights of pixels, or None; ``resized``: the prediction is a map that the loss
+    makes; ``architecture``: see `explain`.
     """
 
     loss: nn.Module
@@ -126,6 +129,7 @@ class Planned:
     features: Mapping[str, float]
     styles: Mapping[str, float]
     label_smoothing: float | None = None
+    ce_mask: Tensor | None = None
     resized: bool = False
     architecture: str | None = None
 
@@ -184,7 +188,10 @@ class Planned:
         layers = layer_costs(self.net, self.pred, target.kind, self.taps, planned)
         total = planned.bytes_saved()
         if target.valid is not None and not _same_memory(target.valid, self.mask):
-            total += target.valid.numel()
+            total += target.valid.nbytes
+        own = self.ce_mask is not None and self.ce_mask is not target.valid
+        if self.ce_mask is not None and own and not _same_memory(self.ce_mask, self.mask):
+            total += self.ce_mask.nbytes
         if self.label_smoothing is not None:
             total += n * height * width * label_dtype(c).itemsize
         if self.resized:

@@ -21,6 +21,7 @@ from gpl_fast.targets import (
     resolve_style,
     resolve_target,
     resolve_teacher,
+    weights_of_pixels,
 )
 from gpl_fast.terms import CrossEntropy, Weights
 
@@ -65,7 +66,8 @@ def segmentation_parts(
     cross_entropy = None
     if ce_weight:
         weight = None if class_weight is None else class_weight.to(logits.device)
-        cross_entropy = CrossEntropy(checked, weight, label_smoothing)
+        mask = weights_of_pixels(target, given)
+        cross_entropy = CrossEntropy(checked, weight, label_smoothing, mask)
     weights = Weights(taps if gpl_weight else {}, {})
     terms = engine.weighted_terms(logits, target, net, o, weights, cross_entropy=cross_entropy)
     if terms.cross_entropy is None or terms.normalizer is None:  # not computed, but connected

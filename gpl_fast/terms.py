@@ -18,12 +18,14 @@ class Weights(NamedTuple):
 class CrossEntropy(NamedTuple):
     """The one that is computed beside the perceptual terms.
 
-    ``labels`` (N, H, W) int64 with -1 = does not count, ``class_weight`` (C,) float32 or None.
+    ``labels`` (N, H, W) int64 with -1 = does not count, ``class_weight`` (C,) float32 or None,
+    ``mask`` (N, H, W) float32, the weights of pixels, or None = 1.
     """
 
     labels: Tensor
     class_weight: Tensor | None
     label_smoothing: float
+    mask: Tensor | None = None
 
 
 class Terms(NamedTuple):

@@ -17,7 +17,7 @@ from torch import Tensor
 from gpl_fast.net.steps import Chain, Step
 
 # What the backward reads of the target's tensors.
-KEPT = ("valid", "ce_labels", "class_weight")
+KEPT = ("valid", "ce_labels", "ce_mask", "class_weight")
 LOOKED_UP = ("labels", "topk")  # kinds that enter the first convolution as rows of a table
 
 
@@ -35,6 +35,7 @@ class Call:
         resized: a dense target of another size, or in float64: rows of it are made anew.
         activation, target_activation, temperature: as `Options`.
         cross_entropy, label_smoothing: the one that shares the passes over the logits.
+        weighed: by a mask; where it has no ``ce_mask`` of its own, by `valid`.
         dtype: of the network's maps.
         workspace_mb: bound on transient memory, in 2^20 bytes; None = "auto".
         tensors: names of the target's tensors, in the operators' order.
@@ -56,6 +57,7 @@ class Call:
     resized: bool = False
     cross_entropy: bool = False
     label_smoothing: float = 0.0
+    weighed: bool = False
 
     @functools.cached_property
     def text(self) -> str:
@@ -104,7 +106,13 @@ class Call:
         out = dict(zip(self.tensors, tensors, strict=True))
         if self.cross_entropy and "ce_labels" not in out:
             out["ce_labels"] = out["labels"]
-        return out
+        return self.with_mask(out)
+
+    def with_mask(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same, with the cross-entropy's mask by its name."""
+        if self.weighed and "ce_mask" not in tensors:
+            tensors["ce_mask"] = tensors["valid"]
+        return tensors
 
     @functools.cached_property
     def kept(self) -> tuple[str, ...]:

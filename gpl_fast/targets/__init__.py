@@ -17,6 +17,7 @@ from gpl_fast.targets.resolve import (
     resolve_style,
     resolve_target,
     resolve_teacher,
+    weights_of_pixels,
 )
 from gpl_fast.targets.target import Target
 from gpl_fast.targets.topk import TopKTarget
@@ -42,4 +43,5 @@ __all__ = [
     "resolve_style",
     "resolve_target",
     "resolve_teacher",
+    "weights_of_pixels",
 ]
