@@ -34,8 +34,8 @@ MANY = 1300  # more than Triton's kernel holds
 
 
 def pack(stages, x, *, target=None, labels=None, topk=None, valid=None, activation=SOFTMAX,
-         target_activation=None, temperature=1.0, ce=None, strip=None, core=None, c_pad=None,
-         dtype=FLOAT):  # fmt: skip
+         target_activation=None, temperature=1.0, ce=None, ce_mask=None, strip=None, core=None,
+         c_pad=None, dtype=FLOAT):  # fmt: skip
     """(y, delta, lse, ce_lse, ce_rows), the maps (N, rows, W, c_pad).
 
     A listed target leaves `taken` in delta's place, no target nothing.
@@ -51,6 +51,7 @@ def pack(stages, x, *, target=None, labels=None, topk=None, valid=None, activati
     lse, ce_lse = poisoned(n, h, w), poisoned(n, h, w)
     ce_rows = poisoned(n, h, 2, dtype=torch.float64)
     options = dict(zip(("topk_values", "topk_indices", "topk_rest"), topk or (), strict=False))
+    options["ce_mask"] = ce_mask
     if ce is not None:
         options |= dict(zip(("ce_labels", "class_weight", "label_smoothing"), ce, strict=True))
     stages.softmax_pack_fwd(
