@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gpl_fast import backend as backends
 from gpl_fast import engine, parts
 from gpl_fast.backend import Choice
+from gpl_fast.balance import ratios, segmentation_norms
 from gpl_fast.costs import Explanation, layer_costs, run_on_meta
 from gpl_fast.fast.call import LOOKED_UP, read
 from gpl_fast.fast.operator import label_dtype
@@ -29,7 +30,7 @@ from gpl_fast.targets import (
     resolve_teacher,
     weights_of_pixels,
 )
-from gpl_fast.terms import Weights
+from gpl_fast.terms import Segmentation, Weights
 
 
 def explain(
@@ -82,17 +83,15 @@ def explain_segmentation(
     loss: nn.Module,
     net: LossNet,
     o: Options,
+    s: Segmentation,
     logits: Tensor,
     labels: Tensor,
+    *,
     teacher: TargetLike | None,
     mask: Tensor | None,
-    *,
     taps: Mapping[str, float],
-    gpl_weight: float,
-    ce_weight: float,
-    label_smoothing: float,
-    gpl_ignore: bool | str,
     architecture: str | None = None,
+    ratio: bool = False,
 ) -> Explanation:
     """`explain` for a loss with a cross-entropy; see `functional.segmentation_loss`."""
     checked, given = resolve_labels(labels, mask, logits, net, o)
@@ -100,14 +99,18 @@ def explain_segmentation(
     full = logits
     if size != tuple(logits.shape[2:]):  # as large, and without memory
         full = logits.new_empty(()).expand(*logits.shape[:2], *size)
-    target = resolve_teacher(teacher, checked, given, full, o, gpl_ignore)
+    target = resolve_teacher(teacher, checked, given, full, o, s.gpl_ignore)
     inputs = {"logits": logits, "labels": labels, "teacher": teacher, "mask": mask}
-    shared = label_smoothing if ce_weight and gpl_weight else None
+    shared = s.label_smoothing if s.ce_weight and s.gpl_weight else None
     ce_mask = None if shared is None else weights_of_pixels(target, given)
-    return Planned(
-        loss, net, o, full, target, mask, inputs, taps if gpl_weight else {}, {}, shared,
+    found = Planned(
+        loss, net, o, full, target, mask, inputs, taps if s.gpl_weight else {}, {}, shared,
         ce_mask=ce_mask, resized=full is not logits, architecture=architecture,
     ).explain()  # fmt: skip
+    if not ratio:
+        return found
+    norms = segmentation_norms(logits, labels, net, taps, o, s, teacher=teacher, mask=mask)
+    return replace(found, ratio=ratios(norms))
 
 
 @dataclass(frozen=True)

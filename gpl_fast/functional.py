@@ -12,17 +12,12 @@ from typing import SupportsFloat, Unpack
 from torch import Tensor
 
 from gpl_fast import parts
-from gpl_fast.input_checks import (
-    as_class_weight,
-    as_label_smoothing,
-    as_num_classes,
-    as_weight,
-    check_gpl_ignore,
-)
 from gpl_fast.layer_weights import as_layers, level_taps
 from gpl_fast.net.lossnet import LossNet
+from gpl_fast.normalizer import NormalizerLike
 from gpl_fast.options import Options, OptionWords
 from gpl_fast.targets import TargetFeatures, TargetLike
+from gpl_fast.terms import Segmentation
 
 
 def generic_perceptual_loss(
@@ -75,6 +70,7 @@ def segmentation_loss(
     gpl_ignore: bool | str = "auto",
     level_weights: Iterable[SupportsFloat] | None = None,
     return_parts: bool = False,
+    normalizer: NormalizerLike | None = None,
     **options: Unpack[OptionWords],
 ) -> Tensor | dict[str, Tensor]:
     """Cross-entropy plus the Generic Perceptual Loss: the paper's eq. (2).
@@ -93,6 +89,10 @@ def segmentation_loss(
             when the labels are its target; True; False (such a label is then a zero map).
         level_weights: see `generic_perceptual_loss`.
         return_parts: return ``{"loss_ce", "loss_gpl"}``, weighted, instead of their sum.
+        normalizer: what the sums are divided by, of a batch that goes through in pieces: the number
+            of its pixels that count (with class weights the sum of their weights), or that and its
+            number of images: numbers, 0-dim tensors, or what `SegmentationLoss.count` returns.
+            Without images the perceptual term is a mean over this call. For ``reduction="mean"``.
         **options: see `OptionWords`.
 
     Raises:
@@ -100,25 +100,15 @@ def segmentation_loss(
         BackendUnavailable: ``backend="fast"`` where it cannot run.
     """
     o = Options.of("segmentation_loss", options)
-    as_num_classes(net.in_channels)
+    terms = Segmentation.of(
+        net.in_channels, look=False, gpl_weight=gpl_weight, ce_weight=ce_weight,
+        class_weight=class_weight, label_smoothing=label_smoothing, gpl_ignore=gpl_ignore,
+    )  # fmt: skip
     o.check_channels(net.in_channels)
-    check_gpl_ignore(gpl_ignore)
-    if class_weight is not None:
-        class_weight = as_class_weight(class_weight, net.in_channels, look=False)
     found = parts.segmentation_parts(
-        logits,
-        labels,
-        net,
-        level_taps(net, level_weights),
-        o,
-        teacher=teacher,
-        mask=mask,
-        gpl_weight=as_weight("gpl_weight", gpl_weight),
-        ce_weight=as_weight("ce_weight", ce_weight),
-        class_weight=class_weight,
-        label_smoothing=as_label_smoothing(label_smoothing),
-        gpl_ignore=gpl_ignore,
-    )
+        logits, labels, net, level_taps(net, level_weights), o, terms,
+        teacher=teacher, mask=mask, normalizer=normalizer,
+    )  # fmt: skip
     return found if return_parts else parts.sum_of_parts(found)
 
 

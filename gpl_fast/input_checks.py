@@ -207,12 +207,6 @@ def as_class_weight(
     return copied
 
 
-def check_gpl_ignore(word: bool | str) -> None:
-    """Raises: ValueError for anything but "auto", True and False."""
-    if not (word == "auto" or isinstance(word, bool)):
-        raise ValueError(f"gpl_ignore: got {word!r}, expected 'auto', True or False")
-
-
 def as_num_classes(value: SupportsIndex) -> int:
     """C of a segmentation.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import SupportsFloat, SupportsIndex
 
 import torch
@@ -16,7 +17,7 @@ from gpl_fast.layer_weights import as_numbers, as_texts, level_taps
 from gpl_fast.net.initialisation import Init
 from gpl_fast.net.lossnet import LossNet
 from gpl_fast.net.structure import WIDTHS, parse_blocks
-from gpl_fast.options import Options, TermWords
+from gpl_fast.options import IgnoreIndex, Options, TermWords
 from gpl_fast.targets import TargetFeatures, TargetLike, TargetMap, first_look
 
 
@@ -57,7 +58,7 @@ class GenericPerceptualLoss(nn.Module):
         temperature: T: every activation, "none" included, sees ``z / T``; a target that is taken as
             it is beside an activated prediction is not divided. The gradient is not multiplied by
             the T² of distillation: do that with the loss' weight.
-        ignore_index: label of pixels that do not count, for label targets.
+        ignore_index: label of pixels that do not count, or several, for label targets.
         reduction: "mean", "sum", or "none" -> (N,).
         compute_dtype: of the network; None = autocast's dtype if on, else the prediction's.
         backend: "auto", "fast" or "reference"; the variable GPL_FAST_BACKEND overrides "auto".
@@ -83,7 +84,7 @@ class GenericPerceptualLoss(nn.Module):
         activation: str = "softmax",
         target_activation: str = "auto",
         temperature: SupportsFloat = 1.0,
-        ignore_index: SupportsIndex | None = None,
+        ignore_index: IgnoreIndex = None,
         reduction: str = "mean",
         compute_dtype: torch.dtype | str | None = None,
         backend: str = "auto",
@@ -138,13 +139,15 @@ class GenericPerceptualLoss(nn.Module):
         target: TargetLike,
         mask: Tensor | None = None,
         architecture: str | None = None,
+        ratio: bool = False,
     ) -> Explanation:
         """Which backend would run and why, FLOPs, bytes saved, workspace; print it.
 
         Nothing is computed. Meta tensors stand for tensors of the default device; another
-        `architecture` than theirs goes by its name, such as "sm_90" or "avx2".
+        `architecture` than theirs goes by its name, such as "sm_90" or "avx2". `ratio` asks for
+        norms of gradients of one part beside another's; there is one here.
         """
-        return explain(
+        found = explain(
             self,
             self.net,
             self.options,
@@ -154,6 +157,7 @@ class GenericPerceptualLoss(nn.Module):
             features=self.taps,
             architecture=architecture,
         )
+        return replace(found, ratio={}) if ratio else found
 
     def extra_repr(self) -> str:
         last = {self.net.levels[-1]: 1.0}

@@ -10,11 +10,13 @@ from torch import Tensor
 from gpl_fast import engine, reference
 from gpl_fast.input_checks import check_prediction
 from gpl_fast.net.lossnet import LossNet
+from gpl_fast.normalizer import Normalizer, NormalizerLike, as_normalizer, divided
 from gpl_fast.options import Options
 from gpl_fast.precision import accumulation_dtype, no_autocast
 from gpl_fast.targets import (
     TargetFeatures,
     TargetLike,
+    count_labels,
     feature_settings,
     normalise_mask,
     resolve_labels,
@@ -23,7 +25,7 @@ from gpl_fast.targets import (
     resolve_teacher,
     weights_of_pixels,
 )
-from gpl_fast.terms import CrossEntropy, Weights
+from gpl_fast.terms import CrossEntropy, Segmentation, Weights
 
 
 def generic_value(
@@ -48,48 +50,66 @@ def segmentation_parts(
     net: LossNet,
     taps: Mapping[str, float],
     o: Options,
+    s: Segmentation,
     *,
     teacher: TargetLike | None,
     mask: Tensor | None,
-    gpl_weight: float,
-    ce_weight: float,
-    class_weight: Tensor | None,
-    label_smoothing: float,
-    gpl_ignore: bool | str,
+    normalizer: NormalizerLike | None = None,
 ) -> dict[str, Tensor]:
     """The weighted terms of `functional.segmentation_loss`: ``{"loss_ce", "loss_gpl"}``."""
+    divisor = None if normalizer is None else as_normalizer(normalizer, o.reduction)
     checked, given = resolve_labels(labels, mask, logits, net, o)
     logits = reference.input_edge(logits)
     with no_autocast(logits):
         logits = reference.resize(logits, checked.shape[1:])
-    target = resolve_teacher(teacher, checked, given, logits, o, gpl_ignore)
-    cross_entropy = None
-    if ce_weight:
-        weight = None if class_weight is None else class_weight.to(logits.device)
-        mask = weights_of_pixels(target, given)
-        cross_entropy = CrossEntropy(checked, weight, label_smoothing, mask)
-    weights = Weights(taps if gpl_weight else {}, {})
-    terms = engine.weighted_terms(logits, target, net, o, weights, cross_entropy=cross_entropy)
+    target = resolve_teacher(teacher, checked, given, logits, o, s.gpl_ignore)
+    classified = _classified(checked, weights_of_pixels(target, given), s) if s.ce_weight else None
+    weights = Weights(taps if s.gpl_weight else {}, {})
+    terms = engine.weighted_terms(logits, target, net, o, weights, cross_entropy=classified)
     if terms.cross_entropy is None or terms.normalizer is None:  # not computed, but connected
         ce = _reduce(engine.nothing(logits), o.reduction)
     else:
-        ce = _mean_cross_entropy(terms.cross_entropy, terms.normalizer, o.reduction)
-        ce = ce_weight * ce
-    gpl = _reduce(terms.feature, o.reduction)
-    return {"loss_ce": ce, "loss_gpl": gpl_weight * gpl if gpl_weight else gpl}
+        ce = _mean_cross_entropy(terms.cross_entropy, terms.normalizer, o.reduction, divisor)
+        ce = s.ce_weight * ce
+    gpl = _reduce(terms.feature, o.reduction, None if divisor is None else divisor.images)
+    return {"loss_ce": ce, "loss_gpl": s.gpl_weight * gpl if s.gpl_weight else gpl}
 
 
-def _mean_cross_entropy(total: Tensor, norm: Tensor, reduction: str) -> Tensor:
-    """Mean over valid pixels of the batch, or of each image and then their sum.
+def _classified(labels: Tensor, mask: Tensor | None, s: Segmentation) -> CrossEntropy:
+    """What the logits are classified as, of labels (N, H, W) int64, -1 = does not count, and the
+    weights of pixels."""
+    weight = None if s.class_weight is None else s.class_weight.to(labels.device)
+    return CrossEntropy(labels, weight, s.label_smoothing, mask)
+
+
+def _mean_cross_entropy(
+    total: Tensor, norm: Tensor, reduction: str, divisor: Normalizer | None
+) -> Tensor:
+    """Mean over valid pixels of the batch or over as many as the caller says, or of each image and
+    then their sum.
 
     0 where the counted weights sum to 0: with label smoothing `total`, whose smoothed part weighs
     every class, is none there.
     """
+    if divisor is not None:
+        return divided(total.masked_fill(norm == 0, 0).sum(), divisor.pixels)
     if reduction == "mean":
         total, norm = total.sum(), norm.sum()
-    nothing = norm == 0
-    mean = (total / norm.masked_fill(nothing, 1)).masked_fill(nothing, 0)
+    mean = divided(total, norm)
     return mean.sum() if reduction == "sum" else mean
+
+
+def count(
+    labels: Tensor, mask: Tensor | None, channels: int, o: Options, s: Segmentation
+) -> Tensor:
+    """`SegmentationLoss.count`."""
+    checked = count_labels(labels, mask, channels, o)
+    counted = checked >= 0
+    if s.class_weight is not None:
+        weight = s.class_weight.to(checked.device, torch.float64)
+        counted = weight[checked.clamp_min(0)] * counted
+    pixels = counted.sum(dtype=torch.float64)
+    return torch.stack([pixels, torch.full_like(pixels, checked.shape[0])])
 
 
 def perceptual_parts(
@@ -161,8 +181,11 @@ def encode_target(
     return TargetFeatures(features, feature_settings(net, o, resolved.size), *kept)
 
 
-def _reduce(values: Tensor, reduction: str) -> Tensor:
+def _reduce(values: Tensor, reduction: str, images: float | Tensor | None = None) -> Tensor:
+    """Of each image (N,); a mean over as many `images` as the caller says, or over N."""
     if reduction == "none":
         return values
     total = values.sum()
+    if images is not None:
+        return divided(total, images)
     return total / max(values.shape[0], 1) if reduction == "mean" else total

@@ -13,6 +13,7 @@ from gpl_fast.targets.features import FeatureTarget, feature_settings
 from gpl_fast.targets.labels import LabelTarget
 from gpl_fast.targets.masks import normalise_mask
 from gpl_fast.targets.resolve import (
+    count_labels,
     resolve_labels,
     resolve_style,
     resolve_target,
@@ -36,6 +37,7 @@ __all__ = [
     "TargetMap",
     "TopK",
     "TopKTarget",
+    "count_labels",
     "feature_settings",
     "first_look",
     "normalise_mask",

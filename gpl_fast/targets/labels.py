@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -45,9 +46,9 @@ class LabelTarget(Target):
         check_like(plane, "labels", pred, plane.shape[1:])
         size = (plane.shape[1], plane.shape[2])
         mask = normalise_mask(mask, plane.shape[0], size, plane.device)
-        labels = check_labels(plane, mask, channels, o.ignore_index)
+        labels = check_labels(plane, mask, channels, o.ignored)
         valid = mask
-        if o.ignore_index is not None or labels.device.type not in ("cpu", "meta"):
+        if o.ignored or labels.device.type not in ("cpu", "meta"):
             valid = restricted(mask, labels >= 0)
         return cls(size, valid, labels, channels)
 
@@ -98,8 +99,8 @@ def label_plane(labels: Tensor, channels: int, multi_hot: str = "here") -> Tenso
     return labels.squeeze(1) if labels.dim() == 4 else labels
 
 
-def segmentation_labels(labels: object, logits: Tensor) -> Tensor:
-    """Labels (N, H, W) of logits (N, C, h, w), for `check_labels`.
+def segmentation_labels(labels: object, channels: int, logits: Tensor | None = None) -> Tensor:
+    """Labels (N, H, W) of C classes, and of logits (N, C, h, w), for `check_labels`.
 
     Raises:
         TypeError, ValueError: what no resize of the logits brings together with them.
@@ -114,7 +115,13 @@ def segmentation_labels(labels: object, logits: Tensor) -> Tensor:
             "teacher= for soft targets"
         )
     multi_hot = "to GenericPerceptualLoss, beside a binary cross-entropy,"
-    labels = label_plane(labels, logits.shape[1], multi_hot)
+    labels = label_plane(labels, channels, multi_hot)
+    if logits is not None:
+        _check_logits(labels, logits)
+    return labels
+
+
+def _check_logits(labels: Tensor, logits: Tensor) -> None:
     if labels.shape[0] != logits.shape[0]:
         raise ValueError(
             f"labels: got {labels.shape[0]} images, expected {logits.shape[0]}, as many as logits; "
@@ -130,28 +137,28 @@ def segmentation_labels(labels: object, logits: Tensor) -> Tensor:
         raise ValueError(
             f"labels: got device {labels.device}, expected {logits.device}; use .to(...)"
         )
-    return labels
 
 
 def check_labels(
-    labels: Tensor, mask: Tensor | None, channels: int, ignore_index: int | None
+    labels: Tensor, mask: Tensor | None, channels: int, ignored: Sequence[int]
 ) -> Tensor:
-    """Labels (N, H, W) of any integer dtype -> int64 with -1 at pixels that do not count.
+    """Labels (N, H, W) of any integer dtype -> int64 with -1 at pixels that do not count: those of
+    an `ignored` label, and outside of the mask.
 
     Raises:
         ValueError: a counted label outside ``[0, C)``, on the CPU; on CUDA, where looking costs a
             synchronisation, only with ``GPL_FAST_CHECK=1``: else that pixel does not count.
     """
     mask = None if mask is None else reference.counted(mask)
-    out: Tensor = torch.ops.gpl_fast.check_labels(labels, mask, channels, ignore_index)
+    out: Tensor = torch.ops.gpl_fast.check_labels(labels, mask, channels, ignored)
     return out
 
 
-def _look(labels: Tensor, mask: Tensor | None, channels: int, ignore_index: int | None) -> Tensor:
+def _look(labels: Tensor, mask: Tensor | None, channels: int, ignored: Sequence[int]) -> Tensor:
     out = labels.to(torch.int64, copy=True, memory_format=torch.contiguous_format)
     skip = torch.zeros_like(out, dtype=torch.bool) if mask is None else ~mask
-    if ignore_index is not None:
-        skip |= out == ignore_index
+    for index in ignored:
+        skip |= out == index
     out.masked_fill_(skip, -1)
     highest = max(channels, 2) - 1  # one channel: masks with values 0 and 1
     wrong = ((out < 0) & ~skip) | (out > highest)
@@ -160,10 +167,14 @@ def _look(labels: Tensor, mask: Tensor | None, channels: int, ignore_index: int 
         raise ValueError(
             f"labels: got {int(wrong.sum())} pixels outside [0, {highest}], such as "
             f"{found[:5].tolist()}, expected classes in [0, {highest}]"
-            + (f" or ignore_index={ignore_index}" if ignore_index is not None else "")
+            + (f" or ignore_index={_given(ignored)}" if ignored else "")
             + _way_out(channels)
         )
     return out.masked_fill_(wrong, -1)
+
+
+def _given(ignored: Sequence[int]) -> int | tuple[int, ...]:
+    return ignored[0] if len(ignored) == 1 else tuple(ignored)
 
 
 def _way_out(channels: int) -> str:
@@ -175,12 +186,12 @@ def _way_out(channels: int) -> str:
     return "; pass ignore_index= for pixels that do not count, or mask="
 
 
-def _fake(labels: Tensor, mask: Tensor | None, channels: int, ignore_index: int | None) -> Tensor:
+def _fake(labels: Tensor, mask: Tensor | None, channels: int, ignored: Sequence[int]) -> Tensor:
     return labels.new_empty(labels.shape, dtype=torch.int64)
 
 
 values.define(
-    "check_labels(Tensor labels, Tensor? mask, int channels, int? ignore_index) -> Tensor",
+    "check_labels(Tensor labels, Tensor? mask, int channels, int[] ignored) -> Tensor",
     _look,
     _fake,
 )

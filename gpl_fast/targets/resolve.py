@@ -92,11 +92,22 @@ def resolve_labels(
         TypeError, ValueError: of labels, mask or logits.
     """
     check_prediction(logits, net, needs_size=False)
-    plane = segmentation_labels(labels, logits)
+    plane = segmentation_labels(labels, net.in_channels, logits)
     size = (plane.shape[1], plane.shape[2])
     net.shapes(*size)
     mask = normalise_mask(mask, plane.shape[0], size, plane.device)
-    return check_labels(plane, mask, net.in_channels, o.ignore_index), mask
+    return check_labels(plane, mask, net.in_channels, o.ignored), mask
+
+
+def count_labels(labels: object, mask: Tensor | None, channels: int, o: Options) -> Tensor:
+    """The labels (N, H, W) int64, -1 = does not count, without the logits that they are of.
+
+    Raises:
+        TypeError, ValueError: as `resolve_labels`.
+    """
+    plane = segmentation_labels(labels, channels)
+    mask = normalise_mask(mask, plane.shape[0], (plane.shape[1], plane.shape[2]), plane.device)
+    return check_labels(plane, mask, channels, o.ignored)
 
 
 def resolve_teacher(

@@ -43,7 +43,7 @@ def generic(backend: str, **options: Any) -> GenericPerceptualLoss:
     return GenericPerceptualLoss(C, "1,1", widths=NARROW, backend=backend, **options)
 
 
-# ----------------------------------------------------------------------------------- the definition
+# --------------------------------------------------------------------------- the definition
 
 
 def by_hand(pred: Tensor, target: Any, m: Tensor, kind: str) -> tuple[Tensor, Tensor]:
