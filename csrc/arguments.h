@@ -28,10 +28,18 @@ struct Strip {
   int64_t row0, rows;
 };
 
+// Which pixels of [N, H, W] count: flags, or weights of which one above 0 counts; of flags they are
+// 1. Both null: all count.
+struct Valid {
+  const uint8_t* flags;
+  const float* weights;
+};
+
 // The cross-entropy of SegmentationLoss, which shares the passes over the logits.
 struct CrossEntropy {
   const int64_t* labels;      // [N, H, W], null = no cross-entropy; outside [0, C) = not counted
   const float* class_weight;  // [C], null = 1
+  const float* mask;          // [N, H, W], null = 1: weights of pixels
   float label_smoothing;
   bool own_lse;  // the activation's lse is not the one of x itself
 };
@@ -56,8 +64,8 @@ struct SoftmaxPackFwd {
   DType x_dtype, target_dtype, dtype;
   const void* x;  // [N, C, H, W]
   Strides x_strides;
-  const uint8_t* valid;  // [N, H, W], null = all
-  const void* target;    // [N, C, H, W] or null; of kLabels 1 where it is 1
+  Valid valid;
+  const void* target;  // [N, C, H, W] or null; of kLabels 1 where it is 1
   Strides target_strides;
   const uint8_t* elements;  // [N, C, H, W] or null, with target: maps are 0 where it is 2
   Strides elements_strides;
@@ -92,7 +100,7 @@ struct LabelConvFwd {
   const int64_t* topk_indices;  // [N, k, H, W]
   const float* topk_rest;       // [N, H, W] or null
   int64_t k;
-  const uint8_t* valid;     // [N, H, W], null = all
+  Valid valid;
   const void* table;        // [K * K, C, c_out]
   const float* interior;    // [C, c_out], labels only: the taps' sum
   const float* rest_table;  // [K * K, c_out], with topk_rest: the classes' sum
@@ -231,8 +239,8 @@ struct SoftmaxBwd {
   const float* lse;  // [N, H, W], as in SoftmaxPackFwd
   const void* dy;    // [N, rows, W, c_pad] or null
   int64_t dy_image_stride;
-  const float* scale;    // [N]
-  const uint8_t* valid;  // [N, H, W], null = all
+  const float* scale;  // [N]
+  Valid valid;
   CrossEntropy ce;
   const float* ce_lse;    // [N, H, W]
   const float* ce_scale;  // [N]

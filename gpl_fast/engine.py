@@ -44,6 +44,7 @@ def weighted_terms(
     """
     compared = bool(weights.features or weights.styles)
     dtype = compute_dtype(pred, target, o)
+    target = target.fitted(dtype)
     if compared and choose_backend(pred, dtype, net, o).name == "fast":
         return _fast(pred, target, style_target, net, o, weights, dtype, cross_entropy)
     classified = () if cross_entropy is None else _cross_entropy(pred, cross_entropy)
@@ -85,11 +86,17 @@ def _fast(
             tensors["ce_labels"] = cross_entropy.labels
         if cross_entropy.class_weight is not None:
             tensors["class_weight"] = cross_entropy.class_weight.float()
+        own = cross_entropy.mask is not target.valid
+        if cross_entropy.mask is not None and own:  # the operator takes none twice
+            tensors["ce_mask"] = cross_entropy.mask.contiguous()
     if target.elements is not None:
         tensors["multi_hot"] = target.elements
     if "multi_hot" in tensors and tensors.get("dense") is tensors["multi_hot"]:
-        del tensors["dense"]  # the operator takes none twice
-    call = describe(net, o, target, weights, pred.device, dtype, tuple(tensors), smoothing)
+        del tensors["dense"]
+    call = describe(
+        net, o, target, weights, pred.device, dtype, tuple(tensors), smoothing,
+        weighed=cross_entropy is not None and cross_entropy.mask is not None,
+    )  # fmt: skip
     terms = operator.perceptual_terms(pred, tensors, call, cross_entropy is not None)
     seen = _seen(target, style_target)
     terms = terms if isinstance(seen, int) else terms + seen
@@ -138,6 +145,7 @@ def _cross_entropy(
             cross_entropy.labels,
             None if weight is None else weight.to(acc),
             cross_entropy.label_smoothing,
+            cross_entropy.mask,
         )
 
 
@@ -170,6 +178,7 @@ def target_features(
 def _fast_features(
     target: Target, net: LossNet, layers: Sequence[str], o: Options, dtype: torch.dtype
 ) -> dict[str, Tensor]:
+    target = target.fitted(dtype)
     tensors, data = target.tensors(dtype), target.data.detach()
     dense = tensors.pop("dense", None)
     if dense is None:  # of a list of classes there is no map: a tensor of its shape, without memory
@@ -190,6 +199,7 @@ def describe(
     tensors: tuple[str, ...],
     label_smoothing: float | None = None,
     *,
+    weighed: bool = False,
     encode: bool = False,
     by: str | None = None,
 ) -> str:
@@ -199,6 +209,7 @@ def describe(
         dtype: what the network computes in.
         tensors: names of the target's.
         label_smoothing: of the cross-entropy that shares the passes, None without one.
+        weighed: by a mask of its own, or by the target's.
         by: who decides, None = `device`'s own; see `gpl_fast.fast.policy.named`.
     """
     workspace = o.constant_workspace
@@ -221,6 +232,7 @@ def describe(
         cross_entropy=label_smoothing is not None,
         elements=target.elements is not None,
         label_smoothing=label_smoothing or 0.0,
+        weighed=weighed,
     )
 
 

@@ -25,6 +25,7 @@ from gpl_fast.targets import (
     Target,
     TargetLike,
     resolve_target,
+    weights_of_pixels,
 )
 from gpl_fast.terms import Segmentation, Weights
 
@@ -99,10 +100,11 @@ def explain_segmentation(
     inputs = {"logits": logits, "labels": labels, "teacher": teacher, "mask": mask}
     shared = s.label_smoothing if s.ce_weight and s.gpl_weight else None
     kept = s.by_element and (shared is not None or target.elements is not None)
+    ce_mask = None if shared is None else weights_of_pixels(target, given)
     found = Planned(
         loss, net, o, full, target, mask, inputs, taps if s.gpl_weight else Weights({}, {}),
-        shared, multi_hot=checked if kept else None, resized=full is not logits,
-        architecture=architecture,
+        shared, multi_hot=checked if kept else None, ce_mask=ce_mask,
+        resized=full is not logits, architecture=architecture,
     ).explain()  # fmt: skip
     if not ratio:
         return found
@@ -116,7 +118,8 @@ class Planned:
 
     ``label_smoothing``: of the cross-entropy that shares the fast path's passes, or None;
     ``multi_hot``: labels of elements (N, C, H, W) uint8 that the fast path keeps, or None;
-    ``resized``: the prediction is a map that the loss makes; ``architecture``: see `explain`.
+    ``ce_mask``: the cross-entropy's weights of pixels, or None; ``resized``: the prediction is a
+    map that the loss makes; ``architecture``: see `explain`.
     """
 
     loss: nn.Module
@@ -129,6 +132,7 @@ class Planned:
     weights: Weights
     label_smoothing: float | None = None
     multi_hot: Tensor | None = None
+    ce_mask: Tensor | None = None
     resized: bool = False
     architecture: str | None = None
 
@@ -190,7 +194,10 @@ class Planned:
         layers = layer_costs(self.net, self.pred, target.kind, self.taps, planned)
         total = planned.bytes_saved()
         if target.valid is not None and not _same_memory(target.valid, self.mask):
-            total += target.valid.numel()
+            total += target.valid.nbytes
+        own = self.ce_mask is not None and self.ce_mask is not target.valid
+        if self.ce_mask is not None and own and not _same_memory(self.ce_mask, self.mask):
+            total += self.ce_mask.nbytes
         if self.multi_hot is not None:
             total += self.multi_hot.numel()
         elif self.label_smoothing is not None:

@@ -15,6 +15,7 @@ from gpl_fast.normalizer import Normalizer, NormalizerLike, as_normalizer, divid
 from gpl_fast.options import Options
 from gpl_fast.precision import accumulation_dtype, no_autocast
 from gpl_fast.targets import (
+    IGNORED,
     Target,
     TargetFeatures,
     TargetLike,
@@ -28,6 +29,7 @@ from gpl_fast.targets import (
     resolve_style,
     resolve_target,
     resolve_teacher,
+    weights_of_pixels,
 )
 from gpl_fast.terms import BinaryCrossEntropy, CrossEntropy, Segmentation, Weights
 
@@ -68,7 +70,7 @@ def segmentation_parts(
     with no_autocast(logits):
         logits = reference.resize(logits, checked.shape[-2:])
     target = compared(teacher, checked, given, logits, o, s.gpl_ignore)
-    classified = _classified(checked, s) if s.ce_weight else None
+    classified = _classified(checked, weights_of_pixels(target, given), s) if s.ce_weight else None
     weights = taps if s.gpl_weight else Weights({}, {})
     terms = engine.weighted_terms(logits, target, net, o, weights, cross_entropy=classified)
     if terms.cross_entropy is None or terms.normalizer is None:  # not computed, but connected
@@ -87,14 +89,16 @@ def segmentation_resolvers(s: Segmentation) -> tuple[Callable[..., Any], Callabl
     return resolve_labels, resolve_teacher
 
 
-def _classified(labels: Tensor, s: Segmentation) -> CrossEntropy | BinaryCrossEntropy:
-    """What the logits are classified as, of labels that are checked."""
+def _classified(
+    labels: Tensor, mask: Tensor | None, s: Segmentation
+) -> CrossEntropy | BinaryCrossEntropy:
+    """What the logits are classified as, of labels that are checked and the weights of pixels."""
     weight, of_ones = (
         None if w is None else w.to(labels.device) for w in (s.class_weight, s.pos_weight)
     )
     if s.by_element:
-        return BinaryCrossEntropy(labels, weight, of_ones, s.label_smoothing)
-    return CrossEntropy(labels, weight, s.label_smoothing)
+        return BinaryCrossEntropy(labels, weight, of_ones, s.label_smoothing, mask)
+    return CrossEntropy(labels, weight, s.label_smoothing, mask)
 
 
 def _mean_cross_entropy(
@@ -119,15 +123,16 @@ def count(
 ) -> Tensor:
     """`SegmentationLoss.count`."""
     if s.by_element:
-        checked = count_elements(labels, mask, channels, o)
-        counted = checked != 2
+        checked, given = count_elements(labels, mask, channels, o)
+        counted = (checked != IGNORED).sum(dim=1).double()
     else:
-        checked = count_labels(labels, mask, channels, o)
-        counted = checked >= 0
-    if s.class_weight is not None and not s.by_element:
-        weight = s.class_weight.to(checked.device, torch.float64)
-        counted = weight[checked.clamp_min(0)] * counted
-    pixels = counted.sum(dtype=torch.float64)
+        checked, given = count_labels(labels, mask, channels, o)
+        counted = (checked >= 0).double()
+        if s.class_weight is not None:
+            counted *= s.class_weight.to(counted)[checked.clamp_min(0)]
+    if given is not None:
+        counted *= given
+    pixels = counted.sum()
     return torch.stack([pixels, torch.full_like(pixels, checked.shape[0])])
 
 

@@ -34,12 +34,14 @@ class Weights(NamedTuple):
 class CrossEntropy(NamedTuple):
     """The one that is computed beside the perceptual terms.
 
-    ``labels`` (N, H, W) int64 with -1 = does not count, ``class_weight`` (C,) float32 or None.
+    ``labels`` (N, H, W) int64 with -1 = does not count, ``class_weight`` (C,) float32 or None,
+    ``mask`` (N, H, W) float32, the weights of pixels, or None = 1.
     """
 
     labels: Tensor
     class_weight: Tensor | None
     label_smoothing: float
+    mask: Tensor | None = None
 
 
 class BinaryCrossEntropy(NamedTuple):
@@ -64,10 +66,9 @@ class BinaryCrossEntropy(NamedTuple):
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """What the fast path reads, by name, but the class weights."""
-        pos_weight = None if self.pos_weight is None else self.pos_weight.float()
-        named = {"multi_hot": self.labels, "pos_weight": pos_weight, "ce_mask": self.mask}
-        return {name: t for name, t in named.items() if t is not None}
+        """What the fast path reads, by name, but the weights of classes and pixels."""
+        named = {"multi_hot": self.labels}
+        return named if self.pos_weight is None else named | {"pos_weight": self.pos_weight.float()}
 
 
 def activation_of(mode: str, given: object) -> str:

@@ -57,12 +57,13 @@ class PixelLoss {
     // w_t (1 - e) (lse - x_t) + e/C sum_c w_c (lse - x_c)
     Vf loss = load(ce_.weight) * fill(keep_) * ((lse.shift - x_label_) + lse.log_sum);
     loss = loss + fma(fill(weights_), lse.log_sum, below_);
-    float each[16];
-    store(each, loss);
+    float each[16], weight[16];
+    store(each, loss * ce_.mask);
+    store(weight, load(ce_.weight) * ce_.mask);
     for (int64_t p = 0; p < n_; ++p) {
       if (ce_.label[p] < 0) continue;
       sums[0] += (double)each[p];
-      sums[1] += (double)ce_.weight[p];
+      sums[1] += (double)weight[p];
     }
   }
 
@@ -118,8 +119,7 @@ void take_labels(const SoftmaxPackFwd& a, const Pixels& px, float* x, const floa
                  uint8_t* taken) {
   for (int64_t p = 0; p < px.n; ++p) {
     const int64_t label = a.labels[px.at + p];
-    const bool kept = !a.valid || a.valid[px.at + p];
-    taken[p] = kept && label >= 0 && label < a.C && x[label * 16 + p] > 0.5f;
+    taken[p] = counts(a.valid, px.at + p) && label >= 0 && label < a.C && x[label * 16 + p] > 0.5f;
     if (!taken[p]) continue;
     float& y = x[label * 16 + p];
     y = complement ? -complement[p] : y - 1.0f;
@@ -144,7 +144,13 @@ void take_topk(const SoftmaxPackFwd& a, const Pixels& px, Vi keep, float* x, con
   for (int64_t p = 0; p < px.n; ++p) taken[p] = lanes[p] != 0;
 }
 
-// From the loaded logits of x and of a dense target, both [C][16], to the maps, in place.
+void weigh(const SoftmaxPackFwd& a, const Pixels& px, float* map) {
+  const Vf m = weight_lanes(a.valid.weights, px.at, px.n);
+  for (int64_t c = 0; c < a.C; ++c) store(map + c * 16, load(map + c * 16) * m);
+}
+
+// From the loaded logits of x and of a dense target, both [C][16], to the maps, in place; they have
+// no weights yet.
 void maps(const SoftmaxPackFwd& a, const Pixels& px, float* x, float* t, const float* elements,
           Lines& x_lines, Lines& t_lines, uint8_t* taken, float weights, double* ce_sums) {
   const bool has_ce = px.core && a.ce.labels;
@@ -162,7 +168,7 @@ void maps(const SoftmaxPackFwd& a, const Pixels& px, float* x, float* t, const f
   if (shared) loss.add(yp.lse, ce_sums);
   if (px.core && a.lse) store_upto(a.lse + px.at, yp.lse.value(a.lse_t), px.n);
   if (!a.y) return;
-  const Vi keep = a.valid ? valid_lanes(a.valid + px.at, px.n) : fill_i(-1);
+  const Vi keep = valid_lanes(a.valid, px.at, px.n);
   if (a.target) {
     const Vf factor = activate(a.target_activation, t, a.C, a.target_inv_t, t_lines).factor;
     return dense_difference(a, px, keep, x, yp.factor, t, factor, elements);
@@ -238,6 +244,8 @@ void rows_fwd(const SoftmaxPackFwd& a, const Tiling& tiling, float weights, Item
       if (delta) t_lines.want(delta + out, px.n * pixel_bytes);
       maps(a, px, x + group, t + group, e ? e + group : nullptr, x_lines, t_lines,
            taken ? taken + p : nullptr, weights, ce_sums);
+      if (a.valid.weights && y) weigh(a, px, x + group);
+      if (a.valid.weights && delta) weigh(a, px, t + group);
       if (y) store_map(a, y + out, x + group, px.n);
       if (delta) store_map(a, delta + out, t + group, px.n);
     }

@@ -12,7 +12,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gpl_fast, m) {
       "Tensor? valid=None, Tensor? target=None, Tensor? elements=None, Tensor? from_target=None, "
       "Tensor? labels=None, "
       "Tensor? topk_values=None, Tensor? topk_indices=None, Tensor? topk_rest=None, "
-      "Tensor? ce_labels=None, Tensor? class_weight=None, Tensor(a!)? y=None, "
+      "Tensor? ce_labels=None, Tensor? ce_mask=None, Tensor? class_weight=None, Tensor(a!)? "
+      "y=None, "
       "Tensor(b!)? delta=None, Tensor(c!)? taken=None, Tensor(d!)? lse=None, "
       "Tensor(e!)? ce_lse=None, Tensor(f!)? ce_rows=None) -> ()");
 }
@@ -26,6 +27,7 @@ void softmax_pack_fwd(const Tensor& x, int64_t activation, int64_t target_activa
                       const MaybeTensor& from_target, const MaybeTensor& labels,
                       const MaybeTensor& topk_values, const MaybeTensor& topk_indices,
                       const MaybeTensor& topk_rest, const MaybeTensor& ce_labels,
+                      const MaybeTensor& ce_mask,
                       const MaybeTensor& class_weight, const MaybeTensor& y,
                       const MaybeTensor& delta, const MaybeTensor& taken, const MaybeTensor& lse,
                       const MaybeTensor& ce_lse, const MaybeTensor& ce_rows) {
@@ -46,7 +48,7 @@ void softmax_pack_fwd(const Tensor& x, int64_t activation, int64_t target_activa
   a.x = x.data_ptr();
   a.x_strides = strides(x);
   const Shape plane = {a.N, a.H, a.W};
-  a.valid = contiguous<uint8_t>(valid, "valid", ScalarType::Bool, plane);
+  a.valid = valid_of(valid, plane);
   STD_TORCH_CHECK((target ? 1 : 0) + (labels ? 1 : 0) + (topk_values ? 1 : 0) <= 1,
                   "gpl_fast: at most one of target, labels and topk_values");
   if (target) {
@@ -81,7 +83,8 @@ void softmax_pack_fwd(const Tensor& x, int64_t activation, int64_t target_activa
     a.topk_rest = contiguous<float>(topk_rest, "topk_rest", ScalarType::Float, plane);
   }
   const bool shared = a.activation == Activation::kSoftmax && temperature == 1.0;
-  a.ce = cross_entropy(ce_labels, class_weight, label_smoothing, !shared, a.N, a.C, a.H, a.W);
+  a.ce =
+      cross_entropy(ce_labels, ce_mask, class_weight, label_smoothing, !shared, a.N, a.C, a.H, a.W);
   STD_TORCH_CHECK(y.has_value() || !(delta || taken), "gpl_fast: delta and taken need y");
   if (y) {
     STD_TORCH_CHECK(y->dim() == 4 && y->size(3) >= a.C,

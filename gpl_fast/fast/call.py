@@ -19,7 +19,7 @@ from gpl_fast.distance import Distance
 from gpl_fast.net.steps import Chain, Step
 
 # What the backward reads of the target's tensors.
-KEPT = ("valid", "ce_labels", "class_weight", "pos_weight", "multi_hot", "ce_mask")
+KEPT = ("valid", "ce_labels", "ce_mask", "class_weight", "pos_weight", "multi_hot")
 LOOKED_UP = ("labels", "topk")  # kinds that enter the first convolution as rows of a table
 
 
@@ -40,6 +40,7 @@ class Call:
         cross_entropy, label_smoothing: the one that shares the passes over the logits; binary where
             there are labels of single elements, `multi_hot`.
         elements: those that these do not count leave the perceptual terms too.
+        weighed: the cross-entropy, by a mask; where it has no ``ce_mask`` of its own, by `valid`.
         dtype: of the network's maps.
         workspace_mb: bound on transient memory, in 2^20 bytes; None = "auto".
         tensors: names of the target's tensors, in the operators' order.
@@ -63,6 +64,7 @@ class Call:
     label_smoothing: float = 0.0
     distance: Distance = field(default_factory=Distance)
     elements: bool = False
+    weighed: bool = False
 
     @functools.cached_property
     def text(self) -> str:
@@ -136,7 +138,13 @@ class Call:
                 out["elements"] = out["multi_hot"]
         elif self.cross_entropy and "ce_labels" not in out:
             out["ce_labels"] = out["labels"]
-        return out
+        return self.with_mask(out)
+
+    def with_mask(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same, with the cross-entropy's mask by its name."""
+        if self.weighed and "ce_mask" not in tensors:
+            tensors["ce_mask"] = tensors["valid"]
+        return tensors
 
     @functools.cached_property
     def kept(self) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gpl_fast.kernels.class_maps import weight_of
 from gpl_fast.kernels.launch import ACTIVATION_NAMES, cdiv, launch
 
 CLASSES, COLUMNS = 64, 16  # of a tile: few columns, that there are programs enough
@@ -93,7 +94,7 @@ def _look_kernel(
     beside = n * t_n + near * t_h + beside_it.to(tl.int64) * t_w
     keep = inside
     if valid_ptr is not None:
-        keep = keep & (tl.load(valid_ptr + pixel, mask=inside, other=0) != 0)
+        keep, _ = weight_of(valid_ptr, pixel, inside)
     m, factor = _softmax(x_ptr, x_at, x_c, C, keep, inv_t, ACTIVATION, BLOCK_C, BLOCK_W)
     tm, t_factor = m, factor
     if KIND == "dense":

@@ -43,12 +43,25 @@ def map_of(ys, i: tl.constexpr, map_ptr, at, c0, on_map, C: tl.constexpr, C_PAD:
 
 
 @triton.jit
-def zeroed(y, c, keep, MASKED: tl.constexpr, C: tl.constexpr, FULL: tl.constexpr):
-    """0 beyond the last class, and where a pixel is not kept."""
+def weight_of(valid_ptr, at, inside):
+    """(whether each pixel counts, its weight: float32, of a bool that is 1)"""
+    if valid_ptr.dtype.element_ty == tl.float32:
+        m = tl.load(valid_ptr + at, mask=inside, other=0.0)
+        return m > 0.0, tl.where(m > 0.0, m, 0.0)
+    else:
+        keep = inside & (tl.load(valid_ptr + at, mask=inside, other=0) != 0)
+        return keep, keep.to(tl.float32)
+
+
+@triton.jit
+def zeroed(y, c, valid_ptr, keep, weight, C: tl.constexpr, FULL: tl.constexpr):
+    """0 beyond the last class, and where a pixel is not kept; times its weight."""
     if not FULL:
         y = tl.where(c[:, None] < C, y, 0.0)
-    if MASKED:
+    if valid_ptr is not None:
         y = tl.where(keep[None, :], y, 0.0)
+        if valid_ptr.dtype.element_ty == tl.float32:
+            y *= weight[None, :]
     return y
 
 

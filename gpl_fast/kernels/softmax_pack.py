@@ -15,6 +15,7 @@ from gpl_fast.kernels.class_maps import (
     store_map,
     store_zeros,
     topk_tile,
+    weight_of,
     zeroed,
 )
 from gpl_fast.kernels.launch import ACTIVATION_NAMES, cdiv, launch
@@ -50,7 +51,8 @@ def _softmax_pack_fwd_kernel(
     x_ptr, target_ptr, elements_ptr,  # (N, C, H, W), any strides; the last's rows contiguous
     valid_ptr, from_target_ptr, labels_ptr,  # (N, H, W), (N,), (N, H, W)
     values_ptr, indices_ptr, rest_ptr,  # (N, K, H, W), (N, K, H, W), (N, H, W)
-    ce_labels_ptr, class_weight_ptr, ce_ptr,  # (N, H, W), (C,), (N, H, tiles, 2) float64
+    ce_labels_ptr, ce_mask_ptr, class_weight_ptr,  # (N, H, W) twice, (C,)
+    ce_ptr,  # (N, H, tiles, 2) float64
     y_ptr, delta_ptr, taken_ptr,  # (N, rows, W, C_PAD) twice, (N, rows, W)
     lse_ptr, ce_lse_ptr,  # (N, H, W)
     H, W, row0, core0, core_rows, inv_t, y_n, delta_n, topk_n, topk_k, elements_n, elements_c,
@@ -108,8 +110,8 @@ def _softmax_pack_fwd_kernel(
         if ce_lse_ptr is not None:
             tl.store(ce_lse_ptr + at, cm + log_s, mask=core)
         loss, weight = cross_entropy(
-            xs, x_row, ce_labels_ptr, class_weight_ptr, at, w, core, cm, log_s, x_c, x_w,
-            SMOOTHING, C, LAYOUT, HELD, TILES, BLOCK_C,
+            xs, x_row, ce_labels_ptr, ce_mask_ptr, class_weight_ptr, at, w, core, cm, log_s, x_c,
+            x_w, SMOOTHING, C, LAYOUT, HELD, TILES, BLOCK_C,
         )  # fmt: skip
         part = ce_ptr + ((n * H + h) * tiles + tile) * 2
         tl.store(part, tl.sum(loss.to(tl.float64)), mask=in_core)
@@ -117,9 +119,9 @@ def _softmax_pack_fwd_kernel(
     if y_ptr is None:
         return
     # (2) y', the target, their difference, eq. (6)
-    keep = on_map
+    keep, of_pixel = on_map, s
     if valid_ptr is not None:
-        keep = on_map & (tl.load(valid_ptr + at, mask=on_map, other=0) != 0)
+        keep, of_pixel = weight_of(valid_ptr, at, on_map)
     factor = 1.0 / s
     ts = ()
     if target_ptr is not None:
@@ -172,7 +174,7 @@ def _softmax_pack_fwd_kernel(
                     row = elements_ptr + n * elements_n + h.to(tl.int64) * W
                     there = load_elements(row, c, w, on_map, elements_c, C) < 2
                     y, t = tl.where(there, y, 0.0), tl.where(there, t, 0.0)
-                d = zeroed(y - t, c, keep, valid_ptr is not None, C, i < WHOLE)
+                d = zeroed(y - t, c, valid_ptr, keep, of_pixel, C, i < WHOLE)
                 y = tl.where(carried, t, y)
                 store_map(delta_ptr, out, d, c, on_map, C_PAD, i < WHOLE)
             if labels_ptr is not None:
@@ -182,7 +184,7 @@ def _softmax_pack_fwd_kernel(
                 t = topk_tile(values_ptr, indices_ptr, rest_ptr, first, at, c, keep, topk_k, K,
                                FAR, BLOCK_C, BLOCK_W)  # fmt: skip
                 y = tl.where(take[None, :], y - t, y)
-            y = zeroed(y, c, keep, valid_ptr is not None, C, i < WHOLE)
+            y = zeroed(y, c, valid_ptr, keep, of_pixel, C, i < WHOLE)
             store_map(y_ptr, out, y, c, on_map, C_PAD, i < WHOLE)
 
 
@@ -192,8 +194,8 @@ def softmax_pack_fwd(
     valid: Tensor | None = None, target: Tensor | None = None, elements: Tensor | None = None,
     from_target: Tensor | None = None, labels: Tensor | None = None,
     topk_values: Tensor | None = None, topk_indices: Tensor | None = None,
-    topk_rest: Tensor | None = None,
-    ce_labels: Tensor | None = None, class_weight: Tensor | None = None, y: Tensor | None = None,
+    topk_rest: Tensor | None = None, ce_labels: Tensor | None = None,
+    ce_mask: Tensor | None = None, class_weight: Tensor | None = None, y: Tensor | None = None,
     delta: Tensor | None = None, taken: Tensor | None = None, lse: Tensor | None = None,
     ce_lse: Tensor | None = None, ce_rows: Tensor | None = None,
 ) -> None:  # fmt: skip
@@ -226,7 +228,7 @@ def softmax_pack_fwd(
         _softmax_pack_fwd_kernel,
         (rows * tiles, n),
         x, target, elements, valid, from_target, labels, topk_values, topk_indices, topk_rest,
-        ce_labels, class_weight, parts, y, delta, taken, lse, ce_lse, height, width, row0,
+        ce_labels, ce_mask, class_weight, parts, y, delta, taken, lse, ce_lse, height, width, row0,
         None if whole else core0, None if whole else core_rows,
         inv_t=None if temperature == 1.0 else inverse_of(temperature),
         y_n=y_n, delta_n=delta_n,

@@ -17,12 +17,14 @@ from gpl_fast.targets.elements import (
 from gpl_fast.targets.features import FeatureTarget, feature_settings
 from gpl_fast.targets.labels import LabelTarget
 from gpl_fast.targets.masks import normalise_mask
+from gpl_fast.targets.multi_hot import IGNORED
 from gpl_fast.targets.resolve import (
     count_labels,
     resolve_labels,
     resolve_style,
     resolve_target,
     resolve_teacher,
+    weights_of_pixels,
 )
 from gpl_fast.targets.target import Target
 from gpl_fast.targets.topk import TopKTarget
@@ -32,6 +34,7 @@ TargetMap = Tensor | TopK
 TargetLike = TargetMap | TargetFeatures
 
 __all__ = [
+    "IGNORED",
     "DenseTarget",
     "FeatureTarget",
     "LabelTarget",
@@ -52,4 +55,5 @@ __all__ = [
     "resolve_style",
     "resolve_target",
     "resolve_teacher",
+    "weights_of_pixels",
 ]

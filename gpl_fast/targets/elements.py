@@ -36,9 +36,11 @@ def resolve_elements(
     return _checked(maps, mask, o)
 
 
-def count_elements(labels: object, mask: Tensor | None, channels: int, o: Options) -> Tensor:
-    """The labels of `resolve_elements`, without the logits that they are of."""
-    return _checked(element_maps(labels, channels), mask, o)[0]
+def count_elements(
+    labels: object, mask: Tensor | None, channels: int, o: Options
+) -> tuple[Tensor, Tensor | None]:
+    """`resolve_elements` without the logits that the labels are of."""
+    return _checked(element_maps(labels, channels), mask, o)
 
 
 def _checked(maps: Tensor, mask: Tensor | None, o: Options) -> tuple[Tensor, Tensor | None]:

@@ -13,7 +13,7 @@ from gpl_fast import reference
 from gpl_fast.input_checks import check_tensor, is_integer
 from gpl_fast.options import Options
 from gpl_fast.targets import values
-from gpl_fast.targets.masks import normalise_mask
+from gpl_fast.targets.masks import normalise_mask, restricted
 from gpl_fast.targets.target import Target, check_like
 
 
@@ -49,7 +49,7 @@ class LabelTarget(Target):
         labels = check_labels(plane, mask, channels, o.ignored)
         valid = mask
         if o.ignored or labels.device.type not in ("cpu", "meta"):
-            valid = labels >= 0
+            valid = restricted(mask, labels >= 0)
         return cls(size, valid, labels, channels)
 
     @property
@@ -157,6 +157,7 @@ def check_labels(
         ValueError: a counted label outside ``[0, C)``, on the CPU; on CUDA, where looking costs a
             synchronisation, only with ``GPL_FAST_CHECK=1``: else that pixel does not count.
     """
+    mask = None if mask is None else reference.counted(mask)
     out: Tensor = torch.ops.gpl_fast.check_labels(labels, mask, channels, ignored)
     return out
 

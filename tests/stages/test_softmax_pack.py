@@ -34,8 +34,8 @@ MANY = 1300  # more than Triton's kernel holds
 
 
 def pack(stages, x, *, target=None, elements=None, labels=None, topk=None, valid=None,
-         activation=SOFTMAX, target_activation=None, temperature=1.0, ce=None, strip=None, core=None, c_pad=None,
-         dtype=FLOAT):  # fmt: skip
+         activation=SOFTMAX, target_activation=None, temperature=1.0, ce=None, ce_mask=None,
+         strip=None, core=None, c_pad=None, dtype=FLOAT):  # fmt: skip
     """(y, delta, lse, ce_lse, ce_rows), the maps (N, rows, W, c_pad).
 
     A listed target leaves `taken` in delta's place, no target nothing.
@@ -51,6 +51,7 @@ def pack(stages, x, *, target=None, elements=None, labels=None, topk=None, valid
     lse, ce_lse = poisoned(n, h, w), poisoned(n, h, w)
     ce_rows = poisoned(n, h, 2, dtype=torch.float64)
     options = dict(zip(("topk_values", "topk_indices", "topk_rest"), topk or (), strict=False))
+    options["ce_mask"] = ce_mask
     if ce is not None:
         options |= dict(zip(("ce_labels", "class_weight", "label_smoothing"), ce, strict=True))
     stages.softmax_pack_fwd(
@@ -58,7 +59,8 @@ def pack(stages, x, *, target=None, elements=None, labels=None, topk=None, valid
         target_activation=activation if target_activation is None else target_activation,
         temperature=temperature, row0=row0, rows=rows, core0=core0, core_rows=core_rows,
         valid=valid, target=target, elements=elements, from_target=odd_images(n), labels=labels,
-        y=y, delta=delta, taken=taken, lse=lse, ce_lse=ce_lse if own_lse else None, ce_rows=ce_rows, **options,
+        y=y, delta=delta, taken=taken, lse=lse, ce_lse=ce_lse if own_lse else None,
+        ce_rows=ce_rows, **options,
     )  # fmt: skip
     return y, delta if taken is None else taken, lse, ce_lse, ce_rows
 
