@@ -13,6 +13,7 @@ from torch import Tensor
 from gpl_fast import backend as backends
 from gpl_fast import reference
 from gpl_fast.fast import operator
+from gpl_fast.layer_weights import check_channels
 from gpl_fast.net.lossnet import LossNet
 from gpl_fast.options import Options
 from gpl_fast.precision import accumulation_dtype, has_autocast, no_autocast
@@ -43,7 +44,9 @@ def weighted_terms(
     """
     compared = bool(weights.features or weights.styles)
     dtype = compute_dtype(pred, target, o)
-    if compared and choose_backend(pred, dtype, net, o).name == "fast":
+    fast = choose_backend(pred, dtype, net, o).name == "fast"
+    fast = fast and weights.distance.plain and not weights.channels
+    if compared and fast:
         return _fast(pred, target, style_target, net, o, weights, dtype, cross_entropy)
     classified = () if cross_entropy is None else _cross_entropy(pred, cross_entropy)
     if compared:
@@ -104,9 +107,12 @@ def _reference(
         wide = pred.to(torch.promote_types(acc, dtype))
         y = reference.prediction_map(wide, o.activation, o.constant_temperature, target.valid)
         y = net.network_input(y, target.valid)
+        check_channels(weights, e_target)
+        channels = {name: c.to(pred.device) for name, c in weights.channels.items()}
         parts = reference.perceptual_terms(
-            y, net.features, e_target, e_style, weights.features, weights.styles, dtype
-        )
+            y, net.features, e_target, e_style, weights.features, weights.styles, dtype,
+            distance=weights.distance, channels=channels,
+        )  # fmt: skip
     seen = _seen(target, style_target)
     return parts["feature"].to(acc) + seen, parts["style"].to(acc) + seen
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -39,8 +38,7 @@ def explain(
     target: TargetLike,
     mask: Tensor | None,
     *,
-    features: Mapping[str, float],
-    styles: Mapping[str, float] = MappingProxyType({}),
+    weights: Weights,
     style_target: TargetLike | None = None,
     tv_weight: float = 0.0,
     architecture: str | None = None,
@@ -53,7 +51,7 @@ def explain(
         pred: (N, C, H, W); its values are not looked at. On "meta" it stands for one on the default
             device.
         target, mask, style_target: what the loss takes.
-        features, styles, tv_weight: its weights.
+        weights, tv_weight: its own.
         architecture: who computes there, instead of on the prediction's device: "sm_90", "avx2",
             "avx512", "avx512_bf16", "amx" and so on.
 
@@ -65,7 +63,7 @@ def explain(
     if style_target is not None:
         inputs["style_target"] = style_target
     planned = Planned(
-        loss, net, o, pred, resolved, mask, inputs, features, styles, architecture=architecture
+        loss, net, o, pred, resolved, mask, inputs, weights, architecture=architecture
     )
     found = planned.explain()
     if tv_weight and found.backend == "fast":  # which leaves the total variation to PyTorch
@@ -86,7 +84,7 @@ def explain_segmentation(
     teacher: TargetLike | None,
     mask: Tensor | None,
     *,
-    taps: Mapping[str, float],
+    taps: Weights,
     gpl_weight: float,
     ce_weight: float,
     label_smoothing: float,
@@ -103,8 +101,8 @@ def explain_segmentation(
     inputs = {"logits": logits, "labels": labels, "teacher": teacher, "mask": mask}
     shared = label_smoothing if ce_weight and gpl_weight else None
     return Planned(
-        loss, net, o, full, target, mask, inputs, taps if gpl_weight else {}, {}, shared,
-        resized=full is not logits, architecture=architecture,
+        loss, net, o, full, target, mask, inputs, taps if gpl_weight else Weights({}, {}),
+        shared, resized=full is not logits, architecture=architecture,
     ).explain()  # fmt: skip
 
 
@@ -123,8 +121,7 @@ class Planned:
     target: Target
     mask: Tensor | None
     inputs: Mapping[str, Any]
-    features: Mapping[str, float]
-    styles: Mapping[str, float]
+    weights: Weights
     label_smoothing: float | None = None
     resized: bool = False
     architecture: str | None = None
@@ -133,7 +130,7 @@ class Planned:
         dtype = engine.compute_dtype(self.pred, self.target, self.o)
         wide = torch.float64 if self.pred.dtype == torch.float64 else dtype
         choice = self._choice(wide)
-        if not (self.features or self.styles):
+        if not self.taps:
             choice = Choice("reference", "no feature has a weight")
         if choice.name == "fast":
             return self._fast(dtype, choice)
@@ -158,7 +155,7 @@ class Planned:
 
     @property
     def taps(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*self.features, *self.styles)))
+        return tuple(dict.fromkeys((*self.weights.features, *self.weights.styles)))
 
     def _seen_inputs(self) -> dict[str, Any]:
         # On CUDA labels and indices out of range make a mask of their own; meta tensors are like
@@ -171,12 +168,11 @@ class Planned:
 
     def _fast(self, dtype: torch.dtype, choice: Choice) -> Explanation:
         o, target = self.o, self.target
-        weights = Weights(self.features, self.styles)
         names = tuple(target.tensors(dtype))
         if self.label_smoothing is not None and "labels" not in names:
             names += ("ce_labels",)
         text = engine.describe(
-            self.net, o, target, weights, self.device, dtype, names, self.label_smoothing,
+            self.net, o, target, self.weights, self.device, dtype, names, self.label_smoothing,
             by=self.architecture,
         )  # fmt: skip
         n, c, height, width = self.pred.shape

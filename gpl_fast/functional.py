@@ -19,7 +19,7 @@ from gpl_fast.input_checks import (
     as_weight,
     check_gpl_ignore,
 )
-from gpl_fast.layer_weights import as_layers, level_taps
+from gpl_fast.layer_weights import LayerWeight, as_layers, level_taps
 from gpl_fast.net.lossnet import LossNet
 from gpl_fast.options import Options, OptionWords
 from gpl_fast.targets import TargetFeatures, TargetLike
@@ -31,7 +31,7 @@ def generic_perceptual_loss(
     net: LossNet,
     *,
     mask: Tensor | None = None,
-    level_weights: Iterable[SupportsFloat] | None = None,
+    level_weights: Iterable[LayerWeight] | None = None,
     **options: Unpack[OptionWords],
 ) -> Tensor:
     """Eq. (1) of docs/math.md: ``Σ_b w_b / (C_b H_b W_b) ‖E'_b − E_b‖²`` (Liu et al., eq. (1)
@@ -44,7 +44,8 @@ def generic_perceptual_loss(
         net: the frozen network, ``net.in_channels == C``.
         mask: (N, H, W) or (N, 1, H, W) bool, True = valid; of a dense target of another size also
             (N, h, w): that target is then resized with what is valid alone.
-        level_weights: one for each block; None = the last block only, weight 1.
+        level_weights: one for each block, a number or one for each of its channels; None = the
+            last block only, weight 1.
         **options: see `OptionWords`. A dense target that holds probabilities is refused under
             ``target_activation="auto"``, as `GenericPerceptualLoss` says; on a GPU only with
             ``GPL_FAST_CHECK=1``.
@@ -58,7 +59,8 @@ def generic_perceptual_loss(
     """
     o = Options.of("generic_perceptual_loss", options)
     o.check_channels(net.in_channels)
-    return parts.generic_value(pred, target, mask, net, level_taps(net, level_weights), o)
+    weights = level_taps(net, level_weights, o.distance)
+    return parts.generic_value(pred, target, mask, net, weights, o)
 
 
 def segmentation_loss(
@@ -73,7 +75,7 @@ def segmentation_loss(
     class_weight: Tensor | Iterable[SupportsFloat] | None = None,
     label_smoothing: SupportsFloat = 0.0,
     gpl_ignore: bool | str = "auto",
-    level_weights: Iterable[SupportsFloat] | None = None,
+    level_weights: Iterable[LayerWeight] | None = None,
     return_parts: bool = False,
     **options: Unpack[OptionWords],
 ) -> Tensor | dict[str, Tensor]:
@@ -109,7 +111,7 @@ def segmentation_loss(
         logits,
         labels,
         net,
-        level_taps(net, level_weights),
+        level_taps(net, level_weights, o.distance),
         o,
         teacher=teacher,
         mask=mask,
@@ -129,7 +131,7 @@ def perceptual_loss(
     *,
     style_target: TargetLike | None = None,
     mask: Tensor | None = None,
-    feature_layers: Mapping[str, SupportsFloat],
+    feature_layers: Mapping[str, LayerWeight],
     style_layers: Mapping[str, SupportsFloat],
     tv_weight: SupportsFloat = 0.0,
     return_parts: bool = False,
@@ -143,7 +145,8 @@ def perceptual_loss(
         net: any network with the layers named.
         style_target: like `target`, of any size, for N images or one; None = `target`.
         mask: as in `generic_perceptual_loss`, for `pred` and `target`.
-        feature_layers: weight of ``‖φ' − φ‖² / (C H W)`` by layer.
+        feature_layers: weight of ``‖φ' − φ‖² / (C H W)`` by layer, a number or one for each
+            channel.
         style_layers: weight of ``‖G' − G‖_F²`` by layer.
         tv_weight: of the mean squared neighbour difference of the activated prediction.
         return_parts: return ``{"loss_feature", "loss_style", "loss_tv"}``, weighted.
@@ -155,7 +158,7 @@ def perceptual_loss(
     """
     o = Options.of("perceptual_loss", options, activation="none")
     o.check_channels(net.in_channels)
-    features, styles, tv = as_layers(net, feature_layers, style_layers, tv_weight)
+    weights, tv = as_layers(net, feature_layers, style_layers, tv_weight, o.distance)
     found = parts.perceptual_parts(
         pred,
         target,
@@ -163,8 +166,7 @@ def perceptual_loss(
         o,
         style_target=style_target,
         mask=mask,
-        feature_layers=features,
-        style_layers=styles,
+        weights=weights,
         tv_weight=tv,
     )
     return found if return_parts else parts.sum_of_parts(found)

@@ -30,14 +30,14 @@ def generic_value(
     target: TargetLike,
     mask: Tensor | None,
     net: LossNet,
-    taps: Mapping[str, float],
+    weights: Weights,
     o: Options,
 ) -> Tensor:
     """`functional.generic_perceptual_loss` by the weight of each layer."""
     check_prediction(pred, net)
     resolved = resolve_target(target, net.in_channels, o, mask=mask, pred=pred)
     pred = reference.input_edge(pred)
-    terms = engine.weighted_terms(pred, resolved, net, o, Weights(taps, {}))
+    terms = engine.weighted_terms(pred, resolved, net, o, weights)
     return _reduce(terms.feature, o.reduction)
 
 
@@ -45,7 +45,7 @@ def segmentation_parts(
     logits: Tensor,
     labels: Tensor,
     net: LossNet,
-    taps: Mapping[str, float],
+    taps: Weights,
     o: Options,
     *,
     teacher: TargetLike | None,
@@ -66,7 +66,7 @@ def segmentation_parts(
     if ce_weight:
         weight = None if class_weight is None else class_weight.to(logits.device)
         cross_entropy = CrossEntropy(checked, weight, label_smoothing)
-    weights = Weights(taps if gpl_weight else {}, {})
+    weights = taps if gpl_weight else Weights({}, {})
     terms = engine.weighted_terms(logits, target, net, o, weights, cross_entropy=cross_entropy)
     if terms.cross_entropy is None or terms.normalizer is None:  # not computed, but connected
         ce = _reduce(engine.nothing(logits), o.reduction)
@@ -98,8 +98,7 @@ def perceptual_parts(
     *,
     style_target: TargetLike | None,
     mask: Tensor | None,
-    feature_layers: Mapping[str, float],
-    style_layers: Mapping[str, float],
+    weights: Weights,
     tv_weight: float,
 ) -> dict[str, Tensor]:
     """The weighted terms of `functional.perceptual_loss`: ``{"loss_feature", "loss_style",
@@ -108,10 +107,6 @@ def perceptual_parts(
     resolved = resolve_target(target, net.in_channels, o, mask=mask, pred=pred)
     style = None if style_target is None else resolve_style(style_target, net, o, pred)
     pred = reference.input_edge(pred)
-    weights = Weights(
-        {k: w for k, w in feature_layers.items() if w},
-        {k: w for k, w in style_layers.items() if w},
-    )
     terms = engine.weighted_terms(pred, resolved, net, o, weights, style_target=style)
     feature = _reduce(terms.feature, o.reduction)
     if tv_weight:

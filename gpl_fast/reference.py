@@ -172,9 +172,61 @@ def features(
 # ----------------------------------------------------------------------------------- 3. Distances
 
 
-def feature_distance(e_pred: Tensor, e_target: Tensor) -> Tensor:
-    """Eq. (1) at one level: ``||E' - E||^2 / (C_b H_b W_b)`` of each sample, ``(N,)``."""
-    return (e_pred - e_target).square().mean(dim=(1, 2, 3))
+class Distance(Protocol):
+    """How features are compared; `gpl_fast.distance.Distance` is the implementation."""
+
+    @property
+    def criterion(self) -> str:
+        """``"l2"`` or ``"l1"``."""
+
+    @property
+    def normalize(self) -> bool: ...
+    @property
+    def eps(self) -> float: ...
+    @property
+    def eps_inside(self) -> bool: ...
+
+
+def feature_distance(
+    e_pred: Tensor,
+    e_target: Tensor,
+    distance: Distance | None = None,
+    channels: Tensor | None = None,
+) -> Tensor:
+    """Eq. (1) at one level: ``||E' - E||^2 / (C_b H_b W_b)`` of each sample, ``(N,)``.
+
+    Args:
+        distance: None = squares of the features' difference.
+        channels: ``(C_b,)`` weights, None = 1.
+    """
+    if distance is not None and distance.normalize:
+        d = unit_difference(e_pred, e_target, distance)
+    else:
+        d = e_pred - e_target
+    each = d.square() if distance is None or distance.criterion == "l2" else d.abs()
+    if channels is not None:
+        each = each * channels.to(each.dtype).view(1, -1, 1, 1)
+    return each.mean(dim=(1, 2, 3))
+
+
+def unit_difference(e_pred: Tensor, e_target: Tensor, distance: Distance) -> Tensor:
+    """``n(φ') - n(φ)``, features over their norm ``R`` (`norm`) plus an eps that stands outside.
+
+    From the difference, ``(δ - n(φ) (R' - R)) / (R' + eps)``: nothing cancels where both agree.
+    Where ``R' = 0``, n(φ') is 0 and so is the gradient.
+    """
+    delta, outside = e_pred - e_target, 0.0 if distance.eps_inside else distance.eps
+    (r_pred, alive), (r, seen) = norm(e_pred, distance), norm(e_target, distance)
+    n = torch.where(seen, e_target / (r + outside), 0)
+    change = (delta * (e_pred + e_target)).sum(dim=1, keepdim=True) / (r_pred + r * seen)
+    return torch.where(alive, (delta - n * change) / (r_pred + outside), -n)
+
+
+def norm(e: Tensor, distance: Distance) -> tuple[Tensor, Tensor]:
+    """``R = sqrt(sum_c e_c^2)``, with eps under the root if it stands inside, and where that is
+    not 0, both ``(N, 1, H, W)``; elsewhere 1, so that no gradient is infinite."""
+    square = e.square().sum(dim=1, keepdim=True) + (distance.eps if distance.eps_inside else 0.0)
+    return torch.where(square != 0, square, 1).sqrt(), square != 0
 
 
 def gram(e: Tensor) -> Tensor:
@@ -183,9 +235,15 @@ def gram(e: Tensor) -> Tensor:
     return flat @ flat.transpose(1, 2) / (e.shape[1] * e.shape[2] * e.shape[3])
 
 
-def style_distance(e_pred: Tensor, e_target: Tensor) -> Tensor:
-    """``||G' - G||_F^2`` of each sample, ``(N,)``; the target may have another size, or N = 1."""
-    return (gram(e_pred) - gram(e_target)).square().sum(dim=(1, 2))
+def style_distance(e_pred: Tensor, e_target: Tensor, distance: Distance | None = None) -> Tensor:
+    """``||G' - G||_F^2`` of each sample, ``(N,)``; the target may have another size, or N = 1.
+
+    Under ``"l1"`` the mean of ``|G' - G|``. The features are never normalised.
+    """
+    d = gram(e_pred) - gram(e_target)
+    if distance is None or distance.criterion == "l2":
+        return d.square().sum(dim=(1, 2))
+    return d.abs().mean(dim=(1, 2))
 
 
 def total_variation(y: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -296,16 +354,40 @@ class _ChainExit(torch.autograd.Function):
 
 
 class _UnitSeed(torch.autograd.Function):
-    """Identity on the parts ``(P, N)``; sends ``g / g_n`` into the chain, ``g_n = max_p |g|``."""
+    """Identity on the parts ``(P, N)``; sends ``g / (g_n power)`` into the chain, ``g_n = max_p
+    |g|``."""
 
     @staticmethod
-    def forward(ctx: Any, parts: Tensor, token: Tensor) -> Tensor:
+    def forward(ctx: Any, parts: Tensor, token: Tensor, power: Tensor) -> Tensor:
+        ctx.power = power
         return parts.view_as(parts)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         g_n = grads[0].abs().amax(dim=0)
-        return torch.where(g_n == 0, 0, grads[0] / g_n), g_n
+        return torch.where(g_n == 0, 0, grads[0] / g_n) / ctx.power, g_n * ctx.power, None
+
+
+# Seeds of normalised features in a float16 chain stay below: the layers have room to grow.
+_LARGE = 256.0
+
+
+@torch.no_grad()
+def _power(e_pred: Mapping[str, Tensor], distance: Distance | None) -> Tensor:
+    """``(N,)`` powers of two: a seed of normalised features, which grows as ``1 / R'``, over it is
+    one that float16 holds."""
+    power = torch.ones((), dtype=torch.float32)
+    if distance is None or not distance.normalize:
+        return power
+    for e in e_pred.values():
+        root, alive = norm(e, distance)
+        root = torch.where(alive, root, torch.inf).flatten(1) + distance.eps * (
+            not distance.eps_inside
+        )
+        # |u| <= 2, and the seed is what is left of u across n(φ'), over R'.
+        large = (4 / (_LARGE * root)).amax(dim=1).clamp(min=1)
+        power = torch.maximum(power.to(large.device), torch.exp2(large.log2().ceil()))
+    return power
 
 
 def perceptual_terms(
@@ -316,6 +398,9 @@ def perceptual_terms(
     feature_weights: Mapping[str, float],
     style_weights: Mapping[str, float],
     dtype: torch.dtype,
+    *,
+    distance: Distance | None = None,
+    channels: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Eq. (1) over the levels and the style distances, weighted: ``{"feature", "style"}``, (N,).
 
@@ -325,16 +410,18 @@ def perceptual_terms(
         target, style_target: the target's features by layer.
         feature_weights, style_weights: weight by layer.
         dtype: what the chain computes in.
+        distance: how features are compared; None = by their mean square.
+        channels: (C_b,) by layer, that the weights of features are multiplied with.
     """
     acc = y_pred.dtype if dtype != torch.float64 else dtype
     taps = tuple(dict.fromkeys((*feature_weights, *style_weights)))
     unit_scale = dtype == torch.float16 and y_pred.requires_grad
     shapes = {tap: e.shape for tap, e in (*style_target.items(), *target.items())}
+    l1 = distance is not None and distance.criterion == "l1"
     scale = max(
-        2.0 * max(feature_weights.get(tap, 0.0), 2.0 * style_weights.get(tap, 0.0))
-        / (shapes[tap][1] * shapes[tap][2] * shapes[tap][3])
+        _largest_seed(feature_weights.get(tap, 0.0), style_weights.get(tap, 0.0), shapes[tap], l1)
         for tap in taps
-    )  # fmt: skip
+    )
     if unit_scale:
         y, token = _ChainEntry.apply(y_pred, dtype, scale)  # type: ignore[no-untyped-call]
         e_pred = {
@@ -345,13 +432,25 @@ def perceptual_terms(
         e_pred = {tap: e.to(acc) for tap, e in extract(y_pred.to(dtype), taps).items()}
     feature = y_pred.new_zeros(y_pred.shape[0], dtype=acc)
     for tap, weight in feature_weights.items():
-        feature = feature + weight * feature_distance(e_pred[tap], target[tap].to(acc))
+        by_channel = None if channels is None else channels.get(tap)
+        of_tap = feature_distance(e_pred[tap], target[tap].to(acc), distance, by_channel)
+        feature = feature + weight * of_tap
     style = y_pred.new_zeros(y_pred.shape[0], dtype=acc)
     for tap, weight in style_weights.items():
-        style = style + weight * style_distance(e_pred[tap], style_target[tap].to(acc))
+        of_tap = style_distance(e_pred[tap], style_target[tap].to(acc), distance)
+        style = style + weight * of_tap
     if unit_scale:
-        feature, style = _UnitSeed.apply(torch.stack([feature, style]), token)  # type: ignore[no-untyped-call]
+        power = _power({tap: e_pred[tap] for tap in feature_weights}, distance)
+        feature, style = _UnitSeed.apply(torch.stack([feature, style]), token, power)  # type: ignore[no-untyped-call]
     return {"feature": feature, "style": style}
+
+
+def _largest_seed(feature: float, style: float, shape: Sequence[int], l1: bool) -> float:
+    """The larger coefficient of the two gradients at a tap, of the weights of its distances."""
+    _, c, h, w = shape
+    if l1:
+        return max(feature, 2.0 * style / c**2) / (c * h * w)
+    return 2.0 * max(feature, 2.0 * style) / (c * h * w)
 
 
 # ---------------------------------------------------------------------------- 5. Segmentation total

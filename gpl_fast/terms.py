@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from torch import Tensor
 
+from gpl_fast.distance import Distance
+
 
 class Weights(NamedTuple):
-    """The weight of each layer that is compared, by name; none of them is 0."""
+    """The weight of each layer that is compared, by name; none of them is 0.
+
+    ``distance`` says how; ``channels`` are (C_b,) floating: the weights of a layer's channels,
+    multiplied with its number in ``features``.
+    """
 
     features: Mapping[str, float]
     styles: Mapping[str, float]
+    distance: Distance = Distance()
+    channels: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class CrossEntropy(NamedTuple):
