@@ -64,9 +64,9 @@ def bytes_of_images(names: Names) -> tuple[Tensor, Tensor]:
 
 
 def segmentation(names: Names) -> tuple[Tensor, Tensor]:
-    """Logits and labels; without labels that are ignored where the block says None."""
-    logits = torch.randn(2, names.get("C", 3), 40, 48, dtype=torch.float64)
-    return logits, torch.randint(0, logits.shape[1], (2, 40, 48))
+    """Logits and labels of three classes."""
+    logits = torch.randn(2, 3, 40, 48, dtype=torch.float64)
+    return logits, torch.randint(0, 3, (2, 40, 48))
 
 
 def ignoring(names: Names) -> tuple[Tensor, Tensor]:
@@ -76,6 +76,10 @@ def ignoring(names: Names) -> tuple[Tensor, Tensor]:
 
 INPUTS: dict[str, Callable[[Names], tuple[Tensor, Tensor]]] = {
     "torch.nn 1": ignoring,
+    "MONAI 2": segmentation,
+    "mmsegmentation 1": ignoring,
+    "mmsegmentation 2": ignoring,
+    "mmsegmentation 3": segmentation,
     "pytorch/examples, Johnson's Lua 1": bytes_of_images,
 }
 
