@@ -58,6 +58,11 @@ def images(names: Names) -> tuple[Tensor, Tensor]:
     return (target + 0.2 * torch.randn_like(target)).clamp(0, 1), target
 
 
+def signed_images(names: Names) -> tuple[Tensor, Tensor]:
+    pred, target = images(names)
+    return 2 * pred - 1, 2 * target - 1
+
+
 def bytes_of_images(names: Names) -> tuple[Tensor, Tensor]:
     pred, target = images(names)
     return 255 * pred, 255 * target
@@ -76,6 +81,8 @@ def ignoring(names: Names) -> tuple[Tensor, Tensor]:
 
 INPUTS: dict[str, Callable[[Names], tuple[Tensor, Tensor]]] = {
     "torch.nn 1": ignoring,
+    "lpips, torchmetrics 1": signed_images,
+    "MONAI 1": signed_images,
     "MONAI 2": segmentation,
     "mmsegmentation 1": ignoring,
     "mmsegmentation 2": ignoring,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import lpips
 import monai
 import piq
 import pytest
@@ -134,7 +135,49 @@ def test_total_variation_of_the_lua_code():
     assert math.isclose(1e-6 * 4 * 3 * 256 * 256 / 2, 0.39, rel_tol=0.01)
 
 
+# ----------------------------------------------------------------------------- lpips, torchmetrics
+
+LAYERS = ("relu1_2", "relu2_2", "relu3_3", "relu4_3", "relu5_3")
+
+
+def test_heads_of_lpips_as_weights_of_channels():
+    theirs = lpips.LPIPS(net="vgg", verbose=False)
+    trunk = nn.Sequential(*(m for part in theirs.net.children() for m in part))
+    shift, scale = (t.flatten().tolist() for t in theirs.scaling_layer.buffers())
+    net = gpl_fast.LossNet.from_sequential(trunk, mean=shift, std=scale)
+    heads = {
+        layer: lin.model[-1].weight.detach().flatten()
+        for layer, lin in zip(LAYERS, theirs.lins, strict=True)
+    }
+    weights = {layer: len(h) * h for layer, h in heads.items()}
+    ours = gpl_fast.PerceptualLoss(net, weights, normalize_features=True)
+    equal(ours(*(both := images())), theirs.double()(*both).mean().detach())
+
+
+def test_lpips_is_told_the_range_at_each_call_ours_once():
+    theirs = lpips.LPIPS(net="vgg", verbose=False)
+    ours = gpl_fast.LPIPS.from_module(theirs, normalize=True, reduction="none")
+    value = theirs.double()(*(both := images()), normalize=True)
+    assert value.shape == (2, 1, 1, 1)
+    equal(ours(*both), value.detach().flatten())
+
+
+@pytest.mark.parametrize("net", ["vgg", "alex", "squeeze"])
+def test_who_takes_the_fast_path(net):
+    loss = gpl_fast.LPIPS.from_module(lpips.LPIPS(net=net, verbose=False))
+    x = torch.empty(1, 3, 64, 64, device="meta")
+    assert loss.explain(x, x).backend == ("fast" if net == "vgg" else "reference")
+
+
 # ------------------------------------------------------------------------------------------- MONAI
+
+
+def test_one_channel_is_spread_over_three():
+    theirs = monai.losses.PerceptualLoss(spatial_dims=2, network_type="vgg")
+    ours = gpl_fast.LPIPS.from_module(theirs.perceptual_function)
+    pred, target = images(channels=1)
+    spread = (x.expand(-1, 3, -1, -1) for x in (pred, target))
+    equal(ours(*spread), theirs.double()(pred, target).detach())
 
 
 @pytest.mark.parametrize("one_hot", [False, True])
