@@ -16,6 +16,7 @@ enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
 enum class Activation : int32_t { kNone, kSoftmax, kSigmoid };
 constexpr const char* kActivationNames[] = {"none", "softmax", "sigmoid"};
 enum class Pool : int32_t { kMax, kAvg, kNone };
+enum class Criterion : int32_t { kL2, kL1 };
 
 // Strides in elements of an [N, C, H, W] tensor of the caller's.
 struct Strides {
@@ -171,10 +172,31 @@ struct ReluPoolFwd {
 };
 
 struct DiffReduceFwd {
-  int64_t N, M;
+  int64_t N, M, C;
   DType dtype;
-  const void* delta;  // [N, M]
-  double* sum;        // [N]
+  Criterion criterion;
+  const void* delta;    // [N, M / C, C]
+  const float* weight;  // [C] or null
+  void* seed;           // [N, M / C, C] or null: half the derivative of a square, or that of |d|
+  double* sum;          // [N]
+};
+
+// Of features over their norm. y and delta as in ReluPoolFwd, or y is the prediction's and target
+// stands in the place of delta.
+struct UnitDiffFwd {
+  int64_t N, pixels, C;
+  Criterion criterion;
+  float eps;
+  bool eps_inside;  // of the root, or added to it
+  DType dtype, target_dtype, seed_dtype;
+  const void* y;               // [N, pixels, C]
+  const void* delta;           // [N, pixels, C] or null
+  const void* target;          // [N, pixels, C] or null
+  const uint8_t* from_target;  // [N], with delta
+  const float* weight;         // [C] or null
+  void* seed;                  // [N, pixels, C] or null
+  double* sum;                 // [N]
+  int64_t y_image_stride, delta_image_stride, target_image_stride, seed_image_stride;
 };
 
 struct ReluPoolBwd {

@@ -19,6 +19,7 @@ void parallel_for(int64_t n, int64_t grain, ParallelBody body, void* ctx);
   STAGE(relu_fwd, ReluFwd)                \
   STAGE(relu_pool_fwd, ReluPoolFwd)       \
   STAGE(diff_reduce_fwd, DiffReduceFwd)   \
+  STAGE(unit_diff_fwd, UnitDiffFwd)       \
   STAGE(relu_pool_bwd, ReluPoolBwd)       \
   STAGE(relu_bwd, ReluBwd)                \
   STAGE(softmax_bwd, SoftmaxBwd)

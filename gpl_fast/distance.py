@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-# As enum class Criterion in csrc has them. The losses take these words.
-CRITERIA = {"l2": 0, "l1": 1}
-
 
 @dataclass(frozen=True)
 class Distance:

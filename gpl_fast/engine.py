@@ -44,9 +44,7 @@ def weighted_terms(
     """
     compared = bool(weights.features or weights.styles)
     dtype = compute_dtype(pred, target, o)
-    fast = choose_backend(pred, dtype, net, o).name == "fast"
-    fast = fast and weights.distance.plain and not weights.channels
-    if compared and fast:
+    if compared and choose_backend(pred, dtype, net, o).name == "fast":
         return _fast(pred, target, style_target, net, o, weights, dtype, cross_entropy)
     classified = () if cross_entropy is None else _cross_entropy(pred, cross_entropy)
     if compared:
@@ -76,6 +74,8 @@ def _fast(
     for name in weights.styles:
         if name in style_features:
             tensors[f"gram.{name}"] = reference.gram(style_features[name].detach().float())
+    for name, c in weights.channels.items():
+        tensors[f"weight.{name}"] = c.to(pred.device, torch.float32)
     smoothing = None
     if cross_entropy is not None:
         smoothing = cross_entropy.label_smoothing
@@ -195,6 +195,7 @@ def describe(
         by,
         features=tuple(weights.features.items()),
         styles=tuple(weights.styles.items()),
+        distance=weights.distance.text,
         kind=target.kind,
         activation=o.target if encode else o.activation,
         target_activation=o.target,

@@ -173,7 +173,7 @@ class Planned:
 
     def _fast(self, dtype: torch.dtype, choice: Choice) -> Explanation:
         o, target = self.o, self.target
-        names = tuple(target.tensors(dtype))
+        names = (*target.tensors(dtype), *(f"weight.{name}" for name in self.weights.channels))
         if self.label_smoothing is not None and "labels" not in names:
             names += ("ce_labels",)
         text = engine.describe(

@@ -10,10 +10,10 @@ from typing import Any, SupportsFloat, SupportsIndex, TypedDict
 import torch
 
 from gpl_fast.backend import BACKENDS
-from gpl_fast.distance import CRITERIA, Distance
+from gpl_fast.distance import Distance
 from gpl_fast.graphs import constant
 from gpl_fast.input_checks import as_float, as_float_dtype, as_int
-from gpl_fast.stages import ACTIVATIONS
+from gpl_fast.stages import ACTIVATIONS, CRITERIA
 
 TARGET_ACTIVATIONS = ("auto", "same", *ACTIVATIONS)
 REDUCTIONS = ("mean", "sum", "none")

@@ -19,11 +19,13 @@ from typing import Protocol
 
 from torch import Tensor
 
+from gpl_fast.tap_stages import TapStages
 from gpl_fast.tiles import Tile
 
-# As enum class Activation and Pool in csrc have them. The losses take these words.
+# As enum class Activation, Pool and Criterion in csrc have them. The losses take these words.
 ACTIVATIONS = {"softmax": 1, "sigmoid": 2, "none": 0}
 POOLS = {"max": 0, "avg": 1, "": 2}
+CRITERIA = {"l2": 0, "l1": 1}
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class BackwardStages(Protocol):
         """The logits' gradient from that of their map, eq. (5), plus the cross-entropy's."""
 
 
-class Stages(BackwardStages, Protocol):
+class Stages(BackwardStages, TapStages, Protocol):
     """What a CPU and Triton offer: those, and all stages of the forward."""
 
     def softmax_pack_fwd(
@@ -160,9 +162,6 @@ class Stages(BackwardStages, Protocol):
         code: Tensor | None = None,  # max: of the pooled grid; average: the mask (N, H, W, ⌈C/8⌉)
     ) -> None:  # fmt: skip
         """ReLU and 2 x 2 pool of both, eq. (6)."""
-
-    def diff_reduce_fwd(self, delta: Tensor) -> Tensor:
-        """Σ δ² of each image, (N, …) contiguous -> (N,) float64, in a fixed order."""
 
 
 class CpuStages(Stages, Protocol):

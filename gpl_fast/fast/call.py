@@ -9,11 +9,13 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
 
+from gpl_fast import distance
+from gpl_fast.distance import Distance
 from gpl_fast.net.steps import Chain, Step
 
 # What the backward reads of the target's tensors.
@@ -30,6 +32,7 @@ class Call:
         network: key of the network's weights; `net.weights.of`.
         chain: the network without its weights.
         features, styles: weight of each tapped layer.
+        distance: how features are compared.
         kind: of the target: "dense", "labels", "topk" or "features".
         encode: there is no prediction: the target's features are what is asked for.
         resized: a dense target of another size, or in float64: rows of it are made anew.
@@ -56,11 +59,13 @@ class Call:
     resized: bool = False
     cross_entropy: bool = False
     label_smoothing: float = 0.0
+    distance: Distance = field(default_factory=Distance)
 
     @functools.cached_property
     def text(self) -> str:
         """For `read`."""
-        return json.dumps({**asdict(self), "dtype": str(self.dtype).removeprefix("torch.")})
+        words = {"dtype": str(self.dtype).removeprefix("torch."), "distance": self.distance.text}
+        return json.dumps({**asdict(self), **words})
 
     @functools.cached_property
     def taps(self) -> tuple[str, ...]:
@@ -71,6 +76,20 @@ class Call:
     def styled(self) -> frozenset[str]:
         """The layers whose styles are compared."""
         return frozenset(name for name, _ in self.styles)
+
+    @functools.cached_property
+    def normalized(self) -> frozenset[str]:
+        """The layers whose features are compared over their norms."""
+        return frozenset(name for name, _ in self.features if self.distance.normalize)
+
+    @functools.cached_property
+    def looked_into(self) -> frozenset[str]:
+        """The taps that need the carried branch beside δ."""
+        return self.styled | self.normalized
+
+    def squared(self, tap: str) -> bool:
+        """Whether what begins at a tap is δ itself: of its squares, all of one weight."""
+        return self.distance.plain and f"weight.{tap}" not in self.tensors
 
     @functools.cached_property
     def plain(self) -> bool:
@@ -137,4 +156,5 @@ def read(text: str) -> Call:
         d[name] = tuple((tap, weight) for tap, weight in d[name])
     d["tensors"] = tuple(d["tensors"])
     d["dtype"] = getattr(torch, d["dtype"])
+    d["distance"] = distance.read(d["distance"])
     return Call(**d)

@@ -119,7 +119,7 @@ def _tapped(out: Buffers, s: Strip, j: int, tap: str) -> None:
     if tap in call.styled:
         out.need("style", (4, *maps), torch.float32)
         out.need("grams", (4, s.n, *maps[3:] * 2), torch.float32)
-    if call.plain and not call.encode:
+    if call.plain and not call.encode and tap not in call.normalized:
         out.need("difference", maps, torch.float32)
 
 

@@ -75,8 +75,11 @@ def _step(plan: Plan, i: int) -> Runs:
             forward.append(f"relu_{form} ({there})")
         if step.pool:
             forward.append(f"relu_pool_{form} ({there})")
-    reduced = how.block and bool(step.pool) and not plan.call.plain  # by the block itself
-    if not reduced and {step.conv, step.relu, step.pool} & {tap for tap, _ in plan.call.features}:
+    by_block = how.block and bool(step.pool) and not plan.call.plain
+    tapped = {step.conv, step.relu, step.pool} & {tap for tap, _ in plan.call.features}
+    if tapped & plan.call.normalized:
+        forward.append(f"unit_diff_fwd ({there})")
+    elif not all(by_block and plan.call.squared(tap) for tap in tapped):
         forward.append(f"diff_reduce_fwd ({there})")
     if plan.call.encode:
         return Runs(step.conv, ", ".join(forward), "")

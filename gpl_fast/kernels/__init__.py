@@ -11,6 +11,7 @@ from gpl_fast.kernels.relu import relu_bwd, relu_diff_fwd, relu_fwd
 from gpl_fast.kernels.relu_pool import relu_pool_bwd, relu_pool_diff_fwd, relu_pool_fwd
 from gpl_fast.kernels.softmax_bwd import softmax_bwd
 from gpl_fast.kernels.softmax_pack import softmax_pack_fwd
+from gpl_fast.kernels.unit_diff import unit_diff_fwd
 
 __all__ = [
     "carry_target_fwd",
@@ -26,4 +27,5 @@ __all__ = [
     "softmax_bwd",
     "softmax_pack_fwd",
     "topk_conv_fwd",
+    "unit_diff_fwd",
 ]
