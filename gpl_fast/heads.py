@@ -92,20 +92,6 @@ def tap_weights(heads: Mapping[str, Tensor], distance: Distance) -> Weights:
     return Weights(numbers, {}, distance, channels)
 
 
-def stored_heads(layers: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The heads of a file: taken out of its tensors ``head.{layer}``.
-
-    Raises:
-        ValueError: the file has others.
-    """
-    if not isinstance(layers, list) or not all(isinstance(layer, str) for layer in layers):
-        raise ValueError(f"heads: got {type(layers).__name__}, expected a list of layers")
-    missing = [layer for layer in layers if f"head.{layer}" not in tensors]
-    if missing:
-        raise ValueError(f"heads of {missing} are missing")
-    return {layer: tensors.pop(f"head.{layer}") for layer in layers}
-
-
 def _as_head(layer: str, head: Any, channels: int | None) -> Tensor:
     if head is None:
         if channels is None:

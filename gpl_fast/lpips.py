@@ -10,22 +10,20 @@ from typing import Any, Self, SupportsFloat, cast
 import torch
 from torch import Tensor, nn
 
-from gpl_fast import distance_maps, lpips_peers, parts
+from gpl_fast import distance_maps, lpips_file, lpips_peers, parts
 from gpl_fast.costs import Explanation
 from gpl_fast.distance import Distance
 from gpl_fast.explain import explain
-from gpl_fast.files import read_safetensors, write_safetensors
-from gpl_fast.heads import Heads, as_heads, stored_heads, tap_weights
+from gpl_fast.heads import Heads, as_heads, tap_weights
 from gpl_fast.input_checks import as_float
 from gpl_fast.layer_weights import HeldWeights
+from gpl_fast.lpips_file import Stored
 from gpl_fast.net.fingerprint import fingerprint
 from gpl_fast.net.frozen_module import frozen_copy
 from gpl_fast.net.lossnet import LossNet
-from gpl_fast.net.network_file import network_arguments
+from gpl_fast.net.normalisation import of_unit_range
 from gpl_fast.options import Options
 from gpl_fast.targets import TargetFeatures, TargetLike, TargetMap
-
-KEY = "gpl_fast.lpips"
 
 
 class LPIPS(nn.Module):
@@ -81,17 +79,9 @@ class LPIPS(nn.Module):
         self.net = _of_unit_range(net) if normalize else net
         self.normalize, self.spatial = normalize, spatial
         self.distance = Distance("l2", True, _as_eps(eps), eps_inside)
-        self.options = Options.of(
-            "LPIPS",
-            {
-                "reduction": _as_reduction(reduction, spatial),
-                "compute_dtype": compute_dtype,
-                "backend": backend,
-                "workspace_mb": workspace_mb,
-            },
-            activation="none",
-            normalize_features=True,
-        )
+        given = {"reduction": _as_reduction(reduction, spatial), "compute_dtype": compute_dtype,
+                 "backend": backend, "workspace_mb": workspace_mb}  # fmt: skip
+        self.options = Options.of("LPIPS", given, activation="none", normalize_features=True)
         self._heads = as_heads(net, heads)
         self.weights = HeldWeights(tap_weights(self._heads, self.distance))
 
@@ -185,26 +175,14 @@ class LPIPS(nn.Module):
             ValueError: the network is a `LossNet.from_module` one.
             OSError: the file cannot be written.
         """
-        if not self.net.is_chain:
-            raise ValueError(
-                "save: a from_module network has no structure of its own to write; save the "
-                "module's state_dict and build the LPIPS from the module again"
-            )
-        tensors = {f"net.{name}": w for name, w in self.net.weights.items()}
-        tensors |= {f"head.{layer}": head for layer, head in self._heads.items()}
-        header = {
-            "net": self.net._structure(),
-            "heads": list(self._heads),
-            "normalize": self.normalize,
-            "settings": {
-                "eps": self.distance.eps,
-                "eps_inside": self.distance.eps_inside,
-                "spatial": self.spatial,
-                "reduction": self.options.reduction,
-                "compute_dtype": self.options.compute_dtype and str(self.options.compute_dtype),
-            },
+        settings = {
+            "eps": self.distance.eps,
+            "eps_inside": self.distance.eps_inside,
+            "spatial": self.spatial,
+            "reduction": self.options.reduction,
+            "compute_dtype": self.options.compute_dtype and str(self.options.compute_dtype),
         }
-        write_safetensors(path, tensors, KEY, header)
+        lpips_file.write(path, Stored(self.net, self._heads, self.normalize, settings))
 
     @classmethod
     def load(
@@ -221,29 +199,20 @@ class LPIPS(nn.Module):
             ValueError: not a safetensors file, truncated, not an LPIPS', or of another shape; the
                 message begins with the path.
         """
-        header, tensors = read_safetensors(path, KEY, "LPIPS.save")
+        stored = lpips_file.read(path)
         try:
-            heads = stored_heads(header.get("heads"), tensors)
-            weights = {name.removeprefix("net."): t for name, t in tensors.items()}
-            net = LossNet(**network_arguments(header.get("net"), weights))
-            settings, normalize = header.get("settings"), header.get("normalize")
-            if not isinstance(settings, dict) or not isinstance(normalize, bool):
-                raise ValueError(f"settings: got {settings!r} and normalize={normalize!r}")
-            loss = cls(net, heads, **settings)
+            loss = cls(stored.net, stored.heads, **stored.settings)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{os.fsdecode(path)}: {error}") from error
-        loss.normalize = normalize  # the network has it already
+        loss.normalize = stored.normalize  # the network has it already
         loss.options = replace(loss.options, backend=backend, workspace_mb=cast(Any, workspace_mb))
         return loss
 
     def extra_repr(self) -> str:
-        words = {
-            "eps": (self.distance.eps, 1e-10),
-            "eps_inside": (self.distance.eps_inside, False),
-            "normalize": (self.normalize, False),
-            "spatial": (self.spatial, False),
-        }
-        changed = "".join(f", {k}={got!r}" for k, (got, usual) in words.items() if got != usual)
+        words = {"normalize": self.normalize, "spatial": self.spatial}
+        changed = "".join(f", {name}=True" for name, word in words.items() if word)
+        if self.distance != Distance("l2", True):
+            changed += f", eps={self.distance.eps}, eps_inside={self.distance.eps_inside}"
         return (
             f"net={self.net}, layers={list(self._heads)}, fingerprint={self.fingerprint()[:12]}"
             f"{changed}{self.options.changed(activation='none', normalize_features=True)}"
@@ -269,12 +238,11 @@ def _as_reduction(reduction: str | None, spatial: bool) -> str:
 
 
 def _of_unit_range(net: LossNet) -> LossNet:
-    """The network for inputs x in [0, 1]: of 2x - 1, which goes into mean and std."""
+    """The network for inputs in [0, 1]."""
     if "adapter" in net.weight_names:
         raise ValueError(
             "normalize: got True with an input adapter, behind which mean and std act; pass "
             "inputs in the range that the adapter takes, with normalize=False"
         )
-    means, stds = net.mean or net.in_channels * (0.0,), net.std or net.in_channels * (1.0,)
-    moved = {"mean": [(1 + m) / 2 for m in means], "std": [s / 2 for s in stds]}
-    return LossNet(**{**net._arguments(), **moved})
+    mean, std = of_unit_range(net.mean, net.std, net.in_channels)
+    return LossNet(**{**net._arguments(), "mean": mean, "std": std})

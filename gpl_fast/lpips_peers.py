@@ -69,7 +69,7 @@ def known_peer(given: object) -> Peer:
             "(F.interpolate) before the loss"
         )
     if model.spatial:
-        words |= {"spatial": True, "reduction": "none"}
+        words |= {"spatial": True}
     return Peer(model, package, {"eps": package.eps, "eps_inside": package.eps_inside, **words})
 
 
