@@ -42,6 +42,7 @@ def explain(
     style_target: TargetLike | None = None,
     tv_weight: float = 0.0,
     architecture: str | None = None,
+    obstacle: str | None = None,
 ) -> Explanation:
     """Plan the call and count: nothing is computed, and of a target only what is checked is read.
 
@@ -54,6 +55,7 @@ def explain(
         weights, tv_weight: its own.
         architecture: who computes there, instead of on the prediction's device: "sm_90", "avx2",
             "avx512", "avx512_bf16", "amx" and so on.
+        obstacle: why the fast path cannot run.
 
     Raises:
         ValueError: an unknown architecture, and what the loss raises.
@@ -63,8 +65,9 @@ def explain(
     if style_target is not None:
         inputs["style_target"] = style_target
     planned = Planned(
-        loss, net, o, pred, resolved, mask, inputs, weights, architecture=architecture
-    )
+        loss, net, o, pred, resolved, mask, inputs, weights,
+        architecture=architecture, obstacle=obstacle,
+    )  # fmt: skip
     found = planned.explain()
     if tv_weight and found.backend == "fast":  # which leaves the total variation to PyTorch
         smooth = {"pred": pred, "valid": resolved.valid}
@@ -119,7 +122,7 @@ class Planned:
     ``label_smoothing``: of the cross-entropy that shares the fast path's passes, or None;
     ``multi_hot``: labels of elements (N, C, H, W) uint8 that the fast path keeps, or None;
     ``ce_mask``: the cross-entropy's weights of pixels, or None; ``resized``: the prediction is a
-    map that the loss makes; ``architecture``: see `explain`.
+    map that the loss makes; ``architecture``, ``obstacle``: see `explain`.
     """
 
     loss: nn.Module
@@ -135,6 +138,7 @@ class Planned:
     ce_mask: Tensor | None = None
     resized: bool = False
     architecture: str | None = None
+    obstacle: str | None = None
 
     def explain(self) -> Explanation:
         dtype = engine.compute_dtype(self.pred, self.target, self.o)
@@ -151,9 +155,9 @@ class Planned:
 
     def _choice(self, dtype: torch.dtype) -> Choice:
         if self.architecture is None:
-            return backends.choose(self.o.backend, self.device, dtype, self.net)
+            return backends.choose(self.o.backend, self.device, dtype, self.net, self.obstacle)
         named(self.architecture)
-        return backends.choose_anywhere(self.o.backend, dtype, self.net)
+        return backends.choose_anywhere(self.o.backend, dtype, self.net, self.obstacle)
 
     @property
     def device(self) -> torch.device:

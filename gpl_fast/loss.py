@@ -9,7 +9,7 @@ from typing import SupportsFloat, SupportsIndex
 import torch
 from torch import Tensor, nn
 
-from gpl_fast import parts
+from gpl_fast import distance_maps, parts
 from gpl_fast.costs import Explanation
 from gpl_fast.explain import explain
 from gpl_fast.input_checks import as_int
@@ -138,6 +138,13 @@ class GenericPerceptualLoss(nn.Module):
         if not self._looked:
             self._looked = first_look(self.options, target=(target, mask))
         return features
+
+    def distance_map(self, pred: Tensor, target: TargetLike, mask: Tensor | None = None) -> Tensor:
+        """Where they differ: the last level's distance, with its weight, at each of its pixels and
+        resized bilinearly. (N, 1, H, W), without gradient, computed by the reference.
+        """
+        weights = distance_maps.last_layer(self.weights.on(pred), self.net)
+        return distance_maps.distance_map(pred, target, mask, self.net, weights, self.options)
 
     def fingerprint(self) -> str:
         """Hex digest of the network's structure and weights: the same on every machine."""

@@ -10,7 +10,7 @@ from typing import SupportsFloat, Unpack
 import torch
 from torch import Tensor, nn
 
-from gpl_fast import parts
+from gpl_fast import distance_maps, parts
 from gpl_fast.balance import gradient_norms, ratios
 from gpl_fast.costs import Explanation
 from gpl_fast.explain import explain
@@ -162,6 +162,16 @@ class PerceptualLoss(nn.Module):
 
         norms = gradient_norms(parts_of, pred, self.options, target)
         return replace(found, ratio=ratios(norms))
+
+    def distance_map(self, pred: Tensor, target: TargetLike, mask: Tensor | None = None) -> Tensor:
+        """Where they differ: the last level's distance, with its weight, at each of its pixels and
+        resized bilinearly. (N, 1, H, W), without gradient, computed by the reference.
+
+        Raises:
+            ValueError: the loss compares styles alone.
+        """
+        weights = distance_maps.last_layer(self.weights.on(pred), self.net)
+        return distance_maps.distance_map(pred, target, mask, self.net, weights, self.options)
 
     def fingerprint(self) -> str:
         """Hex digest of the network's structure and weights: the same on every machine."""

@@ -224,14 +224,19 @@ def feature_distance(
         distance: None = squares of the features' difference.
         channels: ``(C_b,)`` weights, None = 1.
     """
+    return weighted_difference(e_pred, e_target, distance, channels).mean(dim=(1, 2, 3))
+
+
+def weighted_difference(
+    e_pred: Tensor, e_target: Tensor, distance: Distance | None, channels: Tensor | None
+) -> Tensor:
+    """What `feature_distance` is the mean of, ``(N, C_b, H_b, W_b)``."""
     if distance is not None and distance.normalize:
         d = unit_difference(e_pred, e_target, distance)
     else:
         d = e_pred - e_target
     each = d.square() if distance is None or distance.criterion == "l2" else d.abs()
-    if channels is not None:
-        each = each * channels.to(each.dtype).view(1, -1, 1, 1)
-    return each.mean(dim=(1, 2, 3))
+    return each if channels is None else each * channels.to(each.dtype).view(1, -1, 1, 1)
 
 
 def unit_difference(e_pred: Tensor, e_target: Tensor, distance: Distance) -> Tensor:
@@ -448,14 +453,7 @@ def perceptual_terms(
         _largest_seed(feature_weights.get(tap, 0.0), style_weights.get(tap, 0.0), shapes[tap], l1)
         for tap in taps
     )
-    if unit_scale:
-        y, token = _ChainEntry.apply(y_pred, dtype, scale)  # type: ignore[no-untyped-call]
-        e_pred = {
-            tap: _ChainExit.apply(e, acc, scale)  # type: ignore[no-untyped-call]
-            for tap, e in extract(y, taps).items()
-        }
-    else:
-        e_pred = {tap: e.to(acc) for tap, e in extract(y_pred.to(dtype), taps).items()}
+    e_pred, token = _chain(y_pred, extract, taps, dtype, scale if unit_scale else None)
     feature = y_pred.new_zeros(y_pred.shape[0], dtype=acc)
     for tap, weight in feature_weights.items():
         by_channel = None if channels is None else channels.get(tap)
@@ -465,10 +463,60 @@ def perceptual_terms(
     for tap, weight in style_weights.items():
         of_tap = style_distance(e_pred[tap], style_target[tap].to(acc), distance)
         style = style + weight * of_tap
-    if unit_scale:
+    if token is not None:
         power = _power({tap: e_pred[tap] for tap in feature_weights}, distance)
         feature, style = _UnitSeed.apply(torch.stack([feature, style]), token, power)  # type: ignore[no-untyped-call]
     return {"feature": feature, "style": style}
+
+
+def distance_map(
+    y_pred: Tensor,
+    extract: Callable[[Tensor, Sequence[str]], Mapping[str, Tensor]],
+    target: Mapping[str, Tensor],
+    weights: Mapping[str, float],
+    dtype: torch.dtype,
+    *,
+    distance: Distance,
+    channels: Mapping[str, Tensor],
+) -> Tensor:
+    """The levels' distances at each pixel, weighted, each resized bilinearly: their sum, (N, 1, H,
+    W). Arguments as in `perceptual_terms`.
+
+    Of one level the mean over its own pixels, before the resize, is its term of eq. (1).
+    """
+    acc = y_pred.dtype if dtype != torch.float64 else dtype
+    n, _, height, width = y_pred.shape
+    scale: float | None = None
+    if dtype == torch.float16 and y_pred.requires_grad:
+        # Of a level's pixel, to which the gradients of all that it is resized to add up.
+        l1, area = distance.criterion == "l1", height * width
+        scale = max(area * _largest_seed(w, 0.0, target[k].shape, l1) for k, w in weights.items())
+    e_pred, token = _chain(y_pred, extract, tuple(weights), dtype, scale)
+    total = y_pred.new_zeros(n, 1, height, width, dtype=acc)
+    for tap, weight in weights.items():
+        each = weighted_difference(e_pred[tap], target[tap].to(acc), distance, channels.get(tap))
+        total = total + weight * resize(each.mean(dim=1, keepdim=True), (height, width))
+    if token is not None:
+        parts = total.flatten(1).t()  # (H W, N)
+        parts = _UnitSeed.apply(parts, token, _power(e_pred, distance))  # type: ignore[no-untyped-call]
+        total = parts.t().reshape(total.shape)
+    return total
+
+
+def _chain(
+    y_pred: Tensor,
+    extract: Callable[[Tensor, Sequence[str]], Mapping[str, Tensor]],
+    taps: Sequence[str],
+    dtype: torch.dtype,
+    scale: float | None,
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Features by a chain in `dtype`; with a `scale` at unit scale, and its token."""
+    acc = y_pred.dtype if dtype != torch.float64 else dtype
+    if scale is None:
+        return {tap: e.to(acc) for tap, e in extract(y_pred.to(dtype), taps).items()}, None
+    y, token = _ChainEntry.apply(y_pred, dtype, scale)  # type: ignore[no-untyped-call]
+    found = extract(y, taps).items()
+    return {tap: _ChainExit.apply(e, acc, scale) for tap, e in found}, token  # type: ignore[no-untyped-call]
 
 
 def _largest_seed(feature: float, style: float, shape: Sequence[int], l1: bool) -> float:

@@ -9,7 +9,7 @@ from typing import SupportsFloat, SupportsIndex, Unpack
 import torch
 from torch import Tensor, nn
 
-from gpl_fast import parts
+from gpl_fast import distance_maps, parts
 from gpl_fast.balance import segmentation_norms, weight_for
 from gpl_fast.costs import Explanation
 from gpl_fast.device_copies import DeviceCopies
@@ -201,6 +201,27 @@ class SegmentationLoss(nn.Module):
     def encode(self, teacher: TargetMap, mask: Tensor | None = None) -> TargetFeatures:
         """φ(teacher), to be used as `teacher`; see `functional.encode`."""
         return self.gpl.encode(teacher, mask)
+
+    def distance_map(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        teacher: TargetLike | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """`GenericPerceptualLoss.distance_map` of the perceptual term, (N, 1, H, W) of the labels'
+        size, without `gpl_weight`."""
+        weights = distance_maps.last_layer(self.gpl.weights.on(logits), self.net)
+        return distance_maps.segmentation_map(
+            logits,
+            labels,
+            teacher,
+            mask,
+            self.net,
+            weights,
+            self.gpl.options,
+            gpl_ignore=self.gpl_ignore,
+        )
 
     def fingerprint(self) -> str:
         """Hex digest of the network's structure and weights: the same on every machine."""
