@@ -102,7 +102,7 @@ def explain_segmentation(
     target = resolve_teacher(teacher, checked, given, full, o, s.gpl_ignore)
     inputs = {"logits": logits, "labels": labels, "teacher": teacher, "mask": mask}
     shared = s.label_smoothing if s.ce_weight and s.gpl_weight else None
-    ce_mask = None if shared is None else weights_of_pixels(target, given)
+    ce_mask = None if shared is None or given is None else weights_of_pixels(target, given)
     found = Planned(
         loss, net, o, full, target, mask, inputs, taps if s.gpl_weight else {}, {}, shared,
         ce_mask=ce_mask, resized=full is not logits, architecture=architecture,

@@ -23,7 +23,7 @@ from gpl_fast import GenericPerceptualLoss, LossNet, TargetFeatures, TopK
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 N, K, H, W = 3, 2, 9, 10
-KINDS = ["topk", "features", "unmasked"]
+KINDS = ["topk", "features", "unmasked", "weights"]
 
 
 def make(**options):
@@ -35,11 +35,15 @@ def sparse(n=N, k=K, rest="drop"):
 
 
 def stored(n=N, masked=True):
-    return make().encode(torch.randn(n, 4, H, W), torch.rand(n, H, W) < 0.7 if masked else None)
+    mask = torch.rand(n, H, W) < 0.7 if masked else None
+    if masked == "weights":
+        mask = mask * torch.rand(n, H, W)
+    return make().encode(torch.randn(n, 4, H, W), mask)
 
 
 def target(kind, n=N):
-    return sparse(n) if kind == "topk" else stored(n, masked=kind == "features")
+    masked = {"unmasked": False, "features": True, "weights": "weights"}
+    return sparse(n) if kind == "topk" else stored(n, masked[kind])
 
 
 def tensors(x):
@@ -82,17 +86,18 @@ def same(a, b):
         ((torch.float16,), {"memory_format": torch.channels_last}),
     ],
 )
-def test_a_dtype_is_for_the_floating_tensors_alone(kind, args, kwargs):
+def test_a_dtype_is_for_floating_maps_alone(kind, args, kwargs):
+    """Not for masks, whose numbers are the weights of pixels."""
     before = target(kind)
     after = before.to(*args, **kwargs)
     assert type(after) is type(before)
     assert constant(after) == constant(before)
     copied = kwargs.get("copy") or args[2:] in ((True,), (True, True)) or args[3:] == (True,)
     for name, t in tensors(before).items():
-        got = tensors(after)[name]
-        assert torch.equal(got, t.to(torch.float16) if t.is_floating_point() else t)
-        assert got.dtype == (torch.float16 if t.is_floating_point() else t.dtype)
-        if not t.is_floating_point() and "memory_format" not in kwargs:
+        got, changes = tensors(after)[name], t.is_floating_point() and t.dim() == 4
+        assert torch.equal(got, t.to(torch.float16) if changes else t)
+        assert got.dtype == (torch.float16 if changes else t.dtype)
+        if not changes and "memory_format" not in kwargs:
             assert (got.data_ptr() != t.data_ptr()) == bool(copied)
         elif "memory_format" in kwargs and t.dim() == 4:
             assert got.is_contiguous(memory_format=torch.channels_last)
@@ -218,6 +223,15 @@ def test_top_k_that_cannot_be_joined():
         TopK.cat([x, x.values])
     assert TopK.cat([x, x.to(torch.float64)]).values.dtype == torch.float64
     assert TopK.cat([sparse(k=0), sparse(k=0)]).values.shape == (2 * N, 0, H, W)
+
+
+def test_masks_of_both_kinds_are_joined():
+    """True, and no mask at all, are the weight 1."""
+    x = [stored(masked=masked) for masked in (True, "weights", False)]
+    got = TargetFeatures.cat(x)
+    for name in ("mask", "valid"):
+        want = [x[0].valid.float(), x[1].valid, torch.ones(N, H, W)]
+        assert torch.equal(getattr(got, name), torch.cat(want))
 
 
 def test_features_that_cannot_be_joined():
