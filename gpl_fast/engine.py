@@ -44,7 +44,8 @@ def weighted_terms(
     """
     compared = bool(weights.features or weights.styles)
     dtype = compute_dtype(pred, target, o)
-    target = target.fitted(dtype)
+    if dtype == torch.float16:
+        target = target.fitted(dtype)
     if compared and choose_backend(pred, dtype, net, o).name == "fast":
         return _fast(pred, target, style_target, net, o, weights, dtype, cross_entropy)
     classified = () if cross_entropy is None else _cross_entropy(pred, cross_entropy)
@@ -163,6 +164,8 @@ def target_features(
     if target.stored is not None:
         target.check(net, o, layers)
         return {k: target.stored[k].detach().to(dtype) for k in layers}
+    if dtype == torch.float16:
+        target = target.fitted(dtype)
     wide = torch.float64 in (dtype, target.data.dtype)
     data = target.data
     choice = backends.choose(o.backend, data.device, torch.float64 if wide else dtype, net)
@@ -178,7 +181,6 @@ def target_features(
 def _fast_features(
     target: Target, net: LossNet, layers: Sequence[str], o: Options, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    target = target.fitted(dtype)
     tensors, data = target.tensors(dtype), target.data.detach()
     dense = tensors.pop("dense", None)
     if dense is None:  # of a list of classes there is no map: a tensor of its shape, without memory

@@ -70,7 +70,8 @@ def segmentation_parts(
     with no_autocast(logits):
         logits = reference.resize(logits, checked.shape[-2:])
     target = compared(teacher, checked, given, logits, o, s.gpl_ignore)
-    classified = _classified(checked, weights_of_pixels(target, given), s) if s.ce_weight else None
+    mask = None if given is None else weights_of_pixels(target, given)
+    classified = _classified(checked, mask, s) if s.ce_weight else None
     weights = taps if s.gpl_weight else Weights({}, {})
     terms = engine.weighted_terms(logits, target, net, o, weights, cross_entropy=classified)
     if terms.cross_entropy is None or terms.normalizer is None:  # not computed, but connected

@@ -140,13 +140,11 @@ class Call:
                 out["elements"] = out["multi_hot"]
         elif self.cross_entropy and "ce_labels" not in out:
             out["ce_labels"] = out["labels"]
-        return self.with_mask(out)
+        return self.with_mask(out) if self.weighed else out
 
     def with_mask(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same, with the cross-entropy's mask by its name."""
-        if self.weighed and "ce_mask" not in tensors:
-            tensors["ce_mask"] = tensors["valid"]
-        return tensors
+        """The same, with the mask by which the cross-entropy is weighed by its name."""
+        return tensors if "ce_mask" in tensors else {**tensors, "ce_mask": tensors["valid"]}
 
     @functools.cached_property
     def kept(self) -> tuple[str, ...]:

@@ -217,7 +217,8 @@ def _perceptual_bwd(
     plan = _plan(call, x)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         # Hooks on saved tensors may bring them back with other strides.
-        kept = call.with_mask(dict(zip(call.kept, map(Tensor.contiguous, target), strict=True)))
+        kept = dict(zip(call.kept, map(Tensor.contiguous, target), strict=True))
+        kept = call.with_mask(kept) if call.weighed else kept
         named = dict(zip(plan.contract, map(Tensor.contiguous, saved), strict=True))
         return Backward(plan, x, kept, _packs(call, x), named, g).run()
 

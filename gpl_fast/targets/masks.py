@@ -39,11 +39,10 @@ def normalise_mask(
         )
     if mask.device != device:
         raise ValueError(f"mask: got device {mask.device}, expected {device}; use mask.to(...)")
-    if mask.dtype != torch.bool:
-        mask = mask.detach().float()
-        seen = check_weights(mask, torch.float32)
-        mask = mask if seen is None else mask + seen
-    return savable(mask).reshape(batch, *size)
+    mask = savable(mask)
+    seen = check_weights(mask, torch.float32)
+    mask = mask if seen is None else mask + seen
+    return mask.reshape(batch, *size)
 
 
 def restricted(mask: Tensor | None, counted: Tensor) -> Tensor:
@@ -78,7 +77,9 @@ def has_size(mask: Tensor | None, size: tuple[int, ...]) -> TypeGuard[Tensor]:
 
 
 def savable(mask: Tensor) -> Tensor:
-    """A copy of a tensor made under `torch.inference_mode`, which no graph may save."""
+    """A mask as a graph may save it, bool or float32: a copy of one made under
+    `torch.inference_mode`."""
+    mask = mask if mask.dtype == torch.bool else mask.detach().float()
     if torch.compiler.is_compiling() or not mask.is_inference():
         return mask
     return mask.clone()
@@ -123,6 +124,8 @@ values.define("check_weights(Tensor mask, float most) -> Tensor", _look_at_weigh
 
 def _look(given: Tensor, stored: Tensor, message: str) -> Tensor:
     if given.dtype != stored.dtype:  # a bool mask and its numbers are the same
+        if stored.dtype != torch.bool:  # which a sharded model's cast of inputs may have rounded
+            given = given.to(stored.dtype)
         given, stored = given.float(), stored.float()
     if values.may_look(given) and not torch.equal(given, stored):
         raise ValueError(message)

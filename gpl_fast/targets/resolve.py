@@ -132,7 +132,9 @@ def resolve_teacher(
         TypeError, ValueError: as `resolve_target`; stored features with ignored pixels in them
             where these are to leave.
     """
-    counted, channels = restricted(mask, labels >= 0), logits.shape[1]
+    counted, channels = labels >= 0, logits.shape[1]
+    if mask is not None:
+        counted = restricted(mask, counted)
     if teacher is None:
         valid = mask if gpl_ignore is False else counted
         return LabelTarget((labels.shape[1], labels.shape[2]), valid, labels, channels)
@@ -157,13 +159,13 @@ def _features_without_ignored(
     return replace(target, seen=check_same_mask(counted, teacher.valid, message))
 
 
-def weights_of_pixels(target: Target, mask: Tensor | None) -> Tensor | None:
+def weights_of_pixels(target: Target, mask: Tensor) -> Tensor | None:
     """The weights that a cross-entropy takes of a mask as `resolve_labels` gives it, or None = 1.
 
     The target's own where they say the same, so that one map serves both: they differ at pixels
     without a label alone.
     """
-    if mask is None or mask.dtype == torch.bool:
+    if mask.dtype == torch.bool:
         return None
     own = target.valid
     return mask if target.stored is not None or own is None else own

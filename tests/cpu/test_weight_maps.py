@@ -383,3 +383,103 @@ TOTALS = {
 @pytest.mark.parametrize("name", TOTALS, ids=lambda name: f"weights-cpu-{name}")
 def test_total_against_float64(name):
     test_fast.test_total_against_float64.hypothesis.inner_test(TOTALS[name])
+
+
+# -------------------------------------------------------------------------------- what is looked at
+
+
+@pytest.mark.parametrize("backend", ["reference", "fast"])
+def test_compiled(backend):
+    m, labels, x = weights(N, H, W), torch.randint(C, (N, H, W)), torch.randn(SHAPE)
+    m[:, :8, :9] = 1.0
+    total = SegmentationLoss(C, net="1,1", widths=NARROW, backend=backend)
+    for loss, args in ((generic(backend), (torch.randn(SHAPE), m)), (total, (labels, None, m))):
+        compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+        agree(value_and_grad(compiled, x, *args), value_and_grad(loss, x, *args), 1e-6)
+        with pytest.raises(ValueError, match="finite ones >= 0"):
+            compiled(x, *args[:-1], -m)
+
+
+def test_what_nobody_looked_at_does_not_count(monkeypatch):
+    """As on a GPU, where nothing looks at values unasked: what is not above 0 is selected away."""
+    m = weights(N, H, W)
+    wild = torch.where(
+        m > 0, m, torch.tensor([-1.0, float("nan"), -float("inf")])[torch.randint(3, m.shape)]
+    )
+    pred, labels = torch.randn(SHAPE), torch.randint(C, (N, H, W))
+    cases = [
+        (loss, args)
+        for backend in ("reference", "fast")
+        for loss, args in (
+            (generic(backend), (torch.randn(SHAPE),)),
+            (generic(backend, target_activation="same"), (torch.randn(N, C, H, W + 3),)),
+            (generic(backend), (labels,)),
+            (generic(backend), (make_target("topk", SHAPE),)),
+            (SegmentationLoss(C, net="1,1", widths=NARROW, backend=backend), (labels, None)),
+        )
+    ]
+    want = [value_and_grad(loss, pred, *args, m) for loss, args in cases]
+    monkeypatch.setattr("gpl_fast.targets.values.may_look", lambda t: False)
+    for (loss, args), of_clean in zip(cases, want, strict=True):
+        for a, b in zip(value_and_grad(loss, pred, *args, wild), of_clean, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", ["reference", "fast"])
+def test_a_weight_beyond_float16(backend):
+    """Where the network computes in it; others hold it."""
+    pred, target, m = torch.randn(SHAPE), torch.randn(SHAPE), 7e4 * torch.ones(N, H, W)
+    with pytest.raises(ValueError, match=r"at most 65504, float16's largest number"):
+        generic(backend, compute_dtype=HALF)(pred, target, m)
+    with pytest.raises(ValueError, match=r"at most 65504"):
+        generic(backend, compute_dtype=HALF).encode(target, m)
+    value, grad = value_and_grad(generic(backend, compute_dtype=BF16), pred, target, m)
+    assert value.isfinite()
+    assert grad.isfinite().all()
+    value, grad = value_and_grad(generic(backend, compute_dtype=HALF), pred, target, m / 2)
+    assert value.isfinite()
+
+
+@pytest.mark.parametrize("kind", ["dense", "labels", "topk", "features", "total"])
+@pytest.mark.parametrize("backend", ["reference", "fast"])
+def test_inputs_are_not_written_and_masks_get_no_gradient(backend, kind):
+    m = weights(N, H, W).requires_grad_()
+    pred, before = torch.randn(SHAPE).requires_grad_(), m.detach().clone()
+    if kind == "total":
+        loss: Any = SegmentationLoss(C, net="1,1", widths=NARROW, backend=backend)
+        loss(pred, torch.randint(C, (N, H, W)), mask=m).backward()
+    else:
+        loss = generic(backend)
+        target = (
+            loss.encode(torch.randn(SHAPE), m) if kind == "features" else make_target(kind, SHAPE)
+        )
+        loss(pred, target, m).backward()
+    assert torch.equal(m, before)
+    assert m.grad is None
+    assert pred.grad.any()
+
+
+def test_features_remember_their_weights(tmp_path):
+    loss, m, target = generic("fast"), weights(N, H, W), torch.randn(SHAPE)
+    stored, pred = loss.encode(target, m), torch.randn(SHAPE)
+    stored.save(tmp_path / "f.safetensors")
+    again = type(stored).load(tmp_path / "f.safetensors")
+    assert torch.equal(again.valid, m)
+    assert again.valid.dtype == FLOAT
+    want = loss(pred, stored)
+    assert torch.equal(loss(pred, again), want)
+    assert torch.equal(loss(pred, again, m.double()), want)  # the same mask
+    assert torch.equal(loss(pred, again.to(torch.float64), m), want)
+    half = again.to(BF16)
+    assert torch.equal(half.valid, m)
+    with pytest.raises(ValueError, match="differs from the mask the target features"):
+        loss(pred, again, 2 * m)
+
+
+def test_a_style_target_has_no_mask():
+    net, m = LossNet.vgg(3, (1,), widths=NARROW), weights(N, H, W)
+    loss = PerceptualLoss(net, {}, {"relu1_1": 1.0})
+    pred, style = torch.randn(N, 3, H, W), torch.randn(1, 3, 20, 9)
+    got = loss(pred, pred, style, m)
+    want = loss(pred * m.unsqueeze(1), pred, style)
+    torch.testing.assert_close(got, want)

@@ -14,6 +14,7 @@ N, C, SIZE = 2, 5, (48, 40)
 X, T = torch.randn(N, C, *SIZE), torch.randn(N, C, *SIZE)
 Y = torch.randint(0, C, (N, *SIZE))
 MASK = torch.rand(N, *SIZE) > 0.3
+WEIGHTS = MASK * torch.rand(N, *SIZE)
 NET = LossNet.vgg(C, (1, 2), (8, 8))
 SPARSE = TopK(*T.softmax(dim=1).topk(2, dim=1))
 
@@ -24,6 +25,11 @@ CASES = {
     "total": (lambda o: SegmentationLoss(C, net=NET, **o), (X, Y)),
     "total, mask": (lambda o: SegmentationLoss(C, net=NET, ignore_index=2, **o),
                     (X, Y, None, MASK)),
+    "weights": (lambda o: GenericPerceptualLoss(C, NET, **o), (X, T, WEIGHTS)),
+    "total, weights": (lambda o: SegmentationLoss(C, net=NET, ignore_index=2, **o),
+                       (X, Y, None, WEIGHTS)),
+    "total, weights, teacher": (lambda o: SegmentationLoss(C, net=NET, ignore_index=2, **o),
+                                (X, Y, T, WEIGHTS.half())),
     "total, teacher": (lambda o: SegmentationLoss(C, net=NET, **o), (X, Y, T)),
     "total, temperature": (lambda o: SegmentationLoss(C, net=NET, temperature=2.0, **o), (X, Y)),
     "total, small logits": (lambda o: SegmentationLoss(C, net=NET, **o), (X[:, :, ::2, ::2], Y)),

@@ -18,7 +18,7 @@ from gpl_fast.input_checks import FLOAT_DTYPES, as_int, check_tensor, describe
 from gpl_fast.targets.data.batch import Batch, as_items, brief, check_same, joined, register
 
 KEY = "gpl_fast.features"
-MASK_DTYPES = (torch.bool, torch.float32)
+MASK_DTYPES = (torch.bool, *FLOAT_DTYPES)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -211,7 +211,7 @@ def _cat_masks(items: Sequence[tuple[TargetFeatures, Tensor | None]]) -> Tensor 
         return None
     device = next(iter(items[0][0].features.values())).device
     weights = any(mask is not None and mask.is_floating_point() for _, mask in items)
-    dtype = MASK_DTYPES[weights]
+    dtype = torch.float32 if weights else torch.bool
     return torch.cat([
         torch.ones(len(x), *x.settings["size"], dtype=dtype, device=device)
         if mask is None else mask.to(dtype)
