@@ -33,9 +33,9 @@ SIZES = ((13, 27), (1, 5), (7, 33), (2, 300))
 MANY = 1300  # more than Triton's kernel holds
 
 
-def pack(stages, x, *, target=None, elements=None, labels=None, topk=None, valid=None, activation=SOFTMAX,
-         target_activation=None, temperature=1.0, ce=None, strip=None, core=None, c_pad=None,
-         dtype=FLOAT):  # fmt: skip
+def pack(stages, x, *, target=None, elements=None, labels=None, topk=None, valid=None,
+         activation=SOFTMAX, target_activation=None, temperature=1.0, ce=None, strip=None,
+         core=None, c_pad=None, dtype=FLOAT):  # fmt: skip
     """(y, delta, lse, ce_lse, ce_rows), the maps (N, rows, W, c_pad).
 
     A listed target leaves `taken` in delta's place, no target nothing.
@@ -57,8 +57,9 @@ def pack(stages, x, *, target=None, elements=None, labels=None, topk=None, valid
         x, activation=activation,
         target_activation=activation if target_activation is None else target_activation,
         temperature=temperature, row0=row0, rows=rows, core0=core0, core_rows=core_rows,
-        valid=valid, target=target, elements=elements, from_target=odd_images(n), labels=labels, y=y, delta=delta,
-        taken=taken, lse=lse, ce_lse=ce_lse if own_lse else None, ce_rows=ce_rows, **options,
+        valid=valid, target=target, elements=elements, from_target=odd_images(n), labels=labels,
+        y=y, delta=delta, taken=taken, lse=lse, ce_lse=ce_lse if own_lse else None,
+        ce_rows=ce_rows, **options,
     )  # fmt: skip
     return y, delta if taken is None else taken, lse, ce_lse, ce_rows
 
@@ -147,7 +148,8 @@ def test_labels_of_elements(stages, classes, size, dtype):
         x = layout(3 * torch.randn(labels.shape), kind)
         p64, y64 = activate(x.double(), SIGMOID, temperature), (labels == 1).double()
         for mask in (None, valid):
-            keep = torch.ones_like(p64) if mask is None else mask[:, None].double()
+            keep = torch.ones_like(p64)
+            keep = keep if mask is None else keep * mask[:, None]
             for elements in (None, labels):
                 kept = keep if elements is None else keep * (elements != 2)
                 hidden = x.masked_fill(kept == 0, float("nan"))
