@@ -163,7 +163,7 @@ def opcheck_cases():
             "ce_labels": labels, "ce_scale": one, "row0": 0, "rows": 4, "dx": x.clone(),
         }),
         "binary_ce_fwd": (x, {
-            "labels": x.gt(0).byte(), "row0": 0, "rows": 4, "ce_rows": torch.zeros(2, 4, 2).double()
+            "labels": x.gt(0).byte(), "row0": 0, "rows": 4, "ce_rows": torch.zeros(1, 4, 2).double()
         }),
         "binary_ce_bwd": (x, {
             "labels": x.gt(0).byte(), "ce_scale": one, "row0": 0, "rows": 4, "dx": x.clone(),

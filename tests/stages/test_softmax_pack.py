@@ -149,7 +149,8 @@ def test_labels_of_elements(stages, classes, size, dtype):
         x = layout(3 * torch.randn(labels.shape), kind)
         p64, y64 = activate(x.double(), SIGMOID, temperature), (labels == 1).double()
         for mask in (None, valid):
-            keep = torch.ones_like(p64) if mask is None else mask[:, None].double()
+            keep = torch.ones_like(p64)
+            keep = keep if mask is None else keep * mask[:, None]
             for elements in (None, labels):
                 kept = keep if elements is None else keep * (elements != 2)
                 hidden = x.masked_fill(kept == 0, float("nan"))
