@@ -14,6 +14,7 @@ from gpl_fast import engine, parts
 from gpl_fast.backend import Choice
 from gpl_fast.balance import ratios, segmentation_norms
 from gpl_fast.costs import Explanation, layer_costs, run_on_meta
+from gpl_fast.description import describe
 from gpl_fast.fast.call import LOOKED_UP, read
 from gpl_fast.fast.operator import label_dtype
 from gpl_fast.fast.plan import Plan
@@ -189,7 +190,7 @@ class Planned:
             names += ("multi_hot",)
         elif self.label_smoothing is not None and "labels" not in names:
             names += ("ce_labels",)
-        text = engine.describe(
+        text = describe(
             self.net, o, target, self.weights, self.device, dtype, names, self.label_smoothing,
             by=self.architecture,
         )  # fmt: skip
