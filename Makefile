@@ -24,6 +24,7 @@ BUILD   := $(CSRC) $(wildcard csrc/*.py) setup.py gpl_fast/environment.py gpl_fa
 
 .PHONY: help venv build demo check check-cpu check-interpreter
 .PHONY: test test-cpu test-edges test-stages test-interpreter test-compile test-compile-all test-cuda
+.PHONY: test-peers
 .PHONY: sanitize lint
 .PHONY: bench bench-gpu gpu-report toy wheel clean
 .DELETE_ON_ERROR:
@@ -38,6 +39,7 @@ help:
 	@echo "  test-interpreter  the whole loss by Triton's kernels, interpreted"
 	@echo "  test-compile      what Triton and nvcc made of the kernels, for every GPU"
 	@echo "  test-cuda         backward walks by CUDA's kernels on the CPU; faults put into these"
+	@echo "make test-peers  against the packages whose losses ours replace, which it installs"
 	@echo "make test-compile-all  what every Triton from 3.6 on made of them: minutes each, the network"
 	@echo "make sanitize  the CPU kernels under AddressSanitizer and UBSan"
 	@echo "make lint   ruff, mypy, clang-format"
@@ -102,6 +104,22 @@ test-interpreter: $(LIBRARY)
 
 test-compile: $(LIBRARY)
 	$(PY) -m pytest tests/compile tests/gpuless $(OF_CUDA:%=--ignore=%)
+
+# What our losses replace. Of the last two nothing but files is used: they come without the packages
+# that they need, into a folder of their own.
+PEERS := $(VENV)/.peers
+PEER_FILES := basicsr mmsegmentation
+NAMES_OF_PEERS := import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+  print(*project["optional-dependencies"]["peers"])
+
+test-peers: $(LIBRARY) $(PEERS)
+	$(PY) -m pytest tests/peers
+
+$(PEERS): pyproject.toml constraints.txt | $(READY)
+	$(PY) -m pip install -c constraints.txt $$($(PY) -c '$(NAMES_OF_PEERS)')
+	rm -rf $(VENV)/peers
+	$(PY) -m pip install -c constraints.txt --no-deps --no-build-isolation --target $(VENV)/peers $(PEER_FILES)
+	touch $@
 
 # Each in a folder that goes before the environment's own; `make -k` goes on where one cannot be had.
 TRITONS ?= 3.6.0 3.7.1 3.8.0 3.9.0

@@ -1,11 +1,12 @@
-"""Who may be timed: a provider's value and gradient against the float64 reference."""
+"""Who may be timed: a provider's value and gradient against float64."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from providers import NET, Provider, dtype_of, loss_net
+import peer_losses
+from providers import LPIPS, NET, Provider, dtype_of, loss_net
 from torch import Tensor
 
 import gpl_fast
@@ -25,12 +26,17 @@ PEER = "eager-bf16-cl"  # plain PyTorch in the same dtype
 def errors(
     made: dict[str, Provider], logits: Tensor, target: Any, net: str = NET
 ) -> dict[str, tuple[float, float]]:
-    """Relative value error and gradient cosine of each provider against the float64 reference."""
+    """Relative value error and gradient cosine of each provider against float64: the
+    reference's, or that of the package whose loss it is."""
     c = logits.shape[1]
     activation = "sigmoid" if c == 1 else "softmax"
-    exact = gpl_fast.GenericPerceptualLoss(
-        c, loss_net(c, net), activation=activation, backend="reference"
-    )
+    exact: measure.Loss
+    if net == LPIPS:
+        exact = peer_losses.exact()
+    else:
+        exact = gpl_fast.GenericPerceptualLoss(
+            c, loss_net(c, net), activation=activation, backend="reference"
+        )
     dense = isinstance(target, Tensor) and target.is_floating_point()
     truth = measure.step(exact, logits.double(), target.double() if dense else target)
     return {

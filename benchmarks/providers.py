@@ -24,6 +24,7 @@ from gpl_fast.tools.measure import target_tensors
 
 TARGETS = ("labels", "dense", "topk")
 NET = "1,1,1,1,1"
+LPIPS = "lpips"  # in the place of a network's structure: LPIPS on VGG16, see `peer_losses`
 TOP = 8  # classes listed in a pixel of a top-k target
 BLOB = 16  # pixels between the noise's grid points: labels come in regions of about this size
 PIECES = 16  # of random numbers, each from a generator of its own
@@ -45,9 +46,11 @@ def make_inputs(
 
     Args:
         kind: "labels" (N, H, W) int64; "dense" teacher logits (N, C, H, W) float32; "topk"
-            `gpl_fast.TopK` of `TOP` classes.
+            `gpl_fast.TopK` of `TOP` classes; "images" in [-1, 1] in the place of both.
     """
     n, c, h, w = shape
+    if kind == "images":
+        return _images(shape, device)
     if kind == "topk" and c == 1:
         raise ValueError("topk: got 1 class, expected 2 or more")
     labels, scores, indices = _blobs(n, c, h, w, device)
@@ -62,6 +65,14 @@ def make_inputs(
     if peaked:
         _raise_right_class(teacher, labels)
     return logits, teacher
+
+
+def _images(shape: Sequence[int], device: str) -> tuple[Tensor, Tensor]:
+    """Blurred noise with finer noise on top, and without: a decoder's output and its target."""
+    n, c, h, w = shape
+    coarse = _noise((n, c, -(-h // BLOB) + 1, -(-w // BLOB) + 1), 0, device)
+    target = F.interpolate(coarse, (h, w), mode="bilinear").tanh()
+    return (target + 0.1 * _noise(shape, PIECES, device)).clamp(-1, 1), target
 
 
 def _noise(shape: Sequence[int], seed: int, device: str) -> Tensor:
@@ -235,8 +246,8 @@ def dtype_of(name: str) -> str:
 
 @lru_cache(maxsize=2)
 def loss_net(classes: int, net: str = NET) -> gpl_fast.LossNet:
-    """The network of all providers."""
-    return gpl_fast.LossNet.vgg(classes, parse_blocks(net))
+    """The network of all providers; of LPIPS, one with the same convolutions."""
+    return gpl_fast.LossNet.vgg(classes, parse_blocks("vgg16" if net == LPIPS else net))
 
 
 def flops(shape: Sequence[int], kind: str, net: str = NET) -> int:

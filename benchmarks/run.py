@@ -29,11 +29,13 @@ from typing import Any
 
 import ceiling
 import gate
+import peer_losses
 import report
 import torch
 import training
 from providers import (
     BASELINE,
+    LPIPS,
     NET,
     PROVIDERS,
     TARGETS,
@@ -147,6 +149,8 @@ def obstacle(case: Case) -> str | None:
     """Why a case cannot be measured here, or None."""
     if case.kind == "topk" and case.shape[1] == 1:
         return "one class has no top-k"
+    if case.net == LPIPS and (why := peer_losses.obstacle()):
+        return why
     free, bytes_ = resident.free_bytes("cpu"), needed(case)
     if free is not None and bytes_ > free:
         return f"eager PyTorch needs about {bytes_ >> 30} GiB, {free >> 30} GiB are free"
@@ -191,8 +195,10 @@ class Measurement:
             self.used = {name: memory(name, case) for name in names}
         torch.compiler.reset()  # a function is compiled for a few shapes, then no more
         logits, target = make_inputs(case.shape, case.kind, case.peaked)
-        # A compiled provider is made for one shape: its crop is everything.
-        size = max(case.shape[2:]) if set(names) & set(COMPILED) else CROP
+        # A compiled provider is made for one shape: its crop is everything, but where float64 would
+        # take minutes.
+        whole = set(names) & set(COMPILED) and case.net != LPIPS
+        size = max(case.shape[2:]) if whole else CROP
         few = crop(logits, target, size)
         self.errors = gate.errors(make(case, names), *few, case.net)
         if gate.complaints(self.errors) and gate.PEER in left_out:
@@ -280,7 +286,8 @@ def take_rounds(
 
 def make(case: Case, names: Iterable[str]) -> dict[str, Provider]:
     """The providers of these names."""
-    return {name: PROVIDERS[name](case.shape[1], case.kind, "cpu", case.net) for name in names}
+    of_case = peer_losses.PROVIDERS if case.net == LPIPS else PROVIDERS
+    return {name: of_case[name](case.shape[1], case.kind, "cpu", case.net) for name in names}
 
 
 def timed_steps(made: Mapping[str, Provider], logits: Tensor, target: Any) -> dict[str, Step]:

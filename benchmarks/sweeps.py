@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from providers import BASELINE, NET, PROVIDERS
+from providers import BASELINE, LPIPS, NET, PROVIDERS
 
 Shape = tuple[int, int, int, int]
 
@@ -34,7 +34,7 @@ class Case:
         """A small one of its kind, nothing compiled."""
         n, c, h, w = self.shape
         sides = [8 * max(size.bit_length() - 4, 4) for size in (h, w)]  # 32: five poolings
-        shape = (min(n, 2), c.bit_length(), sides[0], sides[1])
+        shape = (min(n, 2), c if self.net == LPIPS else c.bit_length(), sides[0], sides[1])
         providers = tuple(name for name in self.providers if name not in COMPILED)
         return replace(self, shape=shape, providers=providers)
 
@@ -61,6 +61,10 @@ SWEEPS: dict[str, list[Case]] = {
     "net": [
         Case("net", (1, 19, 256, 256), kind, net="vgg19", providers=COMMON)
         for kind in ("labels", "dense")
+    ],
+    "lpips": [
+        Case("lpips", shape, "images", peaked=False, net=LPIPS, providers=(*COMMON, "compile"))
+        for shape in ((4, 3, 256, 256), (1, 3, 1024, 1024))
     ],
     "training": [
         Case("training", shape, "dense", peaked=False, providers=COMMON)

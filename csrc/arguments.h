@@ -12,10 +12,11 @@
 
 namespace gpl_fast {
 
-enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
+enum class DType : int32_t { kFloat32, kBFloat16, kFloat16, kLabels };  // kLabels: as BinaryCe's
 enum class Activation : int32_t { kNone, kSoftmax, kSigmoid };
 constexpr const char* kActivationNames[] = {"none", "softmax", "sigmoid"};
 enum class Pool : int32_t { kMax, kAvg, kNone };
+enum class Criterion : int32_t { kL2, kL1 };
 
 // Strides in elements of an [N, C, H, W] tensor of the caller's.
 struct Strides {
@@ -64,8 +65,10 @@ struct SoftmaxPackFwd {
   const void* x;  // [N, C, H, W]
   Strides x_strides;
   Valid valid;
-  const void* target;  // [N, C, H, W] or null
+  const void* target;  // [N, C, H, W] or null; of kLabels 1 where it is 1
   Strides target_strides;
+  const uint8_t* elements;  // [N, C, H, W] or null, with target: maps are 0 where it is 2
+  Strides elements_strides;
   const int64_t* labels;        // [N, H, W] or null
   const float* topk_values;     // [N, k, H, W] or null
   const int64_t* topk_indices;  // [N, k, H, W]
@@ -179,10 +182,31 @@ struct ReluPoolFwd {
 };
 
 struct DiffReduceFwd {
-  int64_t N, M;
+  int64_t N, M, C;
   DType dtype;
-  const void* delta;  // [N, M]
-  double* sum;        // [N]
+  Criterion criterion;
+  const void* delta;    // [N, M / C, C]
+  const float* weight;  // [C] or null
+  void* seed;           // [N, M / C, C] or null: half the derivative of a square, or that of |d|
+  double* sum;          // [N]
+};
+
+// Of features over their norm. y and delta as in ReluPoolFwd, or y is the prediction's and target
+// stands in the place of delta.
+struct UnitDiffFwd {
+  int64_t N, pixels, C;
+  Criterion criterion;
+  float eps;
+  bool eps_inside;  // of the root, or added to it
+  DType dtype, target_dtype, seed_dtype;
+  const void* y;               // [N, pixels, C]
+  const void* delta;           // [N, pixels, C] or null
+  const void* target;          // [N, pixels, C] or null
+  const uint8_t* from_target;  // [N], with delta
+  const float* weight;         // [C] or null
+  void* seed;                  // [N, pixels, C] or null
+  double* sum;                 // [N]
+  int64_t y_image_stride, delta_image_stride, target_image_stride, seed_image_stride;
 };
 
 struct ReluPoolBwd {
@@ -222,6 +246,32 @@ struct SoftmaxBwd {
   const float* ce_scale;  // [N]
   void* dx;               // [N, C, H, W], x's dtype
   Strides dx_strides;
+};
+
+// The binary cross-entropy of single elements, with logits.
+struct BinaryCe {
+  int64_t N, C, H, W;
+  Strip strip;
+  DType x_dtype;
+  const void* x;  // [N, C, H, W]
+  Strides x_strides;
+  const uint8_t* labels;  // [N, C, H, W], rows contiguous: 0, 1, or 2 = does not count
+  Strides labels_strides;
+  const float* class_weight;  // [C], null = 1
+  const float* pos_weight;    // [C], null = 1: of what is labelled 1
+  const float* mask;          // [N, H, W], null = 1: by which a pixel's elements count
+  float label_smoothing;      // a label y is y (1 - e) + e / 2
+};
+
+struct BinaryCeFwd : BinaryCe {
+  double* sums;  // [N, H, 2]: of the losses, of what counts
+};
+
+struct BinaryCeBwd : BinaryCe {
+  const float* scale;  // [N], null: nothing is added
+  void* dx;            // [N, C, H, W], x's dtype: the gradient is added to it
+  Strides dx_strides;
+  bool clear;  // dx becomes 0 where an element does not count
 };
 
 // The gradient of a block's last convolution and of what follows it: dx = conv_transpose(dZ, w)

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from gpl_fast import functional, reference
     from gpl_fast.backend import BackendUnavailable
     from gpl_fast.loss import GenericPerceptualLoss
+    from gpl_fast.lpips import LPIPS
     from gpl_fast.net import LossNet
     from gpl_fast.perceptual import PerceptualLoss
     from gpl_fast.segmentation import SegmentationLoss
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "LPIPS",
     "BackendUnavailable",
     "GenericPerceptualLoss",
     "LossNet",
@@ -27,6 +29,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "LPIPS": "lpips",
     "BackendUnavailable": "backend",
     "GenericPerceptualLoss": "loss",
     "LossNet": "net",

@@ -15,7 +15,7 @@ from gpl_fast.net.lossnet import LossNet
 from gpl_fast.options import Options
 from gpl_fast.precision import accumulation_dtype
 from gpl_fast.targets import TargetFeatures, TargetLike
-from gpl_fast.terms import Segmentation
+from gpl_fast.terms import Segmentation, Weights
 
 Parts = Callable[[Tensor, Options], Mapping[str, Tensor]]
 
@@ -56,7 +56,7 @@ def segmentation_norms(
     logits: Tensor,
     labels: Tensor,
     net: LossNet,
-    taps: Mapping[str, float],
+    taps: Weights,
     o: Options,
     s: Segmentation,
     *,

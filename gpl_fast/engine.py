@@ -13,11 +13,12 @@ from torch import Tensor
 from gpl_fast import backend as backends
 from gpl_fast import reference
 from gpl_fast.fast import operator
+from gpl_fast.layer_weights import check_channels
 from gpl_fast.net.lossnet import LossNet
 from gpl_fast.options import Options
 from gpl_fast.precision import accumulation_dtype, has_autocast, no_autocast
 from gpl_fast.targets import Target
-from gpl_fast.terms import CrossEntropy, Terms, Weights
+from gpl_fast.terms import BinaryCrossEntropy, CrossEntropy, Terms, Weights
 
 
 def weighted_terms(
@@ -28,7 +29,7 @@ def weighted_terms(
     weights: Weights,
     *,
     style_target: Target | None = None,
-    cross_entropy: CrossEntropy | None = None,
+    cross_entropy: CrossEntropy | BinaryCrossEntropy | None = None,
 ) -> Terms:
     """The terms of `pred` (N, C, H, W), on the backend that is chosen.
 
@@ -63,7 +64,7 @@ def _fast(
     o: Options,
     weights: Weights,
     dtype: torch.dtype,
-    cross_entropy: CrossEntropy | None,
+    cross_entropy: CrossEntropy | BinaryCrossEntropy | None,
 ) -> Terms:
     if target.stored is not None:
         target.check(net, o, (*weights.features, *weights.styles))
@@ -75,16 +76,24 @@ def _fast(
     for name in weights.styles:
         if name in style_features:
             tensors[f"gram.{name}"] = reference.gram(style_features[name].detach().float())
+    for name, c in weights.channels.items():
+        tensors[f"weight.{name}"] = c.to(pred.device, torch.float32)
     smoothing = None
     if cross_entropy is not None:
         smoothing = cross_entropy.label_smoothing
-        if tensors.get("labels") is not cross_entropy.labels:  # the operator takes none twice
+        if isinstance(cross_entropy, BinaryCrossEntropy):
+            tensors |= cross_entropy.tensors()
+        elif tensors.get("labels") is not cross_entropy.labels:  # the operator takes none twice
             tensors["ce_labels"] = cross_entropy.labels
         if cross_entropy.class_weight is not None:
             tensors["class_weight"] = cross_entropy.class_weight.float()
         own = cross_entropy.mask is not target.valid
         if cross_entropy.mask is not None and own:  # the operator takes none twice
             tensors["ce_mask"] = cross_entropy.mask.contiguous()
+    if target.elements is not None:
+        tensors["multi_hot"] = target.elements
+    if "multi_hot" in tensors and tensors.get("dense") is tensors["multi_hot"]:
+        del tensors["dense"]
     call = describe(
         net, o, target, weights, pred.device, dtype, tuple(tensors), smoothing,
         weighed=cross_entropy is not None and cross_entropy.mask is not None,
@@ -110,19 +119,28 @@ def _reference(
         e_target = target_features(target, net, tuple(weights.features), o, dtype)
         e_style = target_features(style_target or target, net, tuple(weights.styles), o, dtype)
         wide = pred.to(torch.promote_types(acc, dtype))
+        wide = reference.zero_ignored(wide, target.elements)  # before and after, as `valid`
         y = reference.prediction_map(wide, o.activation, o.constant_temperature, target.valid)
+        y = reference.zero_ignored(y, target.elements)
         y = net.network_input(y, target.valid)
+        check_channels(weights, e_target)
+        channels = {name: c.to(pred.device) for name, c in weights.channels.items()}
         parts = reference.perceptual_terms(
-            y, net.features, e_target, e_style, weights.features, weights.styles, dtype
-        )
+            y, net.features, e_target, e_style, weights.features, weights.styles, dtype,
+            distance=weights.distance, channels=channels,
+        )  # fmt: skip
     seen = _seen(target, style_target)
     return parts["feature"].to(acc) + seen, parts["style"].to(acc) + seen
 
 
-def _cross_entropy(pred: Tensor, cross_entropy: CrossEntropy) -> tuple[Tensor, Tensor]:
+def _cross_entropy(
+    pred: Tensor, cross_entropy: CrossEntropy | BinaryCrossEntropy
+) -> tuple[Tensor, Tensor]:
     acc = accumulation_dtype(pred.dtype)
     weight = cross_entropy.class_weight
     with no_autocast(pred):
+        if isinstance(cross_entropy, BinaryCrossEntropy):
+            return reference.binary_cross_entropy(pred.to(acc), *cross_entropy.to(acc))
         return reference.cross_entropy(
             pred.to(acc),
             cross_entropy.labels,
@@ -151,10 +169,11 @@ def target_features(
     wide = torch.float64 in (dtype, target.data.dtype)
     data = target.data
     choice = backends.choose(o.backend, data.device, torch.float64 if wide else dtype, net)
-    if choice.name == "fast" and not target.resized:
+    if choice.name == "fast" and not target.resized and target.elements is None:
         return _fast_features(target, net, layers, o, dtype)
     with torch.no_grad():
         y = target.map(o.target, o.target_temperature, torch.float64 if wide else torch.float32)
+        y = reference.zero_ignored(y, target.elements)
         with no_autocast(y):
             return net.features(net.network_input(y, target.valid).to(dtype), layers)
 
@@ -202,9 +221,10 @@ def describe(
         by,
         features=tuple(weights.features.items()),
         styles=tuple(weights.styles.items()),
+        distance=weights.distance.text,
         kind=target.kind,
         activation=o.target if encode else o.activation,
-        target_activation=o.target,
+        target_activation=target.activation(o),
         temperature=o.target_temperature if encode else o.constant_temperature,
         dtype=dtype,
         workspace_mb=None if isinstance(workspace, str) else workspace,
@@ -212,6 +232,7 @@ def describe(
         encode=encode,
         resized=target.resized or (target.kind == "dense" and target.data.dtype == torch.float64),
         cross_entropy=label_smoothing is not None,
+        elements=target.elements is not None,
         label_smoothing=label_smoothing or 0.0,
         weighed=weighed,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,9 +24,7 @@ from gpl_fast.options import Options
 from gpl_fast.targets import (
     Target,
     TargetLike,
-    resolve_labels,
     resolve_target,
-    resolve_teacher,
     weights_of_pixels,
 )
 from gpl_fast.terms import Segmentation, Weights
@@ -41,11 +38,11 @@ def explain(
     target: TargetLike,
     mask: Tensor | None,
     *,
-    features: Mapping[str, float],
-    styles: Mapping[str, float] = MappingProxyType({}),
+    weights: Weights,
     style_target: TargetLike | None = None,
     tv_weight: float = 0.0,
     architecture: str | None = None,
+    obstacle: str | None = None,
 ) -> Explanation:
     """Plan the call and count: nothing is computed, and of a target only what is checked is read.
 
@@ -55,9 +52,10 @@ def explain(
         pred: (N, C, H, W); its values are not looked at. On "meta" it stands for one on the default
             device.
         target, mask, style_target: what the loss takes.
-        features, styles, tv_weight: its weights.
+        weights, tv_weight: its own.
         architecture: who computes there, instead of on the prediction's device: "sm_90", "avx2",
             "avx512", "avx512_bf16", "amx" and so on.
+        obstacle: why the fast path cannot run.
 
     Raises:
         ValueError: an unknown architecture, and what the loss raises.
@@ -67,8 +65,9 @@ def explain(
     if style_target is not None:
         inputs["style_target"] = style_target
     planned = Planned(
-        loss, net, o, pred, resolved, mask, inputs, features, styles, architecture=architecture
-    )
+        loss, net, o, pred, resolved, mask, inputs, weights,
+        architecture=architecture, obstacle=obstacle,
+    )  # fmt: skip
     found = planned.explain()
     if tv_weight and found.backend == "fast":  # which leaves the total variation to PyTorch
         smooth = {"pred": pred, "valid": resolved.valid}
@@ -89,23 +88,26 @@ def explain_segmentation(
     *,
     teacher: TargetLike | None,
     mask: Tensor | None,
-    taps: Mapping[str, float],
+    taps: Weights,
     architecture: str | None = None,
     ratio: bool = False,
 ) -> Explanation:
     """`explain` for a loss with a cross-entropy; see `functional.segmentation_loss`."""
-    checked, given = resolve_labels(labels, mask, logits, net, o)
-    size = tuple(checked.shape[1:])
+    resolve, compared = parts.segmentation_resolvers(s)
+    checked, given = resolve(labels, mask, logits, net, o)
+    size = tuple(checked.shape[-2:])
     full = logits
     if size != tuple(logits.shape[2:]):  # as large, and without memory
         full = logits.new_empty(()).expand(*logits.shape[:2], *size)
-    target = resolve_teacher(teacher, checked, given, full, o, s.gpl_ignore)
+    target = compared(teacher, checked, given, full, o, s.gpl_ignore)
     inputs = {"logits": logits, "labels": labels, "teacher": teacher, "mask": mask}
     shared = s.label_smoothing if s.ce_weight and s.gpl_weight else None
+    kept = s.by_element and (shared is not None or target.elements is not None)
     ce_mask = None if shared is None or given is None else weights_of_pixels(target, given)
     found = Planned(
-        loss, net, o, full, target, mask, inputs, taps if s.gpl_weight else {}, {}, shared,
-        ce_mask=ce_mask, resized=full is not logits, architecture=architecture,
+        loss, net, o, full, target, mask, inputs, taps if s.gpl_weight else Weights({}, {}),
+        shared, multi_hot=checked if kept else None, ce_mask=ce_mask,
+        resized=full is not logits, architecture=architecture,
     ).explain()  # fmt: skip
     if not ratio:
         return found
@@ -118,8 +120,9 @@ class Planned:
     """A call of a loss with checked arguments, to be counted.
 
     ``label_smoothing``: of the cross-entropy that shares the fast path's passes, or None;
-    ``ce_mask``: its weights of pixels, or None; ``resized``: the prediction is a map that the loss
-    makes; ``architecture``: see `explain`.
+    ``multi_hot``: labels of elements (N, C, H, W) uint8 that the fast path keeps, or None;
+    ``ce_mask``: the cross-entropy's weights of pixels, or None; ``resized``: the prediction is a
+    map that the loss makes; ``architecture``, ``obstacle``: see `explain`.
     """
 
     loss: nn.Module
@@ -129,18 +132,19 @@ class Planned:
     target: Target
     mask: Tensor | None
     inputs: Mapping[str, Any]
-    features: Mapping[str, float]
-    styles: Mapping[str, float]
+    weights: Weights
     label_smoothing: float | None = None
+    multi_hot: Tensor | None = None
     ce_mask: Tensor | None = None
     resized: bool = False
     architecture: str | None = None
+    obstacle: str | None = None
 
     def explain(self) -> Explanation:
         dtype = engine.compute_dtype(self.pred, self.target, self.o)
         wide = torch.float64 if self.pred.dtype == torch.float64 else dtype
         choice = self._choice(wide)
-        if not (self.features or self.styles):
+        if not self.taps:
             choice = Choice("reference", "no feature has a weight")
         if choice.name == "fast":
             return self._fast(dtype, choice)
@@ -151,9 +155,9 @@ class Planned:
 
     def _choice(self, dtype: torch.dtype) -> Choice:
         if self.architecture is None:
-            return backends.choose(self.o.backend, self.device, dtype, self.net)
+            return backends.choose(self.o.backend, self.device, dtype, self.net, self.obstacle)
         named(self.architecture)
-        return backends.choose_anywhere(self.o.backend, dtype, self.net)
+        return backends.choose_anywhere(self.o.backend, dtype, self.net, self.obstacle)
 
     @property
     def device(self) -> torch.device:
@@ -165,7 +169,7 @@ class Planned:
 
     @property
     def taps(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*self.features, *self.styles)))
+        return tuple(dict.fromkeys((*self.weights.features, *self.weights.styles)))
 
     def _seen_inputs(self) -> dict[str, Any]:
         # On CUDA labels and indices out of range make a mask of their own; meta tensors are like
@@ -178,12 +182,15 @@ class Planned:
 
     def _fast(self, dtype: torch.dtype, choice: Choice) -> Explanation:
         o, target = self.o, self.target
-        weights = Weights(self.features, self.styles)
-        names = tuple(target.tensors(dtype))
-        if self.label_smoothing is not None and "labels" not in names:
+        tensors = target.tensors(dtype)
+        names = tuple(name for name in tensors if tensors[name] is not self.multi_hot)
+        names += tuple(f"weight.{name}" for name in self.weights.channels)
+        if self.multi_hot is not None:
+            names += ("multi_hot",)
+        elif self.label_smoothing is not None and "labels" not in names:
             names += ("ce_labels",)
         text = engine.describe(
-            self.net, o, target, weights, self.device, dtype, names, self.label_smoothing,
+            self.net, o, target, self.weights, self.device, dtype, names, self.label_smoothing,
             by=self.architecture,
         )  # fmt: skip
         n, c, height, width = self.pred.shape
@@ -195,7 +202,9 @@ class Planned:
         own = self.ce_mask is not None and self.ce_mask is not target.valid
         if self.ce_mask is not None and own and not _same_memory(self.ce_mask, self.mask):
             total += self.ce_mask.nbytes
-        if self.label_smoothing is not None:
+        if self.multi_hot is not None:
+            total += self.multi_hot.numel()
+        elif self.label_smoothing is not None:
             total += n * height * width * label_dtype(c).itemsize
         if self.resized:
             total += self.pred.numel() * self.pred.element_size()

@@ -12,12 +12,12 @@ from typing import SupportsFloat, Unpack
 from torch import Tensor
 
 from gpl_fast import parts
-from gpl_fast.layer_weights import as_layers, level_taps
+from gpl_fast.layer_weights import LayerWeight, as_layers, level_taps
 from gpl_fast.net.lossnet import LossNet
 from gpl_fast.normalizer import NormalizerLike
 from gpl_fast.options import Options, OptionWords
 from gpl_fast.targets import TargetFeatures, TargetLike
-from gpl_fast.terms import Segmentation
+from gpl_fast.terms import Segmentation, activation_of
 
 
 def generic_perceptual_loss(
@@ -26,7 +26,7 @@ def generic_perceptual_loss(
     net: LossNet,
     *,
     mask: Tensor | None = None,
-    level_weights: Iterable[SupportsFloat] | None = None,
+    level_weights: Iterable[LayerWeight] | None = None,
     **options: Unpack[OptionWords],
 ) -> Tensor:
     """Eq. (1) of docs/math.md: ``Σ_b w_b / (C_b H_b W_b) ‖E'_b − E_b‖²`` (Liu et al., eq. (1)
@@ -39,7 +39,8 @@ def generic_perceptual_loss(
         net: the frozen network, ``net.in_channels == C``.
         mask: (N, H, W) or (N, 1, H, W) bool, True = valid; of a dense target of another size also
             (N, h, w): that target is then resized with what is valid alone.
-        level_weights: one for each block; None = the last block only, weight 1.
+        level_weights: one for each block, a number or one for each of its channels; None = the
+            last block only, weight 1.
         **options: see `OptionWords`. A dense target that holds probabilities is refused under
             ``target_activation="auto"``, as `GenericPerceptualLoss` says; on a GPU only with
             ``GPL_FAST_CHECK=1``.
@@ -53,7 +54,8 @@ def generic_perceptual_loss(
     """
     o = Options.of("generic_perceptual_loss", options)
     o.check_channels(net.in_channels)
-    return parts.generic_value(pred, target, mask, net, level_taps(net, level_weights), o)
+    weights = level_taps(net, level_weights, o.distance)
+    return parts.generic_value(pred, target, mask, net, weights, o)
 
 
 def segmentation_loss(
@@ -66,9 +68,11 @@ def segmentation_loss(
     gpl_weight: SupportsFloat = 0.1,
     ce_weight: SupportsFloat = 1.0,
     class_weight: Tensor | Iterable[SupportsFloat] | None = None,
+    mode: str = "multiclass",
+    pos_weight: Tensor | Iterable[SupportsFloat] | None = None,
     label_smoothing: SupportsFloat = 0.0,
     gpl_ignore: bool | str = "auto",
-    level_weights: Iterable[SupportsFloat] | None = None,
+    level_weights: Iterable[LayerWeight] | None = None,
     return_parts: bool = False,
     normalizer: NormalizerLike | None = None,
     **options: Unpack[OptionWords],
@@ -77,13 +81,15 @@ def segmentation_loss(
 
     Args:
         logits: (N, C, h, w) floating; resized bilinearly to the labels' size if smaller.
-        labels: (N, H, W) or (N, 1, H, W) integer.
+        labels: (N, H, W) or (N, 1, H, W) integer; in mode "multilabel" (N, C, H, W).
         net: the frozen network, ``net.in_channels == C``.
         teacher: what `generic_perceptual_loss` takes as a target; None = the labels.
         mask: (N, H, W) or (N, 1, H, W) bool, True = valid, for both terms.
         gpl_weight, ce_weight: of the two terms; a term of weight 0 is not computed.
         class_weight: (C,) of the cross-entropy, as ``F.cross_entropy(weight=)``. Where the weights
             of all counted pixels are 0, so is the cross-entropy.
+        mode, pos_weight: see `SegmentationLoss`; in "binary" and "multilabel" the cross-entropy is
+            a binary one with logits and ``activation`` "sigmoid".
         label_smoothing: of the cross-entropy, in [0, 1].
         gpl_ignore: whether pixels with an ignored label leave the perceptual term: "auto" = only
             when the labels are its target; True; False (such a label is then a zero map).
@@ -99,14 +105,16 @@ def segmentation_loss(
         TypeError, ValueError: bad input, with what was got, expected, and the way out.
         BackendUnavailable: ``backend="fast"`` where it cannot run.
     """
-    o = Options.of("segmentation_loss", options)
     terms = Segmentation.of(
         net.in_channels, look=False, gpl_weight=gpl_weight, ce_weight=ce_weight,
         class_weight=class_weight, label_smoothing=label_smoothing, gpl_ignore=gpl_ignore,
+        mode=mode, pos_weight=pos_weight,
     )  # fmt: skip
+    options["activation"] = activation_of(mode, options.get("activation"))
+    o = Options.of("segmentation_loss", options)
     o.check_channels(net.in_channels)
     found = parts.segmentation_parts(
-        logits, labels, net, level_taps(net, level_weights), o, terms,
+        logits, labels, net, level_taps(net, level_weights, o.distance), o, terms,
         teacher=teacher, mask=mask, normalizer=normalizer,
     )  # fmt: skip
     return found if return_parts else parts.sum_of_parts(found)
@@ -119,7 +127,7 @@ def perceptual_loss(
     *,
     style_target: TargetLike | None = None,
     mask: Tensor | None = None,
-    feature_layers: Mapping[str, SupportsFloat],
+    feature_layers: Mapping[str, LayerWeight],
     style_layers: Mapping[str, SupportsFloat],
     tv_weight: SupportsFloat = 0.0,
     return_parts: bool = False,
@@ -133,7 +141,8 @@ def perceptual_loss(
         net: any network with the layers named.
         style_target: like `target`, of any size, for N images or one; None = `target`.
         mask: as in `generic_perceptual_loss`, for `pred` and `target`.
-        feature_layers: weight of ``‖φ' − φ‖² / (C H W)`` by layer.
+        feature_layers: weight of ``‖φ' − φ‖² / (C H W)`` by layer, a number or one for each
+            channel.
         style_layers: weight of ``‖G' − G‖_F²`` by layer.
         tv_weight: of the mean squared neighbour difference of the activated prediction.
         return_parts: return ``{"loss_feature", "loss_style", "loss_tv"}``, weighted.
@@ -145,7 +154,7 @@ def perceptual_loss(
     """
     o = Options.of("perceptual_loss", options, activation="none")
     o.check_channels(net.in_channels)
-    features, styles, tv = as_layers(net, feature_layers, style_layers, tv_weight)
+    weights, tv = as_layers(net, feature_layers, style_layers, tv_weight, o.distance)
     found = parts.perceptual_parts(
         pred,
         target,
@@ -153,8 +162,7 @@ def perceptual_loss(
         o,
         style_target=style_target,
         mask=mask,
-        feature_layers=features,
-        style_layers=styles,
+        weights=weights,
         tv_weight=tv,
     )
     return found if return_parts else parts.sum_of_parts(found)

@@ -178,47 +178,61 @@ def as_label_smoothing(value: SupportsFloat) -> float:
 
 
 def as_class_weight(
-    weight: Tensor | Iterable[SupportsFloat], channels: int, look: bool = True
+    weight: Tensor | Iterable[SupportsFloat],
+    channels: int,
+    look: bool = True,
+    what: str = "class_weight",
+    each: str = "class",
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """A weight for each class, (C,) float32: a copy, which a graph may save also where the weights
-    were made under `torch.inference_mode`; the numbers are looked at once, where a loss is made.
+    """A weight for each class, or each of something else, (C,) `dtype`: a copy, which a graph may
+    save also where the weights were made under `torch.inference_mode`; the numbers are looked at
+    once, where a loss is made.
 
     Raises:
         ValueError: not C finite numbers >= 0.
     """
-    expected = f"({channels},): {channels} numbers, finite and >= 0, one weight a class"
+    expected = f"({channels},): {channels} numbers, finite and >= 0, one weight a {each}"
     if isinstance(weight, Tensor) and weight.is_meta:
         raise ValueError(
-            "class_weight: got a tensor on 'meta', which holds no numbers, expected "
+            f"{what}: got a tensor on 'meta', which holds no numbers, expected "
             f"{expected}: a list of them is taken as it is under any default device"
         )
     try:
         if not isinstance(weight, Tensor):
-            given = [as_float("class_weight", w) for w in weight]
-            weight = torch.tensor(given, dtype=torch.float32, device="cpu")
+            given = [as_float(what, w) for w in weight]
+            weight = torch.tensor(given, dtype=dtype, device="cpu")
         with torch.inference_mode(False):
-            copied = weight.detach().to(torch.float32, copy=True)
+            copied = weight.detach().to(dtype, copy=True)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"class_weight: got {weight!r}, expected {expected}") from error
+        raise ValueError(f"{what}: got {weight!r}, expected {expected}") from error
     if tuple(copied.shape) != (channels,):
-        raise ValueError(f"class_weight: got shape {tuple(copied.shape)}, expected {expected}")
+        raise ValueError(f"{what}: got shape {tuple(copied.shape)}, expected {expected}")
     if look and not (copied.isfinite() & (copied >= 0)).all():
-        raise ValueError(f"class_weight: got {copied.tolist()}, expected {expected}")
+        raise ValueError(f"{what}: got {copied.tolist()}, expected {expected}")
     return copied
 
 
-def as_num_classes(value: SupportsIndex) -> int:
+MODES = ("multiclass", "binary", "multilabel")
+
+
+def as_num_classes(value: SupportsIndex, mode: str = "multiclass") -> int:
     """C of a segmentation.
 
     Raises:
-        ValueError: not an integer >= 2.
+        ValueError: an unknown mode; not an integer that it takes.
     """
-    expected = (
-        "an integer >= 2; for one channel use GenericPerceptualLoss(1, activation='sigmoid') "
-        "beside a binary cross-entropy"
-    )
+    if not isinstance(mode, str) or mode not in MODES:
+        raise ValueError(f"mode: got {mode!r}, expected one of {MODES}")
+    expected = {
+        "multiclass": "an integer >= 2; for one channel use mode='binary', or "
+        "GenericPerceptualLoss(1, activation='sigmoid') beside a binary cross-entropy",
+        "binary": "1 with mode='binary'; for several classes use mode='multilabel' (any number of "
+        "them at a pixel) or 'multiclass' (one)",
+        "multilabel": "an integer >= 1",
+    }[mode]
     classes = as_int("num_classes", value, expected)
-    if classes < 2:
+    if classes < (2 if mode == "multiclass" else 1) or (mode == "binary" and classes != 1):
         raise ValueError(f"num_classes: got {classes}, expected {expected}")
     return classes
 

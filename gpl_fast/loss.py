@@ -9,11 +9,11 @@ from typing import SupportsFloat, SupportsIndex
 import torch
 from torch import Tensor, nn
 
-from gpl_fast import parts
+from gpl_fast import distance_maps, parts
 from gpl_fast.costs import Explanation
 from gpl_fast.explain import explain
 from gpl_fast.input_checks import as_int
-from gpl_fast.layer_weights import as_numbers, as_texts, level_taps
+from gpl_fast.layer_weights import HeldWeights, LayerWeight, level_taps
 from gpl_fast.net.initialisation import Init
 from gpl_fast.net.lossnet import LossNet
 from gpl_fast.net.structure import WIDTHS, parse_blocks
@@ -30,7 +30,7 @@ class GenericWords(TermWords, total=False):
     pool: str
     init: Init
     seed: SupportsIndex
-    level_weights: Iterable[SupportsFloat] | None
+    level_weights: Iterable[LayerWeight] | None
     reduction: str
 
 
@@ -48,7 +48,8 @@ class GenericPerceptualLoss(nn.Module):
             convolutions and 5 pools, "vgg19".
         widths, kernel_size, pool, init, seed: of the network; see `LossNet.vgg`. With a `LossNet`
             they are that network's own and must be left alone.
-        level_weights: one float for each block; None = the last block only, weight 1.
+        level_weights: one for each block, a number or one for each of its C_b channels; None = the
+            last block only, weight 1.
         activation: "softmax", "sigmoid" or "none", of the prediction and of a dense target.
         target_activation: of a dense target: "auto" = the prediction's, and a target that holds
             probabilities already (one-hot, multi-hot, a mask, a teacher's softmax) is refused, as
@@ -60,6 +61,9 @@ class GenericPerceptualLoss(nn.Module):
             the T² of distillation: do that with the loss' weight.
         ignore_index: label of pixels that do not count, or several, for label targets.
         reduction: "mean", "sum", or "none" -> (N,).
+        criterion: "l2", the mean of squares, or "l1", of absolute values (of Gram matrices' too).
+        normalize_features: divide the features at each tap by their norm over channels, plus 1e-10,
+            before they are compared; Gram matrices are of the features as they are.
         compute_dtype: of the network; None = autocast's dtype if on, else the prediction's.
         backend: "auto", "fast" or "reference"; the variable GPL_FAST_BACKEND overrides "auto".
         workspace_mb: bound on the fast path's transient memory, in 2^20 bytes: images go through
@@ -80,12 +84,14 @@ class GenericPerceptualLoss(nn.Module):
         pool: str = "max",
         init: Init = "he",
         seed: SupportsIndex = 0,
-        level_weights: Iterable[SupportsFloat] | None = None,
+        level_weights: Iterable[LayerWeight] | None = None,
         activation: str = "softmax",
         target_activation: str = "auto",
         temperature: SupportsFloat = 1.0,
         ignore_index: IgnoreIndex = None,
         reduction: str = "mean",
+        criterion: str = "l2",
+        normalize_features: bool = False,
         compute_dtype: torch.dtype | str | None = None,
         backend: str = "auto",
         workspace_mb: SupportsFloat | str = "auto",
@@ -101,23 +107,27 @@ class GenericPerceptualLoss(nn.Module):
                 "temperature": temperature,
                 "ignore_index": ignore_index,
                 "reduction": reduction,
+                "criterion": criterion,
+                "normalize_features": normalize_features,
                 "compute_dtype": compute_dtype,
                 "backend": backend,
                 "workspace_mb": workspace_mb,
             },
         )
         self.options.check_channels(channels)
-        self._taps = as_texts(level_taps(self.net, level_weights))
+        weights = level_taps(self.net, level_weights, self.options.distance, once=True)
+        self.weights = HeldWeights(weights)
         self._looked = False  # at a dense target on a GPU
 
     @property
     def taps(self) -> dict[str, float]:
-        """The weight of each layer that is compared."""
-        return as_numbers(self._taps)
+        """The weight of each layer that is compared; `HeldWeights.features`."""
+        return self.weights.features
 
     def forward(self, pred: Tensor, target: TargetLike, mask: Tensor | None = None) -> Tensor:
         """The loss of `pred` (N, C, H, W); see `functional.generic_perceptual_loss`."""
-        value = parts.generic_value(pred, target, mask, self.net, self.taps, self.options)
+        weights = self.weights.on(pred)
+        value = parts.generic_value(pred, target, mask, self.net, weights, self.options)
         if not (torch.compiler.is_compiling() or self._looked):
             self._looked = first_look(self.options, target=(target, mask))
         return value
@@ -128,6 +138,13 @@ class GenericPerceptualLoss(nn.Module):
         if not self._looked:
             self._looked = first_look(self.options, target=(target, mask))
         return features
+
+    def distance_map(self, pred: Tensor, target: TargetLike, mask: Tensor | None = None) -> Tensor:
+        """Where they differ: the last level's distance, with its weight, at each of its pixels and
+        resized bilinearly. (N, 1, H, W), without gradient, computed by the reference.
+        """
+        weights = distance_maps.last_layer(self.weights.on(pred), self.net)
+        return distance_maps.distance_map(pred, target, mask, self.net, weights, self.options)
 
     def fingerprint(self) -> str:
         """Hex digest of the network's structure and weights: the same on every machine."""
@@ -154,14 +171,14 @@ class GenericPerceptualLoss(nn.Module):
             pred,
             target,
             mask,
-            features=self.taps,
+            weights=self.weights.on(pred),
             architecture=architecture,
         )
         return replace(found, ratio={}) if ratio else found
 
     def extra_repr(self) -> str:
-        last = {self.net.levels[-1]: 1.0}
-        levels = "" if self.taps == last else f", level_weights={self.taps}"
+        last, shown = {self.net.levels[-1]: 1.0}, self.weights.shown()
+        levels = "" if shown == last else f", level_weights={shown}"
         return f"net={self.net}{levels}{self.options.changed()}"
 
 

@@ -32,6 +32,8 @@ _MUTATING = (
     "relu_pool_bwd",
     "relu_bwd",
     "softmax_bwd",
+    "binary_ce_fwd",
+    "binary_ce_bwd",
     "winograd_weight",
     "winograd",
     "direct_weight",
@@ -40,9 +42,10 @@ _MUTATING = (
     "conv_block_bwd",
     "conv_block_logits_bwd",
 )
+_REDUCING = ("diff_reduce_fwd", "unit_diff_fwd")  # their sums are new
 _TEXTS = ("cpu_capability", "cpu_bfloat16", "cuda_build")
 _SECTIONS = ((40, 48), (58, 60), (60, 62))  # e_shoff, e_shentsize, e_shnum of an ELF header
-_NAMES = (*_MUTATING, "diff_reduce_fwd", *_TEXTS)
+_NAMES = (*_MUTATING, *_REDUCING, *_TEXTS)
 
 
 @functools.cache
@@ -77,7 +80,8 @@ def load() -> str | None:
         )
     for name in _MUTATING:
         torch.library.register_fake(f"gpl_fast::{name}", _mutating_fake)
-    torch.library.register_fake("gpl_fast::diff_reduce_fwd", _diff_reduce_fwd_fake)
+    for name in _REDUCING:
+        torch.library.register_fake(f"gpl_fast::{name}", _reducing_fake)
     return None
 
 
@@ -162,8 +166,8 @@ def _mutating_fake(*args: Any, **kwargs: Any) -> None:
     return None
 
 
-def _diff_reduce_fwd_fake(delta: torch.Tensor) -> torch.Tensor:
-    return delta.new_empty(delta.shape[0], dtype=torch.float64)
+def _reducing_fake(maps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return maps.new_empty(maps.shape[0], dtype=torch.float64)
 
 
 def __getattr__(name: str) -> Any:

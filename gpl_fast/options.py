@@ -10,9 +10,10 @@ from typing import Any, SupportsFloat, SupportsIndex, TypedDict
 import torch
 
 from gpl_fast.backend import BACKENDS
+from gpl_fast.distance import Distance
 from gpl_fast.graphs import constant
 from gpl_fast.input_checks import as_float, as_float_dtype, as_int
-from gpl_fast.stages import ACTIVATIONS
+from gpl_fast.stages import ACTIVATIONS, CRITERIA
 
 IgnoreIndex = SupportsIndex | Sequence[SupportsIndex] | None
 
@@ -29,6 +30,8 @@ class TermWords(TypedDict, total=False):
     activation: str
     target_activation: str
     temperature: SupportsFloat
+    criterion: str
+    normalize_features: bool
     compute_dtype: torch.dtype | str | None
     backend: str
     workspace_mb: SupportsFloat | str
@@ -59,6 +62,8 @@ class Options:
     temperature: float = 1.0
     ignore_index: int | tuple[int, ...] | None = None
     reduction: str = "mean"
+    criterion: str = "l2"
+    normalize_features: bool = False
     compute_dtype: torch.dtype | None = None
     backend: str = "auto"
     workspace_mb: float | str = "auto"
@@ -72,6 +77,11 @@ class Options:
         _one_of("activation", self.activation, tuple(ACTIVATIONS))
         _one_of("target_activation", self.target_activation, TARGET_ACTIVATIONS)
         _one_of("reduction", self.reduction, REDUCTIONS)
+        _one_of("criterion", self.criterion, tuple(CRITERIA))
+        if not isinstance(self.normalize_features, bool):
+            raise ValueError(
+                f"normalize_features: got {self.normalize_features!r}, expected True or False"
+            )
         _one_of("backend", self.backend, BACKENDS)
         self._set(
             "temperature", constant(as_float("temperature", self.temperature, "a number > 0"))
@@ -122,6 +132,11 @@ class Options:
                 "activation: got 'softmax' with in_channels=1, whose softmax is constant 1; "
                 "expected activation='sigmoid' (masks from logits) or 'none' (depth, probabilities)"
             )
+
+    @property
+    def distance(self) -> Distance:
+        """How features are compared."""
+        return Distance(self.criterion, self.normalize_features)
 
     @property
     def target(self) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,18 +15,23 @@ from gpl_fast.normalizer import Normalizer, NormalizerLike, as_normalizer, divid
 from gpl_fast.options import Options
 from gpl_fast.precision import accumulation_dtype, no_autocast
 from gpl_fast.targets import (
+    IGNORED,
+    Target,
     TargetFeatures,
     TargetLike,
+    count_elements,
     count_labels,
     feature_settings,
     normalise_mask,
+    resolve_element_teacher,
+    resolve_elements,
     resolve_labels,
     resolve_style,
     resolve_target,
     resolve_teacher,
     weights_of_pixels,
 )
-from gpl_fast.terms import CrossEntropy, Segmentation, Weights
+from gpl_fast.terms import BinaryCrossEntropy, CrossEntropy, Segmentation, Weights
 
 
 def generic_value(
@@ -33,14 +39,14 @@ def generic_value(
     target: TargetLike,
     mask: Tensor | None,
     net: LossNet,
-    taps: Mapping[str, float],
+    weights: Weights,
     o: Options,
 ) -> Tensor:
     """`functional.generic_perceptual_loss` by the weight of each layer."""
     check_prediction(pred, net)
     resolved = resolve_target(target, net.in_channels, o, mask=mask, pred=pred)
     pred = reference.input_edge(pred)
-    terms = engine.weighted_terms(pred, resolved, net, o, Weights(taps, {}))
+    terms = engine.weighted_terms(pred, resolved, net, o, weights)
     return _reduce(terms.feature, o.reduction)
 
 
@@ -48,7 +54,7 @@ def segmentation_parts(
     logits: Tensor,
     labels: Tensor,
     net: LossNet,
-    taps: Mapping[str, float],
+    taps: Weights,
     o: Options,
     s: Segmentation,
     *,
@@ -58,14 +64,15 @@ def segmentation_parts(
 ) -> dict[str, Tensor]:
     """The weighted terms of `functional.segmentation_loss`: ``{"loss_ce", "loss_gpl"}``."""
     divisor = None if normalizer is None else as_normalizer(normalizer, o.reduction)
-    checked, given = resolve_labels(labels, mask, logits, net, o)
+    resolve, compared = segmentation_resolvers(s)
+    checked, given = resolve(labels, mask, logits, net, o)
     logits = reference.input_edge(logits)
     with no_autocast(logits):
-        logits = reference.resize(logits, checked.shape[1:])
-    target = resolve_teacher(teacher, checked, given, logits, o, s.gpl_ignore)
+        logits = reference.resize(logits, checked.shape[-2:])
+    target = compared(teacher, checked, given, logits, o, s.gpl_ignore)
     mask = None if given is None else weights_of_pixels(target, given)
     classified = _classified(checked, mask, s) if s.ce_weight else None
-    weights = Weights(taps if s.gpl_weight else {}, {})
+    weights = taps if s.gpl_weight else Weights({}, {})
     terms = engine.weighted_terms(logits, target, net, o, weights, cross_entropy=classified)
     if terms.cross_entropy is None or terms.normalizer is None:  # not computed, but connected
         ce = _reduce(engine.nothing(logits), o.reduction)
@@ -76,10 +83,22 @@ def segmentation_parts(
     return {"loss_ce": ce, "loss_gpl": s.gpl_weight * gpl if s.gpl_weight else gpl}
 
 
-def _classified(labels: Tensor, mask: Tensor | None, s: Segmentation) -> CrossEntropy:
-    """What the logits are classified as, of labels (N, H, W) int64, -1 = does not count, and the
-    weights of pixels."""
-    weight = None if s.class_weight is None else s.class_weight.to(labels.device)
+def segmentation_resolvers(s: Segmentation) -> tuple[Callable[..., Any], Callable[..., Target]]:
+    """Who checks the labels, and who finds what the logits are compared with."""
+    if s.by_element:
+        return resolve_elements, resolve_element_teacher
+    return resolve_labels, resolve_teacher
+
+
+def _classified(
+    labels: Tensor, mask: Tensor | None, s: Segmentation
+) -> CrossEntropy | BinaryCrossEntropy:
+    """What the logits are classified as, of labels that are checked and the weights of pixels."""
+    weight, of_ones = (
+        None if w is None else w.to(labels.device) for w in (s.class_weight, s.pos_weight)
+    )
+    if s.by_element:
+        return BinaryCrossEntropy(labels, weight, of_ones, s.label_smoothing, mask)
     return CrossEntropy(labels, weight, s.label_smoothing, mask)
 
 
@@ -104,12 +123,17 @@ def count(
     labels: Tensor, mask: Tensor | None, channels: int, o: Options, s: Segmentation
 ) -> Tensor:
     """`SegmentationLoss.count`."""
-    checked = count_labels(labels, mask, channels, o)
-    counted = checked >= 0
-    if s.class_weight is not None:
-        weight = s.class_weight.to(checked.device, torch.float64)
-        counted = weight[checked.clamp_min(0)] * counted
-    pixels = counted.sum(dtype=torch.float64)
+    if s.by_element:
+        checked, given = count_elements(labels, mask, channels, o)
+        counted = (checked != IGNORED).sum(dim=1).double()
+    else:
+        checked, given = count_labels(labels, mask, channels, o)
+        counted = (checked >= 0).double()
+        if s.class_weight is not None:
+            counted *= s.class_weight.to(counted)[checked.clamp_min(0)]
+    if given is not None:
+        counted *= given
+    pixels = counted.sum()
     return torch.stack([pixels, torch.full_like(pixels, checked.shape[0])])
 
 
@@ -121,8 +145,7 @@ def perceptual_parts(
     *,
     style_target: TargetLike | None,
     mask: Tensor | None,
-    feature_layers: Mapping[str, float],
-    style_layers: Mapping[str, float],
+    weights: Weights,
     tv_weight: float,
 ) -> dict[str, Tensor]:
     """The weighted terms of `functional.perceptual_loss`: ``{"loss_feature", "loss_style",
@@ -131,10 +154,6 @@ def perceptual_parts(
     resolved = resolve_target(target, net.in_channels, o, mask=mask, pred=pred)
     style = None if style_target is None else resolve_style(style_target, net, o, pred)
     pred = reference.input_edge(pred)
-    weights = Weights(
-        {k: w for k, w in feature_layers.items() if w},
-        {k: w for k, w in style_layers.items() if w},
-    )
     terms = engine.weighted_terms(pred, resolved, net, o, weights, style_target=style)
     feature = _reduce(terms.feature, o.reduction)
     if tv_weight:

@@ -10,11 +10,11 @@ from typing import SupportsFloat, Unpack
 import torch
 from torch import Tensor, nn
 
-from gpl_fast import parts
+from gpl_fast import distance_maps, parts
 from gpl_fast.balance import gradient_norms, ratios
 from gpl_fast.costs import Explanation
 from gpl_fast.explain import explain
-from gpl_fast.layer_weights import as_layers, as_numbers, as_texts
+from gpl_fast.layer_weights import HeldWeights, LayerWeight, as_layers
 from gpl_fast.net.lossnet import LossNet
 from gpl_fast.options import OPTION_NAMES, LabelWords, Options, refuse_unknown
 from gpl_fast.targets import TargetFeatures, TargetLike, TargetMap, first_look
@@ -29,14 +29,16 @@ class PerceptualLoss(nn.Module):
     Args:
         net: any `LossNet`; `LossNet.from_sequential(vgg16(weights=…).features, mean=…, std=…)` for
             the paper's own.
-        feature_layers: weight of ``‖φ' − φ‖² / (C H W)`` by layer name.
+        feature_layers: weight of ``‖φ' − φ‖² / (C H W)`` by layer name, a number or one for each
+            channel.
         style_layers: weight of ``‖G' − G‖_F²`` by layer name.
         tv_weight: of the total variation of the prediction.
         reduction: "mean", "sum", or "none" -> (N,).
         return_parts: return ``{"loss_feature", "loss_style", "loss_tv"}`` instead of their sum; the
             call's own word wins.
         **options: activation ("none" by default), target_activation, temperature, ignore_index,
-            compute_dtype, backend, workspace_mb of `GenericPerceptualLoss`.
+            criterion, normalize_features, compute_dtype, backend, workspace_mb of
+            `GenericPerceptualLoss`.
 
     Raises:
         TypeError, ValueError: an argument outside of what is listed.
@@ -45,7 +47,7 @@ class PerceptualLoss(nn.Module):
     def __init__(
         self,
         net: LossNet,
-        feature_layers: Mapping[str, SupportsFloat] = MappingProxyType({"relu2_2": 1.0}),
+        feature_layers: Mapping[str, LayerWeight] = MappingProxyType({"relu2_2": 1.0}),
         style_layers: Mapping[str, SupportsFloat] = MappingProxyType({}),
         tv_weight: SupportsFloat = 0.0,
         reduction: str = "mean",
@@ -60,24 +62,26 @@ class PerceptualLoss(nn.Module):
             )
         refuse_unknown("PerceptualLoss", options, _KNOWN)
         self.net = net
-        features, styles, self.tv_weight = as_layers(net, feature_layers, style_layers, tv_weight)
-        self._features, self._styles = as_texts(features), as_texts(styles)
         self.return_parts = return_parts
         self.options = Options.of(
             "PerceptualLoss", {"reduction": reduction, **options}, activation="none"
         )
+        weights, self.tv_weight = as_layers(
+            net, feature_layers, style_layers, tv_weight, self.options.distance, once=True
+        )
+        self.weights = HeldWeights(weights)
         self.options.check_channels(net.in_channels)
         self._looked = False  # at a dense target on a GPU
 
     @property
     def feature_layers(self) -> dict[str, float]:
-        """The weight of each layer's feature reconstruction."""
-        return as_numbers(self._features)
+        """The weight of each layer's feature reconstruction; `HeldWeights.features`."""
+        return self.weights.features
 
     @property
     def style_layers(self) -> dict[str, float]:
         """The weight of each layer's style."""
-        return as_numbers(self._styles)
+        return self.weights.styles
 
     def forward(
         self,
@@ -111,8 +115,7 @@ class PerceptualLoss(nn.Module):
             o,
             style_target=style_target,
             mask=mask,
-            feature_layers=self.feature_layers,
-            style_layers=self.style_layers,
+            weights=self.weights.on(pred),
             tv_weight=self.tv_weight,
         )
 
@@ -146,8 +149,7 @@ class PerceptualLoss(nn.Module):
             pred,
             target,
             mask,
-            features=self.feature_layers,
-            styles=self.style_layers,
+            weights=self.weights.on(pred),
             style_target=style_target,
             tv_weight=self.tv_weight,
             architecture=architecture,
@@ -161,13 +163,23 @@ class PerceptualLoss(nn.Module):
         norms = gradient_norms(parts_of, pred, self.options, target)
         return replace(found, ratio=ratios(norms))
 
+    def distance_map(self, pred: Tensor, target: TargetLike, mask: Tensor | None = None) -> Tensor:
+        """Where they differ: the last level's distance, with its weight, at each of its pixels and
+        resized bilinearly. (N, 1, H, W), without gradient, computed by the reference.
+
+        Raises:
+            ValueError: the loss compares styles alone.
+        """
+        weights = distance_maps.last_layer(self.weights.on(pred), self.net)
+        return distance_maps.distance_map(pred, target, mask, self.net, weights, self.options)
+
     def fingerprint(self) -> str:
         """Hex digest of the network's structure and weights: the same on every machine."""
         return self.net.fingerprint()
 
     def extra_repr(self) -> str:
         return (
-            f"net={self.net}, feature_layers={self.feature_layers}, "
+            f"net={self.net}, feature_layers={self.weights.shown()}, "
             f"style_layers={self.style_layers}, tv_weight={self.tv_weight}"
             f"{', return_parts=True' if self.return_parts else ''}"
             f"{self.options.changed(activation='none')}"

@@ -70,6 +70,11 @@ def one_hot(labels: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     return (labels.unsqueeze(1) == classes).to(dtype)
 
 
+def multi_hot(labels: Tensor, dtype: torch.dtype) -> Tensor:
+    """``(N, C, H, W)`` uint8 labels of single elements -> their map: 1 where they are 1."""
+    return (labels == 1).to(dtype)
+
+
 def dense_topk(
     values: Tensor, indices: Tensor, rest: str, channels: int, dtype: torch.dtype
 ) -> Tensor:
@@ -121,6 +126,12 @@ def weighted(x: Tensor, valid: Tensor | None) -> Tensor:
     if valid is None or valid.dtype == torch.bool:
         return x
     return x * zero_invalid(valid.unsqueeze(1).to(x.dtype), valid)
+
+
+def zero_ignored(x: Tensor, elements: Tensor | None) -> Tensor:
+    """0 where an element of a map ``(N, C, H, W)`` is ignored, its label in ``elements`` being 2;
+    selected, as in `zero_invalid`."""
+    return x if elements is None else torch.where(elements == 2, 0, x)
 
 
 def prediction_map(
@@ -186,9 +197,66 @@ def features(
 # ----------------------------------------------------------------------------------- 3. Distances
 
 
-def feature_distance(e_pred: Tensor, e_target: Tensor) -> Tensor:
-    """Eq. (1) at one level: ``||E' - E||^2 / (C_b H_b W_b)`` of each sample, ``(N,)``."""
-    return (e_pred - e_target).square().mean(dim=(1, 2, 3))
+class Distance(Protocol):
+    """How features are compared; `gpl_fast.distance.Distance` is the implementation."""
+
+    @property
+    def criterion(self) -> str:
+        """``"l2"`` or ``"l1"``."""
+
+    @property
+    def normalize(self) -> bool: ...
+    @property
+    def eps(self) -> float: ...
+    @property
+    def eps_inside(self) -> bool: ...
+
+
+def feature_distance(
+    e_pred: Tensor,
+    e_target: Tensor,
+    distance: Distance | None = None,
+    channels: Tensor | None = None,
+) -> Tensor:
+    """Eq. (1) at one level: ``||E' - E||^2 / (C_b H_b W_b)`` of each sample, ``(N,)``.
+
+    Args:
+        distance: None = squares of the features' difference.
+        channels: ``(C_b,)`` weights, None = 1.
+    """
+    return weighted_difference(e_pred, e_target, distance, channels).mean(dim=(1, 2, 3))
+
+
+def weighted_difference(
+    e_pred: Tensor, e_target: Tensor, distance: Distance | None, channels: Tensor | None
+) -> Tensor:
+    """What `feature_distance` is the mean of, ``(N, C_b, H_b, W_b)``."""
+    if distance is not None and distance.normalize:
+        d = unit_difference(e_pred, e_target, distance)
+    else:
+        d = e_pred - e_target
+    each = d.square() if distance is None or distance.criterion == "l2" else d.abs()
+    return each if channels is None else each * channels.to(each.dtype).view(1, -1, 1, 1)
+
+
+def unit_difference(e_pred: Tensor, e_target: Tensor, distance: Distance) -> Tensor:
+    """``n(φ') - n(φ)``, features over their norm ``R`` (`norm`) plus an eps that stands outside.
+
+    From the difference, ``(δ - n(φ) (R' - R)) / (R' + eps)``: nothing cancels where both agree.
+    Where ``R' = 0``, n(φ') is 0 and so is the gradient.
+    """
+    delta, outside = e_pred - e_target, 0.0 if distance.eps_inside else distance.eps
+    (r_pred, alive), (r, seen) = norm(e_pred, distance), norm(e_target, distance)
+    n = torch.where(seen, e_target / (r + outside), 0)
+    change = (delta * (e_pred + e_target)).sum(dim=1, keepdim=True) / (r_pred + r * seen)
+    return torch.where(alive, (delta - n * change) / (r_pred + outside), -n)
+
+
+def norm(e: Tensor, distance: Distance) -> tuple[Tensor, Tensor]:
+    """``R = sqrt(sum_c e_c^2)``, with eps under the root if it stands inside, and where that is
+    not 0, both ``(N, 1, H, W)``; elsewhere 1, so that no gradient is infinite."""
+    square = e.square().sum(dim=1, keepdim=True) + (distance.eps if distance.eps_inside else 0.0)
+    return torch.where(square != 0, square, 1).sqrt(), square != 0
 
 
 def gram(e: Tensor) -> Tensor:
@@ -197,9 +265,15 @@ def gram(e: Tensor) -> Tensor:
     return flat @ flat.transpose(1, 2) / (e.shape[1] * e.shape[2] * e.shape[3])
 
 
-def style_distance(e_pred: Tensor, e_target: Tensor) -> Tensor:
-    """``||G' - G||_F^2`` of each sample, ``(N,)``; the target may have another size, or N = 1."""
-    return (gram(e_pred) - gram(e_target)).square().sum(dim=(1, 2))
+def style_distance(e_pred: Tensor, e_target: Tensor, distance: Distance | None = None) -> Tensor:
+    """``||G' - G||_F^2`` of each sample, ``(N,)``; the target may have another size, or N = 1.
+
+    Under ``"l1"`` the mean of ``|G' - G|``. The features are never normalised.
+    """
+    d = gram(e_pred) - gram(e_target)
+    if distance is None or distance.criterion == "l2":
+        return d.square().sum(dim=(1, 2))
+    return d.abs().mean(dim=(1, 2))
 
 
 def total_variation(y: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -311,16 +385,40 @@ class _ChainExit(torch.autograd.Function):
 
 
 class _UnitSeed(torch.autograd.Function):
-    """Identity on the parts ``(P, N)``; sends ``g / g_n`` into the chain, ``g_n = max_p |g|``."""
+    """Identity on the parts ``(P, N)``; sends ``g / (g_n power)`` into the chain, ``g_n = max_p
+    |g|``."""
 
     @staticmethod
-    def forward(ctx: Any, parts: Tensor, token: Tensor) -> Tensor:
+    def forward(ctx: Any, parts: Tensor, token: Tensor, power: Tensor) -> Tensor:
+        ctx.power = power
         return parts.view_as(parts)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         g_n = grads[0].abs().amax(dim=0)
-        return torch.where(g_n == 0, 0, grads[0] / g_n), g_n
+        return torch.where(g_n == 0, 0, grads[0] / g_n) / ctx.power, g_n * ctx.power, None
+
+
+# Seeds of normalised features in a float16 chain stay below: the layers have room to grow.
+_LARGE = 256.0
+
+
+@torch.no_grad()
+def _power(e_pred: Mapping[str, Tensor], distance: Distance | None) -> Tensor:
+    """``(N,)`` powers of two: a seed of normalised features, which grows as ``1 / R'``, over it is
+    one that float16 holds."""
+    power = torch.ones((), dtype=torch.float32)
+    if distance is None or not distance.normalize:
+        return power
+    for e in e_pred.values():
+        root, alive = norm(e, distance)
+        root = torch.where(alive, root, torch.inf).flatten(1) + distance.eps * (
+            not distance.eps_inside
+        )
+        # |u| <= 2, and the seed is what is left of u across n(φ'), over R'.
+        large = (4 / (_LARGE * root)).amax(dim=1).clamp(min=1)
+        power = torch.maximum(power.to(large.device), torch.exp2(large.log2().ceil()))
+    return power
 
 
 def perceptual_terms(
@@ -331,6 +429,9 @@ def perceptual_terms(
     feature_weights: Mapping[str, float],
     style_weights: Mapping[str, float],
     dtype: torch.dtype,
+    *,
+    distance: Distance | None = None,
+    channels: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Eq. (1) over the levels and the style distances, weighted: ``{"feature", "style"}``, (N,).
 
@@ -340,33 +441,90 @@ def perceptual_terms(
         target, style_target: the target's features by layer.
         feature_weights, style_weights: weight by layer.
         dtype: what the chain computes in.
+        distance: how features are compared; None = by their mean square.
+        channels: (C_b,) by layer, that the weights of features are multiplied with.
     """
     acc = y_pred.dtype if dtype != torch.float64 else dtype
     taps = tuple(dict.fromkeys((*feature_weights, *style_weights)))
     unit_scale = dtype == torch.float16 and y_pred.requires_grad
     shapes = {tap: e.shape for tap, e in (*style_target.items(), *target.items())}
+    l1 = distance is not None and distance.criterion == "l1"
     scale = max(
-        2.0 * max(feature_weights.get(tap, 0.0), 2.0 * style_weights.get(tap, 0.0))
-        / (shapes[tap][1] * shapes[tap][2] * shapes[tap][3])
+        _largest_seed(feature_weights.get(tap, 0.0), style_weights.get(tap, 0.0), shapes[tap], l1)
         for tap in taps
-    )  # fmt: skip
-    if unit_scale:
-        y, token = _ChainEntry.apply(y_pred, dtype, scale)  # type: ignore[no-untyped-call]
-        e_pred = {
-            tap: _ChainExit.apply(e, acc, scale)  # type: ignore[no-untyped-call]
-            for tap, e in extract(y, taps).items()
-        }
-    else:
-        e_pred = {tap: e.to(acc) for tap, e in extract(y_pred.to(dtype), taps).items()}
+    )
+    e_pred, token = _chain(y_pred, extract, taps, dtype, scale if unit_scale else None)
     feature = y_pred.new_zeros(y_pred.shape[0], dtype=acc)
     for tap, weight in feature_weights.items():
-        feature = feature + weight * feature_distance(e_pred[tap], target[tap].to(acc))
+        by_channel = None if channels is None else channels.get(tap)
+        of_tap = feature_distance(e_pred[tap], target[tap].to(acc), distance, by_channel)
+        feature = feature + weight * of_tap
     style = y_pred.new_zeros(y_pred.shape[0], dtype=acc)
     for tap, weight in style_weights.items():
-        style = style + weight * style_distance(e_pred[tap], style_target[tap].to(acc))
-    if unit_scale:
-        feature, style = _UnitSeed.apply(torch.stack([feature, style]), token)  # type: ignore[no-untyped-call]
+        of_tap = style_distance(e_pred[tap], style_target[tap].to(acc), distance)
+        style = style + weight * of_tap
+    if token is not None:
+        power = _power({tap: e_pred[tap] for tap in feature_weights}, distance)
+        feature, style = _UnitSeed.apply(torch.stack([feature, style]), token, power)  # type: ignore[no-untyped-call]
     return {"feature": feature, "style": style}
+
+
+def distance_map(
+    y_pred: Tensor,
+    extract: Callable[[Tensor, Sequence[str]], Mapping[str, Tensor]],
+    target: Mapping[str, Tensor],
+    weights: Mapping[str, float],
+    dtype: torch.dtype,
+    *,
+    distance: Distance,
+    channels: Mapping[str, Tensor],
+) -> Tensor:
+    """The levels' distances at each pixel, weighted, each resized bilinearly: their sum, (N, 1, H,
+    W). Arguments as in `perceptual_terms`.
+
+    Of one level the mean over its own pixels, before the resize, is its term of eq. (1).
+    """
+    acc = y_pred.dtype if dtype != torch.float64 else dtype
+    n, _, height, width = y_pred.shape
+    scale: float | None = None
+    if dtype == torch.float16 and y_pred.requires_grad:
+        # Of a level's pixel, to which the gradients of all that it is resized to add up.
+        l1, area = distance.criterion == "l1", height * width
+        scale = max(area * _largest_seed(w, 0.0, target[k].shape, l1) for k, w in weights.items())
+    e_pred, token = _chain(y_pred, extract, tuple(weights), dtype, scale)
+    total = y_pred.new_zeros(n, 1, height, width, dtype=acc)
+    for tap, weight in weights.items():
+        each = weighted_difference(e_pred[tap], target[tap].to(acc), distance, channels.get(tap))
+        total = total + weight * resize(each.mean(dim=1, keepdim=True), (height, width))
+    if token is not None:
+        parts = total.flatten(1).t()  # (H W, N)
+        parts = _UnitSeed.apply(parts, token, _power(e_pred, distance))  # type: ignore[no-untyped-call]
+        total = parts.t().reshape(total.shape)
+    return total
+
+
+def _chain(
+    y_pred: Tensor,
+    extract: Callable[[Tensor, Sequence[str]], Mapping[str, Tensor]],
+    taps: Sequence[str],
+    dtype: torch.dtype,
+    scale: float | None,
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Features by a chain in `dtype`; with a `scale` at unit scale, and its token."""
+    acc = y_pred.dtype if dtype != torch.float64 else dtype
+    if scale is None:
+        return {tap: e.to(acc) for tap, e in extract(y_pred.to(dtype), taps).items()}, None
+    y, token = _ChainEntry.apply(y_pred, dtype, scale)  # type: ignore[no-untyped-call]
+    found = extract(y, taps).items()
+    return {tap: _ChainExit.apply(e, acc, scale) for tap, e in found}, token  # type: ignore[no-untyped-call]
+
+
+def _largest_seed(feature: float, style: float, shape: Sequence[int], l1: bool) -> float:
+    """The larger coefficient of the two gradients at a tap, of the weights of its distances."""
+    _, c, h, w = shape
+    if l1:
+        return max(feature, 2.0 * style / c**2) / (c * h * w)
+    return 2.0 * max(feature, 2.0 * style) / (c * h * w)
 
 
 # ---------------------------------------------------------------------------- 5. Segmentation total
@@ -407,3 +565,36 @@ def cross_entropy(
         m = torch.where(counts & counted(mask), mask.to(pixel.dtype), 0)
         pixel, norm = pixel * m, norm * m
     return pixel.sum(dim=(1, 2)), norm.sum(dim=(1, 2))
+
+
+def binary_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    class_weight: Tensor | None,
+    pos_weight: Tensor | None,
+    label_smoothing: float,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """PyTorch's binary cross-entropy with logits: the sum over each image's elements that count,
+    and how many there are; both (N,).
+
+    Args:
+        logits: (N, C, H, W) float32 or float64.
+        labels: (N, C, H, W) uint8: 0, 1, or 2 = does not count.
+        class_weight: (C,) by which a class' losses are multiplied, or None.
+        pos_weight: (C,) by which a class' losses of label 1 are, or None.
+        label_smoothing: in [0, 1]: a label y is y (1 - e) + e / 2.
+        mask: (N, H, W) by which a pixel's losses and elements are multiplied, or None.
+    """
+    counts = (labels != 2).to(logits.dtype)
+    y = multi_hot(labels, logits.dtype) * (1 - label_smoothing) + label_smoothing / 2
+    # Zeroed first: an ignored NaN logit would reach the gradient as NaN times 0.
+    x = zero_ignored(logits, labels)
+    positive = y if pos_weight is None else pos_weight.view(-1, 1, 1) * y
+    # Two terms >= 0: F.binary_cross_entropy_with_logits cancels where x is far below 0.
+    element = -(positive * F.logsigmoid(x) + (1 - y) * F.logsigmoid(-x))
+    if class_weight is not None:
+        element = class_weight.view(-1, 1, 1) * element
+    if mask is not None:
+        counts = counts * mask.to(logits.dtype).unsqueeze(1)
+    return (element * counts).sum(dim=(1, 2, 3)), counts.sum(dim=(1, 2, 3))

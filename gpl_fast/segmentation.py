@@ -9,7 +9,7 @@ from typing import SupportsFloat, SupportsIndex, Unpack
 import torch
 from torch import Tensor, nn
 
-from gpl_fast import parts
+from gpl_fast import distance_maps, parts
 from gpl_fast.balance import segmentation_norms, weight_for
 from gpl_fast.costs import Explanation
 from gpl_fast.device_copies import DeviceCopies
@@ -20,7 +20,7 @@ from gpl_fast.net.lossnet import LossNet
 from gpl_fast.normalizer import NormalizerLike
 from gpl_fast.options import IgnoreIndex, refuse_unknown
 from gpl_fast.targets import TargetFeatures, TargetLike, TargetMap, first_look
-from gpl_fast.terms import Segmentation
+from gpl_fast.terms import Segmentation, activation_of
 
 # `GenericWords`, in the order of the signature.
 _KNOWN = [
@@ -34,13 +34,18 @@ class SegmentationLoss(nn.Module):
     """``ce_weight · CE(x, labels) + gpl_weight · L(softmax(x), target)``: the paper's eq. (2).
 
     Args:
-        num_classes: C >= 2.
+        num_classes: C >= 2; 1 in mode "binary".
+        mode: "multiclass" = one class a pixel; "binary" and "multilabel" = labels (N, C, H, W) of
+            0, 1 and ignored ones, of one class (N, H, W) too, bool, integers or floating: the
+            binary cross-entropy with logits, a mean over the elements that count, beside the
+            perceptual term of sigmoids. An ignored element is 0 in both maps at that element alone.
         gpl_weight: λ; the paper uses 0.1.
         ce_weight: of the cross-entropy.
         ignore_index: label of pixels that do not count, or several; "auto" = 255 where C <= 255;
             None = none.
         class_weight: (C,) of the cross-entropy: a tensor or a sequence of numbers.
-        label_smoothing: of the cross-entropy, in [0, 1].
+        pos_weight: (C,) of what is labelled 1, of a binary cross-entropy.
+        label_smoothing: of the cross-entropy, in [0, 1]; of a binary one ``y (1 − ε) + ε / 2``.
         gpl_ignore: whether pixels with an ignored label leave the perceptual term: "auto" = only
             when the labels are its target; True; False.
         return_parts: return ``{"loss_ce", "loss_gpl"}``, weighted, instead of their sum; the call's
@@ -56,26 +61,30 @@ class SegmentationLoss(nn.Module):
         self,
         num_classes: SupportsIndex,
         *,
+        mode: str = "multiclass",
         gpl_weight: SupportsFloat = 0.1,
         ce_weight: SupportsFloat = 1.0,
         ignore_index: IgnoreIndex | str = "auto",
         class_weight: Tensor | Iterable[SupportsFloat] | None = None,
+        pos_weight: Tensor | Iterable[SupportsFloat] | None = None,
         label_smoothing: SupportsFloat = 0.0,
         gpl_ignore: bool | str = "auto",
         return_parts: bool = False,
         **gpl: Unpack[GenericWords],
     ) -> None:
         super().__init__()
-        num_classes = as_num_classes(num_classes)
+        num_classes = as_num_classes(num_classes, mode)
         refuse_unknown("SegmentationLoss", gpl, _KNOWN)
+        gpl["activation"] = activation_of(mode, gpl.get("activation"))
         checked = Segmentation.of(
             num_classes, gpl_weight=gpl_weight, ce_weight=ce_weight, class_weight=class_weight,
-            label_smoothing=label_smoothing, gpl_ignore=gpl_ignore,
+            label_smoothing=label_smoothing, gpl_ignore=gpl_ignore, mode=mode,
+            pos_weight=pos_weight,
         )  # fmt: skip
         ignored = 255 if ignore_index == "auto" else ignore_index
         if isinstance(ignored, str):
             raise ValueError(f"ignore_index: got {ignored!r}, expected 'auto', integers or None")
-        if ignore_index == "auto" and num_classes > 255:
+        if ignore_index == "auto" and num_classes > 255 and not checked.by_element:
             raise ValueError(
                 f"ignore_index: got 'auto' with {num_classes} classes, where 255 is a class; "
                 "expected an explicit label, such as 65535 or -1, or None = ignore nothing"
@@ -85,7 +94,8 @@ class SegmentationLoss(nn.Module):
         self.label_smoothing = checked.label_smoothing
         self.gpl_ignore = checked.gpl_ignore
         # A plain attribute: a buffer would appear in state_dict and be broadcast by DDP.
-        self.class_weight = checked.class_weight
+        self.class_weight, self.pos_weight = checked.class_weight, checked.pos_weight
+        self.mode = mode
         self.return_parts = return_parts
         self._copies = DeviceCopies()
 
@@ -114,8 +124,8 @@ class SegmentationLoss(nn.Module):
     ) -> Tensor | dict[str, Tensor]:
         """The total for `logits` (N, C, h, w); see `functional.segmentation_loss`."""
         found = parts.segmentation_parts(
-            logits, labels, self.net, self.gpl.taps, self.gpl.options, self._terms(logits),
-            teacher=teacher, mask=mask, normalizer=normalizer,
+            logits, labels, self.net, self.gpl.weights.on(logits), self.gpl.options,
+            self._terms(logits), teacher=teacher, mask=mask, normalizer=normalizer,
         )  # fmt: skip
         if not (torch.compiler.is_compiling() or self.gpl._looked):
             self.gpl._looked = first_look(self.gpl.options, teacher=(teacher, mask))
@@ -125,9 +135,11 @@ class SegmentationLoss(nn.Module):
     def _terms(self, like: object) -> Segmentation:
         """With the class weights on the device of `like`."""
         weight = self._copies.of("class_weight", self.class_weight, like)
+        of_ones = self._copies.of("pos_weight", self.pos_weight, like)
         return Segmentation(
-            self.gpl_weight, self.ce_weight, weight, self.label_smoothing, self.gpl_ignore
-        )
+            self.gpl_weight, self.ce_weight, weight, self.label_smoothing, self.gpl_ignore,
+            self.mode, of_ones,
+        )  # fmt: skip
 
     @torch.no_grad()
     def count(self, labels: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -160,7 +172,7 @@ class SegmentationLoss(nn.Module):
             ValueError: one of the gradients is 0 or not finite.
         """
         norms = segmentation_norms(
-            logits, labels, self.net, self.gpl.taps, self.gpl.options,
+            logits, labels, self.net, self.gpl.weights.on(logits), self.gpl.options,
             self._terms(logits)._replace(gpl_weight=1.0), teacher=teacher, mask=mask,
         )  # fmt: skip
         return weight_for(share, norms["loss_ce"], norms["loss_gpl"])
@@ -182,12 +194,34 @@ class SegmentationLoss(nn.Module):
         """
         return explain_segmentation(
             self, self.net, self.gpl.options, self._terms(logits), logits, labels,
-            teacher=teacher, mask=mask, taps=self.gpl.taps, architecture=architecture, ratio=ratio,
+            teacher=teacher, mask=mask, taps=self.gpl.weights.on(logits),
+            architecture=architecture, ratio=ratio,
         )  # fmt: skip
 
     def encode(self, teacher: TargetMap, mask: Tensor | None = None) -> TargetFeatures:
         """φ(teacher), to be used as `teacher`; see `functional.encode`."""
         return self.gpl.encode(teacher, mask)
+
+    def distance_map(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        teacher: TargetLike | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """`GenericPerceptualLoss.distance_map` of the perceptual term, (N, 1, H, W) of the labels'
+        size, without `gpl_weight`."""
+        weights = distance_maps.last_layer(self.gpl.weights.on(logits), self.net)
+        return distance_maps.segmentation_map(
+            logits,
+            labels,
+            teacher,
+            mask,
+            self.net,
+            weights,
+            self.gpl.options,
+            gpl_ignore=self.gpl_ignore,
+        )
 
     def fingerprint(self) -> str:
         """Hex digest of the network's structure and weights: the same on every machine."""
@@ -195,8 +229,10 @@ class SegmentationLoss(nn.Module):
 
     def extra_repr(self) -> str:
         usual = {"gpl_weight": 0.1, "ce_weight": 1.0, "label_smoothing": 0.0, "gpl_ignore": "auto"}
-        weights = None if self.class_weight is None else self.class_weight.tolist()
+        usual["mode"] = "multiclass"
+        tensors = {"class_weight": self.class_weight, "pos_weight": self.pos_weight}
+        weights = [f"{k}={w.tolist()}" for k, w in tensors.items() if w is not None]
         words = {name: getattr(self, name) for name in usual}
         words["return_parts"], usual["return_parts"] = self.return_parts, False
         changed = [f"{k}={v!r}" for k, v in words.items() if v != usual[k] or k == "gpl_weight"]
-        return ", ".join([*changed, *([] if weights is None else [f"class_weight={weights}"])])
+        return ", ".join([*changed, *weights])

@@ -20,11 +20,14 @@ from typing import Protocol
 
 from torch import Tensor
 
+from gpl_fast.binary_stages import BinaryBackwardStages, BinaryStages
+from gpl_fast.tap_stages import TapStages
 from gpl_fast.tiles import Tile
 
-# As enum class Activation and Pool in csrc have them. The losses take these words.
+# As enum class Activation, Pool and Criterion in csrc have them. The losses take these words.
 ACTIVATIONS = {"softmax": 1, "sigmoid": 2, "none": 0}
 POOLS = {"max": 0, "avg": 1, "": 2}
+CRITERIA = {"l2": 0, "l1": 1}
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Listed:
     rest_table: Tensor | None = None
 
 
-class BackwardStages(Protocol):
+class BackwardStages(BinaryBackwardStages, Protocol):
     """What a CPU, CUDA and Triton offer."""
 
     def relu_pool_bwd(
@@ -78,7 +81,7 @@ class BackwardStages(Protocol):
         """The logits' gradient from that of their map, eq. (5), plus the cross-entropy's."""
 
 
-class Stages(BackwardStages, Protocol):
+class Stages(BinaryStages, BackwardStages, TapStages, Protocol):
     """What a CPU and Triton offer: those, and all stages of the forward."""
 
     def softmax_pack_fwd(
@@ -88,10 +91,10 @@ class Stages(BackwardStages, Protocol):
         activation: int,
         target_activation: int,  # "none" beside another takes the target as it is, without T
         temperature: float, label_smoothing: float = 0.0, row0: int, rows: int,
-        core0: int,  # the rows of lse, ce_lse and ce_rows that are written
-        core_rows: int,
+        core0: int, core_rows: int,  # the rows of lse, ce_lse and ce_rows that are written
         valid: Tensor | None = None,  # (N, H, W); maps are m y, and 0 elsewhere
-        target: Tensor | None = None,  # (N, C, H, W), any strides; else labels, topk or nothing
+        target: Tensor | None = None,  # (N, C, H, W), as x, or uint8 labels, which are the map
+        elements: Tensor | None = None,  # (N, C, H, W) uint8, with target: maps are 0 where it is 2
         from_target: Tensor | None = None,  # (N,) bool, with target
         labels: Tensor | None = None,  # (N, H, W) int64; outside [0, C): no class
         topk_values: Tensor | None = None,  # (N, k, H, W) float32, each plane contiguous
@@ -161,9 +164,6 @@ class Stages(BackwardStages, Protocol):
     ) -> None:  # fmt: skip
         """ReLU and 2 x 2 pool of both, eq. (6)."""
 
-    def diff_reduce_fwd(self, delta: Tensor) -> Tensor:
-        """Σ δ² of each image, (N, …) contiguous -> (N,) float64, in a fixed order."""
-
 
 class CpuStages(Stages, Protocol):
     """What a CPU alone offers: convolutions of stride 1, x (N, rows, W, C_in) to z (…, C_out)."""
@@ -190,9 +190,9 @@ class TritonStages(Stages, Protocol):
     def carry_target_fwd(
         self, x: Tensor, *, activation: int, target_activation: int, temperature: float,
         step: tuple[int, int], near: float, from_target: Tensor, dense: Tensor | None = None,
-        labels: Tensor | None = None, topk_values: Tensor | None = None,
-        topk_indices: Tensor | None = None, topk_rest: Tensor | None = None,
-        valid: Tensor | None = None,
+        elements: Tensor | None = None, labels: Tensor | None = None,
+        topk_values: Tensor | None = None, topk_indices: Tensor | None = None,
+        topk_rest: Tensor | None = None, valid: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Whether an image's target is near and constant at every step-th row and column, into
         from_target (N,) bool: `gpl_fast.fast.branch`; dense (N, C, h, w), the rest as above."""

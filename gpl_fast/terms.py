@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple, Self, SupportsFloat
 
+import torch
 from torch import Tensor
 
+from gpl_fast.distance import Distance
 from gpl_fast.input_checks import (
     as_class_weight,
     as_label_smoothing,
@@ -16,10 +19,16 @@ from gpl_fast.input_checks import (
 
 
 class Weights(NamedTuple):
-    """The weight of each layer that is compared, by name; none of them is 0."""
+    """The weight of each layer that is compared, by name; none of them is 0.
+
+    ``distance`` says how; ``channels`` are (C_b,) floating: the weights of a layer's channels,
+    multiplied with its number in ``features``.
+    """
 
     features: Mapping[str, float]
     styles: Mapping[str, float]
+    distance: Distance = Distance()
+    channels: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class CrossEntropy(NamedTuple):
@@ -35,6 +44,48 @@ class CrossEntropy(NamedTuple):
     mask: Tensor | None = None
 
 
+class BinaryCrossEntropy(NamedTuple):
+    """The same of labels of single elements.
+
+    ``labels`` (N, C, H, W) uint8: 0, 1, or 2 = does not count; ``class_weight``, ``pos_weight``
+    (C,) float32 or None; ``mask`` (N, H, W) float32 by which a pixel's elements count, or None.
+    """
+
+    labels: Tensor
+    class_weight: Tensor | None
+    pos_weight: Tensor | None
+    label_smoothing: float
+    mask: Tensor | None = None
+
+    def to(self, dtype: torch.dtype) -> BinaryCrossEntropy:
+        """With weights in `dtype`."""
+        of_class, of_ones = self.class_weight, self.pos_weight
+        return self._replace(
+            class_weight=None if of_class is None else of_class.to(dtype),
+            pos_weight=None if of_ones is None else of_ones.to(dtype),
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the fast path reads, by name, but the weights of classes and pixels."""
+        named = {"multi_hot": self.labels}
+        return named if self.pos_weight is None else named | {"pos_weight": self.pos_weight.float()}
+
+
+def activation_of(mode: str, given: object) -> str:
+    """The prediction's in a segmentation of this mode.
+
+    Raises:
+        ValueError: another one than the mode has.
+    """
+    usual = "softmax" if mode == "multiclass" else "sigmoid"
+    if mode != "multiclass" and given not in (None, "sigmoid"):
+        raise ValueError(
+            f"activation: got {given!r} with mode={mode!r}, where each class is by itself, "
+            "expected 'sigmoid', or mode='multiclass'"
+        )
+    return usual if given is None else str(given)
+
+
 class Segmentation(NamedTuple):
     """How a segmentation's two terms are made and weighed, checked; see `SegmentationLoss`."""
 
@@ -43,6 +94,13 @@ class Segmentation(NamedTuple):
     class_weight: Tensor | None  # (C,) float32
     label_smoothing: float
     gpl_ignore: bool | str
+    mode: str = "multiclass"
+    pos_weight: Tensor | None = None  # (C,) float32
+
+    @property
+    def by_element(self) -> bool:
+        """Whether each class has labels of its own."""
+        return self.mode != "multiclass"
 
     @classmethod
     def of(
@@ -54,6 +112,8 @@ class Segmentation(NamedTuple):
         class_weight: Tensor | Iterable[SupportsFloat] | None,
         label_smoothing: SupportsFloat,
         gpl_ignore: bool | str,
+        mode: str = "multiclass",
+        pos_weight: Tensor | Iterable[SupportsFloat] | None = None,
         look: bool = True,
     ) -> Self:
         """What was given for C classes, checked; of a class weight the numbers only with `look`.
@@ -61,7 +121,12 @@ class Segmentation(NamedTuple):
         Raises:
             ValueError: an argument outside of what `SegmentationLoss` lists.
         """
-        as_num_classes(channels)
+        as_num_classes(channels, mode)
+        if mode == "multiclass" and pos_weight is not None:
+            raise ValueError(
+                "pos_weight: got one with mode='multiclass', expected class_weight, or "
+                "mode='binary' or 'multilabel', where labels are positive or negative"
+            )
         if not (gpl_ignore == "auto" or isinstance(gpl_ignore, bool)):
             raise ValueError(f"gpl_ignore: got {gpl_ignore!r}, expected 'auto', True or False")
         return cls(
@@ -70,14 +135,18 @@ class Segmentation(NamedTuple):
             None if class_weight is None else as_class_weight(class_weight, channels, look),
             as_label_smoothing(label_smoothing),
             gpl_ignore,
+            mode,
+            None
+            if pos_weight is None
+            else as_class_weight(pos_weight, channels, look, "pos_weight"),
         )
 
 
 class Terms(NamedTuple):
     """Of each image, (N,) float32, float64 for a float64 prediction.
 
-    ``cross_entropy`` is the sum over the pixels that count, ``normalizer`` that of their weights;
-    None where none was asked for.
+    ``cross_entropy`` is the sum over the pixels that count, ``normalizer`` that of their weights,
+    of a binary one over the elements and how many these are; None where none was asked for.
     """
 
     feature: Tensor

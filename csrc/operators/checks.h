@@ -134,6 +134,12 @@ inline Pool pool_of(int64_t value) {
   return (Pool)value;
 }
 
+inline Criterion criterion_of(int64_t value) {
+  STD_TORCH_CHECK(value == 0 || value == 1, "gpl_fast: criterion must be 0 (l2) or 1 (l1), got ",
+                  value);
+  return (Criterion)value;
+}
+
 inline void check_temperature(double temperature) {
   STD_TORCH_CHECK(temperature > 0, "gpl_fast: temperature must be positive, got ", temperature);
 }

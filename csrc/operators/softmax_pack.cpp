@@ -9,7 +9,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gpl_fast, m) {
   m.def(
       "softmax_pack_fwd(Tensor x, int activation, int target_activation, float temperature, "
       "int row0, int rows, int core0, int core_rows, float label_smoothing=0.0, "
-      "Tensor? valid=None, Tensor? target=None, Tensor? from_target=None, Tensor? labels=None, "
+      "Tensor? valid=None, Tensor? target=None, Tensor? elements=None, Tensor? from_target=None, "
+      "Tensor? labels=None, "
       "Tensor? topk_values=None, Tensor? topk_indices=None, Tensor? topk_rest=None, "
       "Tensor? ce_labels=None, Tensor? ce_mask=None, Tensor? class_weight=None, Tensor(a!)? "
       "y=None, "
@@ -22,10 +23,11 @@ namespace {
 void softmax_pack_fwd(const Tensor& x, int64_t activation, int64_t target_activation,
                       double temperature, int64_t row0, int64_t rows, int64_t core0,
                       int64_t core_rows, double label_smoothing, const MaybeTensor& valid,
-                      const MaybeTensor& target, const MaybeTensor& from_target,
-                      const MaybeTensor& labels, const MaybeTensor& topk_values,
-                      const MaybeTensor& topk_indices, const MaybeTensor& topk_rest,
-                      const MaybeTensor& ce_labels, const MaybeTensor& ce_mask,
+                      const MaybeTensor& target, const MaybeTensor& elements,
+                      const MaybeTensor& from_target, const MaybeTensor& labels,
+                      const MaybeTensor& topk_values, const MaybeTensor& topk_indices,
+                      const MaybeTensor& topk_rest, const MaybeTensor& ce_labels,
+                      const MaybeTensor& ce_mask,
                       const MaybeTensor& class_weight, const MaybeTensor& y,
                       const MaybeTensor& delta, const MaybeTensor& taken, const MaybeTensor& lse,
                       const MaybeTensor& ce_lse, const MaybeTensor& ce_rows) {
@@ -51,9 +53,19 @@ void softmax_pack_fwd(const Tensor& x, int64_t activation, int64_t target_activa
                   "gpl_fast: at most one of target, labels and topk_values");
   if (target) {
     check_shape(*target, "target", {a.N, a.C, a.H, a.W});
-    a.target_dtype = float_dtype(*target, "target");
-    a.target = target->data_ptr();
+    const Shape all = {a.N, a.C, a.H, a.W};
+    if (target->scalar_type() == ScalarType::Byte) {
+      a.target_dtype = DType::kLabels;
+      a.target = planes(*target, "target (labels)", ScalarType::Byte, all);
+    } else {
+      a.target_dtype = float_dtype(*target, "target");
+      a.target = target->data_ptr();
+    }
     a.target_strides = strides(*target);
+    if (elements) {
+      a.elements = (const uint8_t*)planes(*elements, "elements", ScalarType::Byte, all);
+      a.elements_strides = strides(*elements);
+    }
   }
   a.labels = contiguous<int64_t>(labels, "labels", ScalarType::Long, plane);
   if (topk_values) {

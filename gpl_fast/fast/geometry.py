@@ -75,8 +75,8 @@ class Geometry:
         """Name -> shape and dtype of what the forward leaves for the backward, in order.
 
         The contract of docs/math.md, section 4: `lse`, a code for each pool, a mask for each ReLU
-        whose full-resolution output is used, `diff` for each tap, and for style taps the
-        prediction's features and ``G' - G``.
+        whose full-resolution output is used, `diff` for each tap, the seed of eq. (2), and for
+        style taps the prediction's features and ``G' - G``, or its sign.
         """
         call, n, u8 = self.call, self.n, torch.uint8
         out: Shapes = {}
@@ -93,7 +93,9 @@ class Geometry:
             if self.needs_mask(step):
                 out[f"mask.{step.relu}"] = ((n, size.conv_h, size.conv_w, -(-c // 8)), u8)
         for tap, _ in call.features:
-            out[f"diff.{tap}"] = (self.tap_shape(tap), self.dtype)
+            # A seed of normalised features grows as one over their norm.
+            wide = tap in call.normalized and self.dtype == torch.float16
+            out[f"diff.{tap}"] = (self.tap_shape(tap), torch.float32 if wide else self.dtype)
         for tap, _ in call.styles:
             shape = self.tap_shape(tap)
             out[f"phi.{tap}"] = (shape, self.dtype)
@@ -108,7 +110,8 @@ class Segments(Geometry):
         segments: ranges of steps.
         halos: rows that each segment's strips need beyond their own on each side.
         last: the steps that end segments; ends: the layers that these put out.
-        coefficients: ``w_b / (C_b H_b W_b)`` of each feature tap, twice that of each style tap.
+        coefficients: ``w_b / (C_b H_b W_b)`` of each feature tap, twice that of each style tap, of
+            absolute values over C_b².
     """
 
     policy: Policy
@@ -143,7 +146,8 @@ class Segments(Geometry):
         ):
             for tap, weight in weights:
                 _, h, w, c = self.tap_shape(tap)
-                out[f"{prefix}.{tap}"] = factor * weight / (c * h * w)
+                mean = c**2 if prefix == "style" and self.call.distance.criterion == "l1" else 1
+                out[f"{prefix}.{tap}"] = factor * weight / (c * h * w) / mean
         return out
 
 

@@ -7,7 +7,8 @@ Saved between forward and backward (docs/math.md, section 4; `Geometry.saved` gi
 ``lse``     (N, H, W)                               float32       softmax backward recomputes y'
 ``code.b``  (N, H_b, W_b, ceil(C_b / 2)), 4 bits    uint8         max pool + ReLU backward
 ``mask.b``  (N, H, W, ceil(C / 8)), 1 bit           uint8         ReLU backward without a max pool
-``diff.b``  (N, H_b, W_b, C_b)                      compute dtype seed of eq. (2)
+``diff.b``  (N, H_b, W_b, C_b)                      compute dtype seed of eq. (2): δ, or what the
+                                                    (*)           criterion makes of it
 ``phi.t``   style taps: (N, H_t, W_t, C_t)          compute dtype Gram gradient
 ``gram.t``  style taps: G' − G, (N, C_t, C_t)       float32       Gram gradient
 ``ce_lse``  cross-entropy: (N, H, W)                float32       where its temperature differs
@@ -15,7 +16,10 @@ Saved between forward and backward (docs/math.md, section 4; `Geometry.saved` gi
 ``valid``   (N, H, W)                               bool, float32 where pixels do not count, or
                                                                   have weights
 ``ce_mask`` cross-entropy: (N, H, W)                float32       weights, where not ``valid``'s
+``multi…``  labels of elements: (N, C, H, W)        uint8         binary cross-entropy's gradient
 =========== ======================================= ============= ==================================
+
+(*) Of normalised features float32 in a float16 chain: it grows as one over their norm.
 
 ``lse`` is max + T log Σ e^((x − max) / T), in the logits' own units; y' = e^((x − lse) / T) over
 its sum. The weights are constants behind the network's key, and no tensors of the operators.
@@ -34,6 +38,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from gpl_fast import distance as distances
 from gpl_fast import reference
 from gpl_fast.fast import policy
 from gpl_fast.fast.backward import Backward
@@ -98,15 +103,16 @@ def describe(network: str, device: torch.device, by: str | None, **static: Any) 
 
     Args:
         by: who decides; None: whoever does on `device`.
+        static: ``distance`` as text.
     """
     return _describe(network, by or policy.current(device), **static)
 
 
 @functools.lru_cache(maxsize=256)
-def _describe(network: str, by: str, **static: Any) -> str:
-    chain = weights.of(network).chain
+def _describe(network: str, by: str, distance: str, **static: Any) -> str:
+    chain, compared = weights.of(network).chain, distances.read(distance)
     assert not isinstance(chain, str)
-    return Call(policy=by, network=network, chain=chain, **static).text
+    return Call(policy=by, network=network, chain=chain, distance=compared, **static).text
 
 
 class _PerceptualTerms(torch.autograd.Function):

@@ -33,7 +33,8 @@ class Plan(Segments):
         rows: of a strip, for each segment; its whole height = no strips (`in_strips`).
         contract: `saved`; codes: of each step, the codes of its max pool or the mask of its ReLU.
         alone: whether one kernel makes a segment's gradient from end to end.
-        unit, relative: the largest of `coefficients`, and each of them over it.
+        unit, relative: the largest of `coefficients` with what the derivative adds, the 2 of a
+            square; each of them over the largest.
         rooms: the named buffers of each walk, by segment.
     """
 
@@ -62,8 +63,9 @@ class Plan(Segments):
         # Taps inside of segments.
         self.inner = frozenset(call.taps) - frozenset(self.ends)
         self.tapped = tuple(self._tapped(segment) for segment in self.segments)
-        self.unit = max(self.coefficients.values(), default=1.0)
-        self.relative = {name: value / self.unit for name, value in self.coefficients.items()}
+        largest = max(self.coefficients.values(), default=1.0)
+        self.unit = call.distance.slope * largest
+        self.relative = {name: value / largest for name, value in self.coefficients.items()}
         self.rooms = {
             walk: [walk(self, i, self.images, self.rows) for i in range(len(self.segments))]
             for walk in (memory.forward, memory.backward)

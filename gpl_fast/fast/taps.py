@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gpl_fast.fast.chunk import Chunk
 from gpl_fast.fast.plan import Plan
-from gpl_fast.stages import TritonStages
+from gpl_fast.stages import CRITERIA, TritonStages
 
 # Where float16's seeds are larger than this, their image's chain is scaled down: the layers below
 # have room to grow by as much again.
@@ -17,7 +17,8 @@ LARGE = 256.0
 
 
 class TapsForward:
-    """Collects ``diff`` of each tap, and for style the prediction's features and ``G' − G``.
+    """Collects the seed of each tap, ``diff``, and for style the prediction's features and
+    ``G' − G``.
 
     Args:
         terms: (4, N) float64, whose first two rows are added to.
@@ -27,28 +28,41 @@ class TapsForward:
     def __init__(self, chunk: Chunk[TritonStages], terms: Tensor, keep: bool) -> None:
         self.chunk, self.terms, self.keep = chunk, terms, keep
         self.diff: dict[str, Tensor] = {}
-        self.squares: dict[str, Tensor] = {}  # Σ δ² of each image where a block has reduced it
+        # Those that δ may be written to: of normalised features the seed alone is.
+        self.place: dict[str, Tensor] = {}
+        # Of each image, where it has been summed as the rows came.
+        self.sums: dict[str, Tensor] = {}
 
     def begin(self, here: Collection[str]) -> None:
         """The taps of a segment."""
         chunk, call = self.chunk, self.chunk.plan.call
-        self.squares, self.diff = {}, {}
+        self.sums, self.diff, self.place = {}, {}, {}
         for tap, _ in call.features:
             if tap not in here:
                 continue
             if self.keep:
                 self.diff[tap] = chunk.saved[f"diff.{tap}"][chunk.images]
-            else:
+            elif tap not in call.normalized:
                 shape = (len(chunk.x[chunk.images]), *chunk.plan.tap_shape(tap)[1:])
                 self.diff[tap] = chunk.x.new_empty(shape, dtype=chunk.plan.dtype)
+            if tap not in call.normalized:
+                self.place[tap] = self.diff[tap]
         for tap in call.styled.intersection(here):
             chunk.saved[f"gram.{tap}"][chunk.images].zero_()
+
+    def add(self, tap: str, sums: Tensor) -> None:
+        """What some rows of a tap sum to, (n,) float64."""
+        before = self.sums.get(tap)
+        self.sums[tap] = sums if before is None else before + sums
 
     def take(self, tap: str, y: Tensor | None, d: Tensor | None, a: int, b: int) -> None:
         """Rows [a, b) of a layer: of the carried branch and δ, or of the only branch."""
         chunk, call = self.chunk, self.chunk.plan.call
         diff = self.diff.get(tap)
-        if diff is not None:
+        if tap in call.normalized:
+            assert y is not None
+            self._normalized(tap, y, d, a, b)
+        elif diff is not None:
             if d is None:
                 assert y is not None
                 target = chunk.target.get(f"feature.{tap}")
@@ -58,6 +72,22 @@ class TapsForward:
         if tap in call.styled:
             assert y is not None
             self._style(tap, y, d, a, b)
+
+    def _normalized(self, tap: str, y: Tensor, d: Tensor | None, a: int, b: int) -> None:
+        chunk, distance = self.chunk, self.chunk.plan.call.distance
+        diff, target = self.diff.get(tap), chunk.of(f"feature.{tap}")
+        sums = chunk.stages.unit_diff_fwd(
+            y,
+            criterion=CRITERIA[distance.criterion],
+            eps=distance.eps,
+            eps_inside=distance.eps_inside,
+            delta=d,
+            from_target=None if d is None else chunk.from_target,
+            target=None if d is not None or target is None else target[:, a:b],
+            weight=chunk.target.get(f"weight.{tap}"),
+            seed=None if diff is None else diff[:, a:b],
+        )
+        self.add(tap, sums)
 
     def _style(self, tap: str, y: Tensor, d: Tensor | None, a: int, b: int) -> None:
         chunk = self.chunk
@@ -79,11 +109,10 @@ class TapsForward:
         """Add the terms of the segment's taps."""
         chunk, call = self.chunk, self.chunk.plan.call
         feature, style = self.terms[0, chunk.images], self.terms[1, chunk.images]
-        for tap, diff in self.diff.items():
-            sums = self.squares.get(tap)
-            if sums is None:
-                sums = chunk.stages.diff_reduce_fwd(diff)
-            feature.add_(sums, alpha=chunk.plan.coefficients[f"feature.{tap}"])
+        for tap, _ in call.features:
+            if tap in here:
+                alpha = chunk.plan.coefficients[f"feature.{tap}"]
+                feature.add_(self._sum(tap), alpha=alpha)
         for tap, weight in call.styles:
             if tap not in here:
                 continue
@@ -93,7 +122,26 @@ class TapsForward:
             other = chunk.target.get(f"gram.{tap}")
             if other is not None:
                 gram -= other if other.shape[0] == 1 else other[chunk.images]
-            style.add_(gram.double().square().sum(dim=(1, 2)), alpha=weight)
+            if call.distance.criterion == "l2":
+                style.add_(gram.double().square().sum(dim=(1, 2)), alpha=weight)
+            else:
+                style.add_(gram.double().abs().mean(dim=(1, 2)), alpha=weight)
+                gram.sign_()  # what the backward multiplies with
+
+    def _sum(self, tap: str) -> Tensor:
+        """Of a feature tap, (n,) float64; what is kept of it becomes the seed."""
+        call, diff = self.chunk.plan.call, self.diff.get(tap)
+        if tap in self.sums:
+            return self.sums[tap]
+        assert diff is not None
+        if tap in call.squared:
+            return self.chunk.stages.diff_reduce_fwd(diff)
+        return self.chunk.stages.diff_reduce_fwd(
+            diff,
+            criterion=CRITERIA[call.distance.criterion],
+            weight=self.chunk.target.get(f"weight.{tap}"),
+            seed=diff if self.keep else None,
+        )
 
 
 class Seeds:
@@ -113,7 +161,7 @@ class Seeds:
         self.plan, self.saved = plan, saved
         unit, self.of = plan.unit, dict(plan.relative)
         if not plan.call.styles:
-            self.scale = g[0] * (2 * unit)
+            self.scale = g[0] * unit
         else:
             g_n = g[:2].abs().amax(dim=0)
             share = torch.where(g_n == 0, 0, g[:2] / g_n)
@@ -121,7 +169,7 @@ class Seeds:
                 name: share[0 if name.startswith("feature") else 1] * factor
                 for name, factor in plan.relative.items()
             }
-            self.scale = (2 * unit * g_n).float()
+            self.scale = (unit * g_n).float()
         if plan.dtype == torch.float16 and plan.n:
             self._fit_float16()
 

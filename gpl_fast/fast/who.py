@@ -48,6 +48,10 @@ def _logits(plan: Plan) -> Runs:
             forward.insert(-1, _look_up(plan))
     elif plan.how[0].block_bwd:
         backward = []
+    if plan.call.binary:
+        backward.append(f"binary_ce_bwd ({_place(plan, 'backward')})")
+        if plan.call.cross_entropy:
+            forward.append(f"binary_ce_fwd ({_place(plan, 'forward')})")
     if plan.call.encode:
         backward = []
     return Runs("logits", ", ".join(forward), ", ".join(backward))
@@ -75,8 +79,11 @@ def _step(plan: Plan, i: int) -> Runs:
             forward.append(f"relu_{form} ({there})")
         if step.pool:
             forward.append(f"relu_pool_{form} ({there})")
-    reduced = how.block and bool(step.pool) and not plan.call.plain  # by the block itself
-    if not reduced and {step.conv, step.relu, step.pool} & {tap for tap, _ in plan.call.features}:
+    by_block = how.block and bool(step.pool) and not plan.call.plain
+    tapped = {step.conv, step.relu, step.pool} & {tap for tap, _ in plan.call.features}
+    if tapped & plan.call.normalized:
+        forward.append(f"unit_diff_fwd ({there})")
+    elif not all(by_block and tap in plan.call.squared for tap in tapped):
         forward.append(f"diff_reduce_fwd ({there})")
     if plan.call.encode:
         return Runs(step.conv, ", ".join(forward), "")

@@ -85,6 +85,13 @@ def store_zeros(map_ptr, at, on_map, C_PAD: tl.constexpr, BLOCK_C: tl.constexpr,
 
 
 @triton.jit
+def load_elements(row_ptr, c, w, on_map, stride_c, C: tl.constexpr):
+    """Labels of a row's elements, (BLOCK_C, BLOCK_W) uint8; 2, which do not count, outside."""
+    at = c[:, None].to(tl.int64) * stride_c + w[None, :]
+    return tl.load(row_ptr + at, mask=(c[:, None] < C) & on_map[None, :], other=2)
+
+
+@triton.jit
 def topk_tile(values_ptr, indices_ptr, rest_ptr, first, at, c, inside, plane, K: tl.constexpr,
                FAR: tl.constexpr, BLOCK_C: tl.constexpr,
                BLOCK_W: tl.constexpr):  # fmt: skip

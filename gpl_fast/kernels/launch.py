@@ -10,11 +10,12 @@ import torch
 import triton
 from torch import Tensor
 
-from gpl_fast.stages import ACTIVATIONS, POOLS
+from gpl_fast.stages import ACTIVATIONS, CRITERIA, POOLS
 
 # Kernels compare names.
 ACTIVATION_NAMES = {code: name for name, code in ACTIVATIONS.items()}
 POOL_NAMES = {code: name for name, code in POOLS.items()}
+CRITERION_NAMES = {code: name for name, code in CRITERIA.items()}
 
 # `triton.jit` asks the same of each kernel when it is imported.
 INTERPRETED = bool(triton.knobs.runtime.interpret)

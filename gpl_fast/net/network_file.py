@@ -29,10 +29,22 @@ def read_network(path: str | PathLike[str]) -> dict[str, Any]:
     """
     structure, weights = read_safetensors(path, KEY, "LossNet.save")
     try:
+        return network_arguments(structure, weights)
+    except ValueError as error:
+        raise ValueError(f"{path!s}: {error}") from error
+
+
+def network_arguments(structure: Any, weights: dict[str, Tensor]) -> dict[str, Any]:
+    """The same of what a file holds.
+
+    Raises:
+        ValueError: it is no structure.
+    """
+    try:
         layers = stored_layers(structure["layers"])
         mean, std = (structure[name] for name in ("mean", "std"))
         if not all(x is None or isinstance(x, list) for x in (mean, std)):
             raise TypeError(f"mean, std: got {mean} and {std}, expected lists")
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path!s}: the network's structure is malformed: {error}") from error
+        raise ValueError(f"the network's structure is malformed: {error}") from error
     return {"layers": layers, "weights": weights, "mean": mean, "std": std}

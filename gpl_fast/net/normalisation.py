@@ -35,6 +35,14 @@ def check_normalisation(
     return means * (count // len(means)), stds * (count // len(stds))
 
 
+def of_unit_range(
+    mean: tuple[float, ...] | None, std: tuple[float, ...] | None, channels: int
+) -> tuple[list[float], list[float]]:
+    """Mean and std of x in [0, 1] that equal those given of 2x - 1, in [-1, 1]."""
+    means, stds = mean or channels * (0.0,), std or channels * (1.0,)
+    return [(1 + m) / 2 for m in means], [s / 2 for s in stds]
+
+
 def _numbers(given: Normalisation) -> tuple[float, ...]:
     if isinstance(given, str | bytes | Mapping):
         raise ValueError(f"mean, std: got {given!r}, expected numbers, one for each channel")

@@ -66,12 +66,16 @@ class LabelTarget(Target):
         return super().tensors(dtype) | {"labels": labels - 1 if self.channels == 1 else labels}
 
 
-def label_plane(labels: Tensor, channels: int, multi_hot: str = "here") -> Tensor:
+def label_plane(
+    labels: Tensor,
+    channels: int,
+    multi_hot: str = "give labels.float() with activation='sigmoid', target_activation='none'",
+) -> Tensor:
     """Labels (N, H, W) or (N, 1, H, W) -> (N, H, W).
 
     Args:
         channels: C.
-        multi_hot: where maps of several classes at a pixel may be given instead.
+        multi_hot: the way out of maps of several classes at a pixel.
 
     Raises:
         ValueError: another shape; one-hot labels, with the way out.
@@ -80,9 +84,8 @@ def label_plane(labels: Tensor, channels: int, multi_hot: str = "here") -> Tenso
         raise ValueError(
             f"labels: got {tuple(labels.shape)}, a map for each class, expected class indices "
             "(N, H, W): of one-hot maps use labels.argmax(dim=1); of multi-hot maps (several "
-            f"classes at a pixel) argmax would lose some: give labels.float() {multi_hot}"
-            " with activation='sigmoid', target_activation='none'; of images or other values give "
-            ".float(), divided by 255 if that is their range"
+            f"classes at a pixel) argmax would lose some: {multi_hot}; of images or other values "
+            "give .float(), divided by 255 if that is their range"
         )
     if labels.dim() not in (3, 4) or (labels.dim() == 4 and labels.shape[1] != 1):
         way_out = "one image: use labels.unsqueeze(0)"
@@ -114,22 +117,27 @@ def segmentation_labels(labels: object, channels: int, logits: Tensor | None = N
             f"labels: got {labels.dtype}, expected integers (N, H, W); use labels.long(), or "
             "teacher= for soft targets"
         )
-    multi_hot = "to GenericPerceptualLoss, beside a binary cross-entropy,"
-    labels = label_plane(labels, channels, multi_hot)
+    labels = label_plane(labels, channels, "use mode='multilabel'")
     if logits is not None:
-        _check_logits(labels, logits)
+        check_beside_logits(labels, logits)
     return labels
 
 
-def _check_logits(labels: Tensor, logits: Tensor) -> None:
+def check_beside_logits(labels: Tensor, logits: Tensor) -> None:
+    """Hold labels (N, …, H, W) to logits (N, C, h, w) that are resized to them.
+
+    Raises:
+        ValueError: another number of images, a smaller size, or another device.
+    """
+    size = tuple(labels.shape[-2:])
     if labels.shape[0] != logits.shape[0]:
         raise ValueError(
             f"labels: got {labels.shape[0]} images, expected {logits.shape[0]}, as many as logits; "
             "slice or .expand() them"
         )
-    if labels.shape[1] < logits.shape[2] or labels.shape[2] < logits.shape[3]:
+    if size[0] < logits.shape[2] or size[1] < logits.shape[3]:
         raise ValueError(
-            f"labels: got size {tuple(labels.shape[1:])}, expected {tuple(logits.shape[2:])} or "
+            f"labels: got size {size}, expected {tuple(logits.shape[2:])} or "
             "larger (logits are resized up to the labels, never down); resize the labels with "
             "mode='nearest'"
         )
@@ -167,13 +175,14 @@ def _look(labels: Tensor, mask: Tensor | None, channels: int, ignored: Sequence[
         raise ValueError(
             f"labels: got {int(wrong.sum())} pixels outside [0, {highest}], such as "
             f"{found[:5].tolist()}, expected classes in [0, {highest}]"
-            + (f" or ignore_index={_given(ignored)}" if ignored else "")
+            + (f" or ignore_index={given_labels(ignored)}" if ignored else "")
             + _way_out(channels)
         )
     return out.masked_fill_(wrong, -1)
 
 
-def _given(ignored: Sequence[int]) -> int | tuple[int, ...]:
+def given_labels(ignored: Sequence[int]) -> int | tuple[int, ...]:
+    """As the user wrote them."""
     return ignored[0] if len(ignored) == 1 else tuple(ignored)
 
 

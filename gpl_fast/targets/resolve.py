@@ -99,15 +99,17 @@ def resolve_labels(
     return check_labels(plane, mask, net.in_channels, o.ignored), mask
 
 
-def count_labels(labels: object, mask: Tensor | None, channels: int, o: Options) -> Tensor:
-    """The labels (N, H, W) int64, -1 = does not count, without the logits that they are of.
+def count_labels(
+    labels: object, mask: Tensor | None, channels: int, o: Options
+) -> tuple[Tensor, Tensor | None]:
+    """`resolve_labels` without the logits that the labels are of.
 
     Raises:
         TypeError, ValueError: as `resolve_labels`.
     """
     plane = segmentation_labels(labels, channels)
     mask = normalise_mask(mask, plane.shape[0], (plane.shape[1], plane.shape[2]), plane.device)
-    return check_labels(plane, mask, channels, o.ignored)
+    return check_labels(plane, mask, channels, o.ignored), mask
 
 
 def resolve_teacher(

@@ -41,6 +41,9 @@ class Target:
     # 0, where a compiled graph has to keep what looked at the values.
     seen: Tensor | None = field(default=None, kw_only=True)
 
+    # (N, C, H, W) uint8, labels of single elements: where one is 2, both maps are 0 there alone.
+    elements: Tensor | None = field(default=None, kw_only=True)
+
     @classmethod
     def takes(cls, given: object) -> bool:
         """Whether what the user gave is of this kind."""
@@ -64,6 +67,10 @@ class Target:
     def data(self) -> Tensor:
         """The values, (N, ...): they say how many images there are, where and of which dtype."""
         raise NotImplementedError
+
+    def activation(self, o: Options) -> str:
+        """What a dense map still has to go through."""
+        return o.target
 
     def map(self, activation: str, temperature: float, dtype: torch.dtype) -> Tensor:
         """The map ``y`` (N, C, H, W) by definition, 0 where not valid, unless it is `stored`; not

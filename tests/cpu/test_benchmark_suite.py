@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import ceiling
 import gate
+import peer_losses
 import providers
 import report
 import run
@@ -86,7 +87,8 @@ def no_dtype_is_hopeless(monkeypatch):
     monkeypatch.setattr(run, "HOPELESS", math.inf)
 
 
-@pytest.mark.parametrize("sweep", [name for name in sweeps.SWEEPS if name not in ("crop", "batch")])
+# Two are like others; "lpips" needs the package: tests/peers.
+@pytest.mark.parametrize("sweep", sorted({*sweeps.SWEEPS} - {"crop", "batch", "lpips"}))
 def test_every_sweep_runs(sweep, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(ceiling, "SECONDS", 0.0)  # the fewest calls
     words = ["--sweep", sweep, "--dry", "--no-memory", "--out", tmp_path / "rows.csv"]
@@ -118,6 +120,14 @@ def test_every_sweep_runs(sweep, monkeypatch, tmp_path, capsys):
     if sweep == "training":
         assert "cross-entropy" in {row["provider"] for row in rows}
     assert "classes, gpl_fast-bf16: C 5 to 11: time x" in out or sweep != "classes"
+
+
+def test_lpips_is_left_out_with_a_word_where_it_is_not_installed(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(peer_losses, "find_spec", lambda name: None)
+    assert run_with(monkeypatch, "--sweep", "lpips", "--out", tmp_path / "rows.csv") == 1
+    error = capsys.readouterr().err
+    assert error.count("left out: no lpips and no torchvision; make test-peers installs them") == 2
+    assert not (tmp_path / "rows.csv").exists()
 
 
 @pytest.mark.parametrize("named", [False, True])

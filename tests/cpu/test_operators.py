@@ -162,6 +162,13 @@ def opcheck_cases():
             "valid": labels.float(), "ce_mask": lse.abs(),
             "ce_labels": labels, "ce_scale": one, "row0": 0, "rows": 4, "dx": x.clone(),
         }),
+        "binary_ce_fwd": (x, {
+            "labels": x.gt(0).byte(), "row0": 0, "rows": 4, "ce_rows": torch.zeros(1, 4, 2).double()
+        }),
+        "binary_ce_bwd": (x, {
+            "labels": x.gt(0).byte(), "ce_scale": one, "row0": 0, "rows": 4, "dx": x.clone(),
+            "clear": True,
+        }),
         "winograd_weight": (torch.randn(8, 3, 3, 8), {
             "tile": 2, "transposed": False, "u": torch.zeros(4096)
         }),

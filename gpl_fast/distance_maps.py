@@ -1,0 +1,117 @@
+"""Where prediction and target differ: maps (N, 1, H, W), in the reference's arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gpl_fast import backend as backends
+from gpl_fast import engine, reference
+from gpl_fast.input_checks import check_prediction
+from gpl_fast.layer_weights import check_channels
+from gpl_fast.net.lossnet import LossNet
+from gpl_fast.options import Options
+from gpl_fast.precision import accumulation_dtype, no_autocast
+from gpl_fast.targets import Target, TargetLike, resolve_labels, resolve_target, resolve_teacher
+from gpl_fast.terms import Weights
+
+NO_KERNELS = "spatial=True runs on the reference: the fast kernels sum over an image's pixels"
+
+
+def spatial_value(
+    pred: Tensor,
+    target: TargetLike,
+    mask: Tensor | None,
+    net: LossNet,
+    weights: Weights,
+    o: Options,
+) -> Tensor:
+    """The weighted distances of all layers at each pixel, resized bilinearly and added.
+
+    Raises:
+        TypeError, ValueError: bad input.
+        BackendUnavailable: ``backend="fast"``.
+    """
+    check_prediction(pred, net)
+    resolved = resolve_target(target, net.in_channels, o, mask=mask, pred=pred)
+    backends.choose(o.backend, pred.device, pred.dtype, net, NO_KERNELS)
+    return _map_of(reference.input_edge(pred), resolved, net, weights, o)
+
+
+@torch.no_grad()
+def distance_map(
+    pred: Tensor,
+    target: TargetLike,
+    mask: Tensor | None,
+    net: LossNet,
+    weights: Weights,
+    o: Options,
+) -> Tensor:
+    """`spatial_value` without gradient, whatever the backend.
+
+    Raises:
+        TypeError, ValueError: bad input.
+    """
+    check_prediction(pred, net)
+    resolved = resolve_target(target, net.in_channels, o, mask=mask, pred=pred)
+    return _map_of(pred, resolved, net, weights, o)
+
+
+@torch.no_grad()
+def segmentation_map(
+    logits: Tensor,
+    labels: Tensor,
+    teacher: TargetLike | None,
+    mask: Tensor | None,
+    net: LossNet,
+    weights: Weights,
+    o: Options,
+    *,
+    gpl_ignore: bool | str,
+) -> Tensor:
+    """`distance_map` of a segmentation's perceptual term, without its weight.
+
+    Raises:
+        TypeError, ValueError: bad input.
+    """
+    checked, given = resolve_labels(labels, mask, logits, net, o)
+    with no_autocast(logits):
+        logits = reference.resize(logits, checked.shape[1:])
+    target = resolve_teacher(teacher, checked, given, logits, o, gpl_ignore)
+    return _map_of(logits, target, net, weights, o)
+
+
+def last_layer(weights: Weights, net: LossNet) -> Weights:
+    """The weights of features at the layer that comes last in the network, alone.
+
+    Raises:
+        ValueError: there are weights of styles alone.
+    """
+    compared = [name for name in net.layer_names if weights.features.get(name)]
+    if not compared:
+        raise ValueError(
+            "distance_map: got no feature layer, expected one in feature_layers: the Gram matrices "
+            "of styles have no places in the image"
+        )
+    last = compared[-1]
+    channels = {name: c for name, c in weights.channels.items() if name == last}
+    return Weights({last: weights.features[last]}, {}, weights.distance, channels)
+
+
+def _map_of(pred: Tensor, target: Target, net: LossNet, weights: Weights, o: Options) -> Tensor:
+    """(N, 1, H, W) float32, float64 for a float64 prediction."""
+    o = replace(o, backend="reference")  # of the target's features too
+    dtype, acc = engine.compute_dtype(pred, target, o), accumulation_dtype(pred.dtype)
+    with no_autocast(pred):
+        e_target = engine.target_features(target, net, tuple(weights.features), o, dtype)
+        wide = pred.to(torch.promote_types(acc, dtype))
+        y = reference.prediction_map(wide, o.activation, o.constant_temperature, target.valid)
+        y = net.network_input(y, target.valid)
+        check_channels(weights, e_target)
+        found = reference.distance_map(
+            y, net.features, e_target, weights.features, dtype,
+            distance=weights.distance, channels=weights.channels,
+        )  # fmt: skip
+    return found.to(acc) + (0 if target.seen is None else target.seen)
