@@ -87,9 +87,11 @@ class Call:
         """The taps that need the carried branch beside δ."""
         return self.styled | self.normalized
 
-    def squared(self, tap: str) -> bool:
-        """Whether what begins at a tap is δ itself: of its squares, all of one weight."""
-        return self.distance.plain and f"weight.{tap}" not in self.tensors
+    @functools.cached_property
+    def squared(self) -> frozenset[str]:
+        """The layers whose seed is δ itself: of its squares, all of one weight."""
+        taps = (name for name, _ in self.features if f"weight.{name}" not in self.tensors)
+        return frozenset(taps if self.distance.plain else ())
 
     @functools.cached_property
     def plain(self) -> bool:

@@ -79,7 +79,7 @@ def _step(plan: Plan, i: int) -> Runs:
     tapped = {step.conv, step.relu, step.pool} & {tap for tap, _ in plan.call.features}
     if tapped & plan.call.normalized:
         forward.append(f"unit_diff_fwd ({there})")
-    elif not all(by_block and plan.call.squared(tap) for tap in tapped):
+    elif not all(by_block and tap in plan.call.squared for tap in tapped):
         forward.append(f"diff_reduce_fwd ({there})")
     if plan.call.encode:
         return Runs(step.conv, ", ".join(forward), "")

@@ -341,6 +341,19 @@ def small_stages(dtype: torch.dtype, c: int) -> dict:
         "relu_bwd": lambda: kernels.relu_bwd(z, mask=mask, dz=z),
         "diff_reduce": lambda: kernels.diff_reduce_fwd(y),
     }
+    weight, wide = meta(c), meta(N, H // 2, W // 2, c)
+    seeds = {"l1": {"criterion": 1, "seed": y}, "l2 weighted": {"weight": weight, "seed": y}}
+    for form, given in seeds.items():
+        stages |= {
+            f"seed {form}": lambda g=given: kernels.diff_reduce_fwd(y, **g),
+            f"unit_diff {form}": lambda g=given: kernels.unit_diff_fwd(
+                y, **{"criterion": 0, **g, "seed": wide}, eps=1e-10, eps_inside=False, delta=y,
+                from_target=branch,
+            ),
+        }  # fmt: skip
+    stages["unit_diff stored"] = lambda: kernels.unit_diff_fwd(
+        y, criterion=0, eps=1e-8, eps_inside=True, target=wide, weight=weight, seed=y
+    )
     for pool in (0, 1):
         made = {"pool": pool, "code": code[pool]}
         stages |= {
