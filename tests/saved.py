@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -152,11 +153,15 @@ def network_input(plan: Plan, net: LossNet, x: Tensor, valid: Tensor | None) -> 
     return net.network_input(y, valid)
 
 
-def terms(plan: Plan, e_pred: dict[str, Tensor], e_target: dict[str, Tensor]) -> Tensor:
+def terms(
+    plan: Plan, e_pred: dict[str, Tensor], e_target: dict[str, Tensor], channels: Any = None
+) -> Tensor:
     """Feature and style distances of each image together, (N,); `e_target` may hold one image."""
-    value = 0.0
+    value, distance, channels = 0.0, plan.call.distance, channels or {}
     for tap, weight in plan.call.features:
-        value = value + weight * reference.feature_distance(e_pred[tap], e_target[tap])
+        value = value + weight * reference.feature_distance(
+            e_pred[tap], e_target[tap], distance, channels.get(tap)
+        )
     for tap, weight in plan.call.styles:
-        value = value + weight * reference.style_distance(e_pred[tap], e_target[tap])
+        value = value + weight * reference.style_distance(e_pred[tap], e_target[tap], distance)
     return value

@@ -90,7 +90,7 @@ class StepForward:
             code = chunk.saved_rows(f"code.{step.pool}", a, b)
         else:
             code = chunk.saved_rows(f"mask.{step.relu}", rows.a, rows.b)
-        diff, looked_into = self.taps.place(step.pool), step.pool in plan.call.looked_into
+        diff, looked_into = self.taps.place.get(step.pool), step.pool in plan.call.looked_into
         shape = (z.shape[0], z.shape[1] // 2, z.shape[2] // 2, z.shape[3])
         y: Tensor | None = None
         if out is not None:
@@ -139,7 +139,6 @@ class StepForward:
         else:
             mask = chunk.saved_rows(f"mask.{step.relu}")
             code = None if mask is None else mask[:, of_image]
-        squared = self.taps.place(tap) is not None and plan.call.squared(tap)
         tile = plan.how[i].tile
         assert tile is not None
         made = self._block_output(i, (n, count, width, step.out_channels), (a, b), out)
@@ -161,7 +160,7 @@ class StepForward:
             y=made.carried,
             delta=made.delta,
             code=code,
-            reduce=squared and not plain and bool(step.pool),
+            reduce=tap in plan.call.squared and not plain and bool(step.pool),
             allow_tf32=plan.allow_tf32,
         )
         if partial is not None:
@@ -179,7 +178,7 @@ class StepForward:
         plan, (a, b) = self.chunk.plan, rows
         step, plain = plan.steps[i], plan.call.plain
         tap = step.pool or step.relu
-        diff = self.taps.place(tap)
+        diff = self.taps.place.get(tap)
         if out is not None:
             return Maps(out[0][:, a:b], None if plain else out[1][:, a:b])
         if i + 1 == len(plan.steps) and diff is not None and not plain:

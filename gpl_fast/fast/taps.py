@@ -28,13 +28,15 @@ class TapsForward:
     def __init__(self, chunk: Chunk[TritonStages], terms: Tensor, keep: bool) -> None:
         self.chunk, self.terms, self.keep = chunk, terms, keep
         self.diff: dict[str, Tensor] = {}
+        # Those that δ may be written to: of normalised features the seed alone is.
+        self.place: dict[str, Tensor] = {}
         # Of each image, where it has been summed as the rows came.
         self.sums: dict[str, Tensor] = {}
 
     def begin(self, here: Collection[str]) -> None:
         """The taps of a segment."""
         chunk, call = self.chunk, self.chunk.plan.call
-        self.sums, self.diff = {}, {}
+        self.sums, self.diff, self.place = {}, {}, {}
         for tap, _ in call.features:
             if tap not in here:
                 continue
@@ -43,13 +45,10 @@ class TapsForward:
             elif tap not in call.normalized:
                 shape = (len(chunk.x[chunk.images]), *chunk.plan.tap_shape(tap)[1:])
                 self.diff[tap] = chunk.x.new_empty(shape, dtype=chunk.plan.dtype)
+            if tap not in call.normalized:
+                self.place[tap] = self.diff[tap]
         for tap in call.styled.intersection(here):
             chunk.saved[f"gram.{tap}"][chunk.images].zero_()
-
-    def place(self, tap: str) -> Tensor | None:
-        """Where δ of a tap may be written to, (n, H_b, W_b, C_b): of normalised features the seed
-        alone goes there."""
-        return None if tap in self.chunk.plan.call.normalized else self.diff.get(tap)
 
     def add(self, tap: str, sums: Tensor) -> None:
         """What some rows of a tap sum to, (n,) float64."""
@@ -59,7 +58,7 @@ class TapsForward:
     def take(self, tap: str, y: Tensor | None, d: Tensor | None, a: int, b: int) -> None:
         """Rows [a, b) of a layer: of the carried branch and δ, or of the only branch."""
         chunk, call = self.chunk, self.chunk.plan.call
-        diff = self.place(tap)
+        diff = self.diff.get(tap)
         if tap in call.normalized:
             assert y is not None
             self._normalized(tap, y, d, a, b)
@@ -135,7 +134,7 @@ class TapsForward:
         if tap in self.sums:
             return self.sums[tap]
         assert diff is not None
-        if call.squared(tap):
+        if tap in call.squared:
             return self.chunk.stages.diff_reduce_fwd(diff)
         return self.chunk.stages.diff_reduce_fwd(
             diff,

@@ -48,6 +48,10 @@ def _logits(plan: Plan) -> Runs:
             forward.insert(-1, _look_up(plan))
     elif plan.how[0].block_bwd:
         backward = []
+    if plan.call.binary:
+        backward.append(f"binary_ce_bwd ({_place(plan, 'backward')})")
+        if plan.call.cross_entropy:
+            forward.append(f"binary_ce_fwd ({_place(plan, 'forward')})")
     if plan.call.encode:
         backward = []
     return Runs("logits", ", ".join(forward), ", ".join(backward))
@@ -79,7 +83,7 @@ def _step(plan: Plan, i: int) -> Runs:
     tapped = {step.conv, step.relu, step.pool} & {tap for tap, _ in plan.call.features}
     if tapped & plan.call.normalized:
         forward.append(f"unit_diff_fwd ({there})")
-    elif not all(by_block and plan.call.squared(tap) for tap in tapped):
+    elif not all(by_block and tap in plan.call.squared for tap in tapped):
         forward.append(f"diff_reduce_fwd ({there})")
     if plan.call.encode:
         return Runs(step.conv, ", ".join(forward), "")

@@ -18,6 +18,10 @@ NET = LossNet.vgg(C, (1, 1), (8, 8))
 NUMBERS = {
     "level_weights": (
         lambda i, **o: GenericPerceptualLoss(C, level_weights=[i / 2, 1], **SMALL, **o), (T,)),
+    "channels": (lambda i, **o: GenericPerceptualLoss(
+        C, level_weights=[[i / 2] * 8, [j + i for j in range(8)]], **SMALL, **o), (T,)),
+    "criterion": (lambda i, **o: GenericPerceptualLoss(
+        C, criterion=("l1", "l2", "l1")[i - 1], normalize_features=i > 1, **SMALL, **o), (T,)),
     "temperature": (lambda i, **o: GenericPerceptualLoss(C, temperature=i / 2, **SMALL, **o), (T,)),
     "workspace_mb": (lambda i, **o: GenericPerceptualLoss(C, workspace_mb=16.5 * i, **SMALL, **o),
                      (T,)),
@@ -46,10 +50,13 @@ def test_each_has_its_own_number(name, backend):
         torch.testing.assert_close(*grads)
 
 
-def test_one_compiled_function_of_several_losses(backend):
+@pytest.mark.parametrize(
+    "names", [("level_weights", "temperature", "seed"), ("channels", "criterion")], ids=str
+)
+def test_one_compiled_function_of_several_losses(names, backend):
     """The loss is an argument: as a training step that takes it."""
     compiled = torch.compile(lambda loss, x: loss(x, T), backend="aot_eager", fullgraph=True)
-    for name in ("level_weights", "temperature", "seed"):
+    for name in names:
         for i in (1, 2):
             loss = NUMBERS[name][0](i, backend=backend)
             torch.testing.assert_close(compiled(loss, X), loss(X, T))
