@@ -43,7 +43,7 @@ help:
 	@echo "make test-compile-all  what every Triton from 3.6 on made of them: minutes each, the network"
 	@echo "make sanitize  the CPU kernels under AddressSanitizer and UBSan"
 	@echo "make lint   ruff, mypy, clang-format"
-	@echo "make bench  time and memory on this machine, ten minutes on two cores"
+	@echo "make bench  time and memory on this machine, ten minutes on two cores (twenty with lpips)"
 	@echo "make bench-gpu  the same of a GPU's workloads, with PYTHON and its torch"
 	@echo "make gpu-report  is a GPU right, how fast, and as predicted, with PYTHON and its torch"
 	@echo "make toy    the toy experiment of the paper's supplement, into toy_out/"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gpl_fast import backend as backends
 from gpl_fast import reference
+from gpl_fast.description import describe
 from gpl_fast.fast import operator
 from gpl_fast.layer_weights import check_channels
 from gpl_fast.net.lossnet import LossNet
@@ -93,7 +94,7 @@ def _fast(
     if target.elements is not None:
         tensors["multi_hot"] = target.elements
     if "multi_hot" in tensors and tensors.get("dense") is tensors["multi_hot"]:
-        del tensors["dense"]
+        del tensors["dense"]  # nor here
     call = describe(
         net, o, target, weights, pred.device, dtype, tuple(tensors), smoothing,
         weighed=cross_entropy is not None and cross_entropy.mask is not None,
@@ -189,53 +190,6 @@ def _fast_features(
     weights = Weights(dict.fromkeys(layers, 1.0), {})
     call = describe(net, o, target, weights, data.device, dtype, tuple(tensors), encode=True)
     return dict(zip(weights.features, operator.encode(dense, tensors, call), strict=True))
-
-
-def describe(
-    net: LossNet,
-    o: Options,
-    target: Target,
-    weights: Weights,
-    device: torch.device,
-    dtype: torch.dtype,
-    tensors: tuple[str, ...],
-    label_smoothing: float | None = None,
-    *,
-    weighed: bool = False,
-    encode: bool = False,
-    by: str | None = None,
-) -> str:
-    """The text of the fast path's `Call`, a constant in graphs.
-
-    Args:
-        dtype: what the network computes in.
-        tensors: names of the target's.
-        label_smoothing: of the cross-entropy that shares the passes, None without one.
-        weighed: by a mask of its own, or by the target's.
-        by: who decides, None = `device`'s own; see `gpl_fast.fast.policy.named`.
-    """
-    workspace = o.constant_workspace
-    return operator.describe(
-        net.identity,
-        device,
-        by,
-        features=tuple(weights.features.items()),
-        styles=tuple(weights.styles.items()),
-        distance=weights.distance.text,
-        kind=target.kind,
-        activation=o.target if encode else o.activation,
-        target_activation=target.activation(o),
-        temperature=o.target_temperature if encode else o.constant_temperature,
-        dtype=dtype,
-        workspace_mb=None if isinstance(workspace, str) else workspace,
-        tensors=tensors,
-        encode=encode,
-        resized=target.resized or (target.kind == "dense" and target.data.dtype == torch.float64),
-        cross_entropy=label_smoothing is not None,
-        elements=target.elements is not None,
-        label_smoothing=label_smoothing or 0.0,
-        weighed=weighed,
-    )
 
 
 def nothing(pred: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from gpl_fast import engine, parts
 from gpl_fast.backend import Choice
 from gpl_fast.balance import ratios, segmentation_norms
 from gpl_fast.costs import Explanation, layer_costs, run_on_meta
+from gpl_fast.description import describe
 from gpl_fast.fast.call import LOOKED_UP, read
 from gpl_fast.fast.operator import label_dtype
 from gpl_fast.fast.plan import Plan
@@ -103,7 +104,7 @@ def explain_segmentation(
     inputs = {"logits": logits, "labels": labels, "teacher": teacher, "mask": mask}
     shared = s.label_smoothing if s.ce_weight and s.gpl_weight else None
     kept = s.by_element and (shared is not None or target.elements is not None)
-    ce_mask = None if shared is None or given is None else weights_of_pixels(target, given)
+    ce_mask = None if shared is None or given is None else weights_of_pixels(target, checked, given)
     found = Planned(
         loss, net, o, full, target, mask, inputs, taps if s.gpl_weight else Weights({}, {}),
         shared, multi_hot=checked if kept else None, ce_mask=ce_mask,
@@ -189,7 +190,7 @@ class Planned:
             names += ("multi_hot",)
         elif self.label_smoothing is not None and "labels" not in names:
             names += ("ce_labels",)
-        text = engine.describe(
+        text = describe(
             self.net, o, target, self.weights, self.device, dtype, names, self.label_smoothing,
             by=self.architecture,
         )  # fmt: skip

@@ -242,14 +242,17 @@ def weighted_difference(
 def unit_difference(e_pred: Tensor, e_target: Tensor, distance: Distance) -> Tensor:
     """``n(φ') - n(φ)``, features over their norm ``R`` (`norm`) plus an eps that stands outside.
 
-    From the difference, ``(δ - n(φ) (R' - R)) / (R' + eps)``: nothing cancels where both agree.
-    Where ``R' = 0``, n(φ') is 0 and so is the gradient.
+    From the difference, and over the larger norm, so that nothing cancels:
+    ``(δ - n(φ) (R' - R)) / (R' + eps)``, or ``(δ - n(φ') (R' - R)) / (R + eps)``. Where
+    ``R' = 0``, n(φ') is 0 and so is the gradient.
     """
     delta, outside = e_pred - e_target, 0.0 if distance.eps_inside else distance.eps
     (r_pred, alive), (r, seen) = norm(e_pred, distance), norm(e_target, distance)
-    n = torch.where(seen, e_target / (r + outside), 0)
+    n_pred, n = e_pred / (r_pred + outside), torch.where(seen, e_target / (r + outside), 0)
     change = (delta * (e_pred + e_target)).sum(dim=1, keepdim=True) / (r_pred + r * seen)
-    return torch.where(alive, (delta - n * change) / (r_pred + outside), -n)
+    by_pred = (delta - n * change) / (r_pred + outside)
+    by_target = (delta - n_pred * change) / (r + outside)
+    return torch.where(alive, torch.where(r_pred >= r * seen, by_pred, by_target), -n)
 
 
 def norm(e: Tensor, distance: Distance) -> tuple[Tensor, Tensor]:

@@ -81,14 +81,7 @@ class SegmentationLoss(nn.Module):
             label_smoothing=label_smoothing, gpl_ignore=gpl_ignore, mode=mode,
             pos_weight=pos_weight,
         )  # fmt: skip
-        ignored = 255 if ignore_index == "auto" else ignore_index
-        if isinstance(ignored, str):
-            raise ValueError(f"ignore_index: got {ignored!r}, expected 'auto', integers or None")
-        if ignore_index == "auto" and num_classes > 255 and not checked.by_element:
-            raise ValueError(
-                f"ignore_index: got 'auto' with {num_classes} classes, where 255 is a class; "
-                "expected an explicit label, such as 65535 or -1, or None = ignore nothing"
-            )
+        ignored = _ignored(ignore_index, num_classes, checked.by_element)
         self.gpl = GenericPerceptualLoss(num_classes, ignore_index=ignored, **gpl)
         self.gpl_weight, self.ce_weight = checked.gpl_weight, checked.ce_weight
         self.label_smoothing = checked.label_smoothing
@@ -236,3 +229,17 @@ class SegmentationLoss(nn.Module):
         words["return_parts"], usual["return_parts"] = self.return_parts, False
         changed = [f"{k}={v!r}" for k, v in words.items() if v != usual[k] or k == "gpl_weight"]
         return ", ".join([*changed, *weights])
+
+
+def _ignored(given: IgnoreIndex | str, classes: int, by_element: bool) -> IgnoreIndex:
+    """What `Options` take of ``ignore_index``: "auto" is 255, where that is no class."""
+    if not isinstance(given, str):
+        return given
+    if given != "auto":
+        raise ValueError(f"ignore_index: got {given!r}, expected 'auto', integers or None")
+    if classes > 255 and not by_element:
+        raise ValueError(
+            f"ignore_index: got 'auto' with {classes} classes, where 255 is a class; "
+            "expected an explicit label, such as 65535 or -1, or None = ignore nothing"
+        )
+    return 255

@@ -91,6 +91,10 @@ KEPT = {
     "weights, total, teacher": (
         total, "labels", (torch.randn(N, C, H, W), WEIGHTS), [WEIGHED, ((N, H, W), torch.int16)],
     ),
+    "weights, total, topk teacher": (
+        total, "labels", (TopK(*torch.rand(N, C, H, W).softmax(1).topk(2, dim=1)), WEIGHTS),
+        [WEIGHED, ((N, H, W), torch.int16)],
+    ),
     "weighted total": (
         lambda: total(class_weight=[1, 2, 3, 4, 5], temperature=2.0, gpl_ignore=False),
         "labels", (), [((N, H, W), torch.int16), ((C,), FLOAT)],

