@@ -85,8 +85,7 @@ def segmentation_loss(
         labels: (N, H, W) or (N, 1, H, W) integer; in mode "multilabel" (N, C, H, W).
         net: the frozen network, ``net.in_channels == C``.
         teacher: what `generic_perceptual_loss` takes as a target; None = the labels.
-        mask: (N, H, W) or (N, 1, H, W), bool or floating, for both terms; of weights m the
-            cross-entropy is ``Σ m w ℓ / Σ m w``.
+        mask: (N, H, W) or (N, 1, H, W), bool or weights m, for both terms: ``Σ m w ℓ / Σ m w``.
         gpl_weight, ce_weight: of the two terms; a term of weight 0 is not computed.
         class_weight: (C,) of the cross-entropy, as ``F.cross_entropy(weight=)``. Where the weights
             of all counted pixels are 0, so is the cross-entropy.
