@@ -331,6 +331,9 @@ POISONED = {
     "avg": (lambda: gpl(pool="avg", kernel_size=5), "labels 0", ()),
     "stride": (lambda: gpl(pool="stride", level_weights=(1, 1)), "topk", ()),
     "bfloat16": (lambda: gpl(compute_dtype=BF16), "dense", ()),
+    "l1": (lambda: gpl(criterion="l1", level_weights=(1, [1] * 8)), "dense", ()),
+    "normalized": (lambda: gpl(normalize_features=True, compute_dtype=HALF), "topk", (MASK,)),
+    "normalized, features": (lambda: gpl(normalize_features=True), "features", ()),
     "family": (family, "dense", (None, MASK)),
     "total": (lambda: total(class_weight=[1, 2, 3, 4, 5], temperature=2.0), "labels", ()),
 }
@@ -365,7 +368,7 @@ def test_walks_write_all_that_they_read(name, rows, decide, monkeypatch):
 # ------------------------------------------------------------------------------------- operators
 
 
-@pytest.mark.parametrize("name", ["dense", "labels", "topk", "family", "total"])
+@pytest.mark.parametrize("name", ["dense", "labels", "topk", "l1", "normalized", "family", "total"])
 def test_opcheck(name, monkeypatch):
     """Schema, fake kernels and tracing of the two operators on the arguments of a real call."""
     make, kind, args = POISONED[name]
