@@ -587,7 +587,7 @@ def binary_cross_entropy(
         class_weight: (C,) by which a class' losses are multiplied, or None.
         pos_weight: (C,) by which a class' losses of label 1 are, or None.
         label_smoothing: in [0, 1]: a label y is y (1 - e) + e / 2.
-        mask: (N, H, W) by which a pixel's losses and elements are multiplied, or None.
+        mask: (N, H, W) floating, the weight m of each pixel's elements, or None = 1.
     """
     counts = (labels != 2).to(logits.dtype)
     y = multi_hot(labels, logits.dtype) * (1 - label_smoothing) + label_smoothing / 2
@@ -599,5 +599,6 @@ def binary_cross_entropy(
     if class_weight is not None:
         element = class_weight.view(-1, 1, 1) * element
     if mask is not None:
-        counts = counts * mask.to(logits.dtype).unsqueeze(1)
+        m = torch.where(counted(mask), mask.to(logits.dtype), 0)
+        counts = counts * m.unsqueeze(1)
     return (element * counts).sum(dim=(1, 2, 3)), counts.sum(dim=(1, 2, 3))
