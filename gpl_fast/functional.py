@@ -85,8 +85,7 @@ def segmentation_loss(
         labels: (N, H, W) or (N, 1, H, W) integer; in mode "multilabel" (N, C, H, W).
         net: the frozen network, ``net.in_channels == C``.
         teacher: what `generic_perceptual_loss` takes as a target; None = the labels.
-        mask: (N, H, W) or (N, 1, H, W), bool or floating, for both terms; of weights m the
-            cross-entropy is ``Σ m w ℓ / Σ m w``.
+        mask: (N, H, W) or (N, 1, H, W), bool or weights m, for both terms: ``Σ m w ℓ / Σ m w``.
         gpl_weight, ce_weight: of the two terms; a term of weight 0 is not computed.
         class_weight: (C,) of the cross-entropy, as ``F.cross_entropy(weight=)``. Where the weights
             of all counted pixels are 0, so is the cross-entropy.
@@ -97,10 +96,9 @@ def segmentation_loss(
             when the labels are its target; True; False (such a label is then a zero map).
         level_weights: see `generic_perceptual_loss`.
         return_parts: return ``{"loss_ce", "loss_gpl"}``, weighted, instead of their sum.
-        normalizer: what the sums are divided by, of a batch that goes through in pieces: the number
-            of its pixels that count (with class weights the sum of their weights), or that and its
-            number of images: numbers, 0-dim tensors, or what `SegmentationLoss.count` returns.
-            Without images the perceptual term is a mean over this call. For ``reduction="mean"``.
+        normalizer: of a batch in pieces, what the sums are divided by: its pixels that count (with
+            class weights the sum of these), or (pixels, images): numbers, 0-dim tensors, or what
+            `SegmentationLoss.count` adds up to. Without images the perceptual term stays a mean.
         **options: see `OptionWords`.
 
     Raises:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import elements
 import pieces
 import pytest
 import torch
@@ -25,11 +24,3 @@ def triton_path(decide, monkeypatch, one_thread):
 @pytest.mark.parametrize("option", ["several-ignored-normalizer-triton"])
 def test_pieces_are_the_whole(option, dtype, kind):
     pieces.assert_the_whole("fast", dtype, kind, draws=1)
-
-
-@pytest.mark.parametrize("kind", ["topk"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("option", ["binary-triton", "multilabel-triton"])
-def test_labels_of_elements(option, dtype, kind):
-    mode = option.partition("-")[0]
-    elements.against_float64(mode, kind, elements.DTYPES[dtype], size=(2, 9, 14))

@@ -58,6 +58,16 @@ def test_the_ignored_label_and_what_a_mean_of_nothing_is():
     assert ours(logits, labels) == 0
 
 
+def test_weights_of_pixels_divide_too():
+    logits, labels = maps()
+    m = torch.rand(2, 32, 40, dtype=torch.float64)
+    each = F.cross_entropy(logits, labels, reduction="none")
+    equal(
+        gpl_fast.SegmentationLoss(3, gpl_weight=0)(logits, labels, mask=m),
+        (m * each).sum() / m.sum(),
+    )
+
+
 # --------------------------------------------------------------------------------------------- piq
 
 
@@ -220,3 +230,24 @@ def test_several_ignored_labels_against_one(mmseg):
     theirs = mmseg.CrossEntropyLoss(avg_non_ignore=True)
     ours = gpl_fast.SegmentationLoss(3, ignore_index=(254, 255), gpl_weight=0)
     equal(ours(logits, labels), theirs(logits, labels.clamp(max=254), ignore_index=254))
+
+
+@pytest.mark.parametrize("avg_non_ignore", [True, False])
+def test_sigmoids_of_several_classes(avg_non_ignore, mmseg):
+    logits, labels = maps()
+    labels[0, 0] = 255
+    theirs = mmseg.CrossEntropyLoss(use_sigmoid=True, avg_non_ignore=avg_non_ignore)
+    one_hot = F.one_hot(labels.clamp(max=2), 3).movedim(-1, 1)
+    one_hot = one_hot.where((labels != 255).unsqueeze(1), 255)
+    ours = gpl_fast.SegmentationLoss(3, mode="multilabel", gpl_weight=0)
+    value = ours(logits, one_hot, normalizer=None if avg_non_ignore else one_hot.numel())
+    single = theirs(logits, labels, ignore_index=255)
+    torch.testing.assert_close(value.float(), single, rtol=1e-6, atol=0)
+
+
+def test_weights_of_pixels_of_mmsegmentation(mmseg):
+    logits, labels = maps()
+    weight = torch.rand(2, 32, 40)
+    theirs = mmseg.CrossEntropyLoss()(logits, labels, weight=weight)
+    ours = gpl_fast.SegmentationLoss(3, gpl_weight=0)
+    equal(ours(logits, labels, mask=weight, normalizer=labels.numel()), theirs)
