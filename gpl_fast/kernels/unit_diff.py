@@ -20,12 +20,16 @@ from gpl_fast.kernels.launch import CRITERION_NAMES, blocks_of_maps, cdiv, image
 @triton.jit
 def _features(y_ptr, delta_ptr, target_ptr, from_target, at, inside):
     """(the prediction's, the target's, their difference)."""
-    y = load(y_ptr, at, inside)
+    p = load(y_ptr, at, inside)
+    t = p
     if target_ptr is not None:
         t = load(target_ptr, at, inside)
-        return y, t, y - t
-    d = load(delta_ptr, at, inside)
-    return tl.where(from_target, y + d, y), tl.where(from_target, y, y - d), d
+        d = p - t
+    else:
+        d = load(delta_ptr, at, inside)
+        t = tl.where(from_target, p, p - d)
+        p = tl.where(from_target, p + d, p)
+    return p, t, d
 
 
 @triton.jit

@@ -341,7 +341,7 @@ def small_stages(dtype: torch.dtype, c: int) -> dict:
         "relu_bwd": lambda: kernels.relu_bwd(z, mask=mask, dz=z),
         "diff_reduce": lambda: kernels.diff_reduce_fwd(y),
     }
-    weight, wide = meta(c), meta(N, H // 2, W // 2, c)
+    weight, wide = meta(c, dtype=FLOAT), meta(N, H // 2, W // 2, c, dtype=FLOAT)
     seeds = {"l1": {"criterion": 1, "seed": y}, "l2 weighted": {"weight": weight, "seed": y}}
     for form, given in seeds.items():
         stages |= {
