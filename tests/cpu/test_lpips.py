@@ -355,6 +355,22 @@ def test_changes_of_what_was_given_change_nothing(backend):
     assert torch.equal(loss.heads["relu1_2"], heads()["relu1_2"].double())
 
 
+@pytest.mark.parametrize("net", [chain, module])
+def test_made_anywhere(backend, net):
+    """Under inference mode, or where another device is the default one."""
+    net, x_y = net(), pictures()
+    backend = backend if net.is_chain else "auto"
+    want = value_and_grad(LPIPS(net, heads(), backend=backend), *x_y)
+    with torch.inference_mode():
+        loss = LPIPS(net, {k: h.clone() for k, h in heads().items()}, backend=backend)
+    assert all_equal(value_and_grad(loss, *x_y), want)
+    numbers = {k: h.tolist() for k, h in heads().items()}
+    with torch.device("meta"):
+        loss, plain = (LPIPS(net, h, backend=backend) for h in (numbers, None))
+    assert all_equal(value_and_grad(loss, *x_y), want)
+    assert plain(*x_y) > 0
+
+
 def test_what_makes_two_differ():
     base = LPIPS(chain(), heads())
     others = [LPIPS(chain(), heads(), eps=1e-8), LPIPS(chain(), heads(), eps_inside=True),
