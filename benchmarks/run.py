@@ -10,7 +10,7 @@ Freed memory is kept, as jemalloc and tcmalloc do. glibc gives that of large ten
 system, and the page faults of the next step are a large and unsteady part of plain PyTorch's time;
 `--default-allocator` counts them.
 
-    python benchmarks/run.py                               # every sweep, about ten minutes
+    python benchmarks/run.py                               # every sweep: 10 minutes, 20 with lpips
     python benchmarks/run.py --sweep classes               # some of them
     python benchmarks/run.py --shapes 2,150,512,512        # shapes of your own
 """

@@ -12,7 +12,7 @@
 
 namespace gpl_fast {
 
-enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
+enum class DType : int32_t { kFloat32, kBFloat16, kFloat16, kLabels };  // kLabels: as BinaryCe's
 enum class Activation : int32_t { kNone, kSoftmax, kSigmoid };
 constexpr const char* kActivationNames[] = {"none", "softmax", "sigmoid"};
 enum class Pool : int32_t { kMax, kAvg, kNone };
@@ -28,10 +28,18 @@ struct Strip {
   int64_t row0, rows;
 };
 
+// Which pixels of [N, H, W] count: flags, or weights of which one above 0 counts; of flags they are
+// 1. Both null: all count.
+struct Valid {
+  const uint8_t* flags;
+  const float* weights;
+};
+
 // The cross-entropy of SegmentationLoss, which shares the passes over the logits.
 struct CrossEntropy {
   const int64_t* labels;      // [N, H, W], null = no cross-entropy; outside [0, C) = not counted
   const float* class_weight;  // [C], null = 1
+  const float* mask;          // [N, H, W], null = 1: weights of pixels
   float label_smoothing;
   bool own_lse;  // the activation's lse is not the one of x itself
 };
@@ -56,9 +64,11 @@ struct SoftmaxPackFwd {
   DType x_dtype, target_dtype, dtype;
   const void* x;  // [N, C, H, W]
   Strides x_strides;
-  const uint8_t* valid;  // [N, H, W], null = all
-  const void* target;    // [N, C, H, W] or null
+  Valid valid;
+  const void* target;  // [N, C, H, W] or null; of kLabels 1 where it is 1
   Strides target_strides;
+  const uint8_t* elements;  // [N, C, H, W] or null, with target: maps are 0 where it is 2
+  Strides elements_strides;
   const int64_t* labels;        // [N, H, W] or null
   const float* topk_values;     // [N, k, H, W] or null
   const int64_t* topk_indices;  // [N, k, H, W]
@@ -90,7 +100,7 @@ struct LabelConvFwd {
   const int64_t* topk_indices;  // [N, k, H, W]
   const float* topk_rest;       // [N, H, W] or null
   int64_t k;
-  const uint8_t* valid;     // [N, H, W], null = all
+  Valid valid;
   const void* table;        // [K * K, C, c_out]
   const float* interior;    // [C, c_out], labels only: the taps' sum
   const float* rest_table;  // [K * K, c_out], with topk_rest: the classes' sum
@@ -229,13 +239,39 @@ struct SoftmaxBwd {
   const float* lse;  // [N, H, W], as in SoftmaxPackFwd
   const void* dy;    // [N, rows, W, c_pad] or null
   int64_t dy_image_stride;
-  const float* scale;    // [N]
-  const uint8_t* valid;  // [N, H, W], null = all
+  const float* scale;  // [N]
+  Valid valid;
   CrossEntropy ce;
   const float* ce_lse;    // [N, H, W]
   const float* ce_scale;  // [N]
   void* dx;               // [N, C, H, W], x's dtype
   Strides dx_strides;
+};
+
+// The binary cross-entropy of single elements, with logits.
+struct BinaryCe {
+  int64_t N, C, H, W;
+  Strip strip;
+  DType x_dtype;
+  const void* x;  // [N, C, H, W]
+  Strides x_strides;
+  const uint8_t* labels;  // [N, C, H, W], rows contiguous: 0, 1, or 2 = does not count
+  Strides labels_strides;
+  const float* class_weight;  // [C], null = 1
+  const float* pos_weight;    // [C], null = 1: of what is labelled 1
+  const float* mask;          // [N, H, W], null = 1: by which a pixel's elements count
+  float label_smoothing;      // a label y is y (1 - e) + e / 2
+};
+
+struct BinaryCeFwd : BinaryCe {
+  double* sums;  // [N, H, 2]: of the losses, of what counts
+};
+
+struct BinaryCeBwd : BinaryCe {
+  const float* scale;  // [N], null: nothing is added
+  void* dx;            // [N, C, H, W], x's dtype: the gradient is added to it
+  Strides dx_strides;
+  bool clear;  // dx becomes 0 where an element does not count
 };
 
 // The gradient of a block's last convolution and of what follows it: dx = conv_transpose(dZ, w)

@@ -22,7 +22,9 @@ void parallel_for(int64_t n, int64_t grain, ParallelBody body, void* ctx);
   STAGE(unit_diff_fwd, UnitDiffFwd)       \
   STAGE(relu_pool_bwd, ReluPoolBwd)       \
   STAGE(relu_bwd, ReluBwd)                \
-  STAGE(softmax_bwd, SoftmaxBwd)
+  STAGE(softmax_bwd, SoftmaxBwd)          \
+  STAGE(binary_ce_fwd, BinaryCeFwd)       \
+  STAGE(binary_ce_bwd, BinaryCeBwd)
 
 namespace cpu {
 #define GPL_FAST_DECLARE(stage, Args) void stage(const Args& args);
@@ -45,6 +47,7 @@ void conv_block_bwd(const ConvBlockBwd& args, void* stream);
 void relu_pool_bwd(const ReluPoolBwd& args, void* stream);
 void relu_bwd(const ReluBwd& args, void* stream);
 void softmax_bwd(const SoftmaxBwd& args, void* stream);
+void binary_ce_bwd(const BinaryCeBwd& args, void* stream);
 }  // namespace cuda
 
 }  // namespace gpl_fast

@@ -43,6 +43,8 @@ class Explanation:
         workspace_bytes: bound on transient memory, None where nothing bounds it.
         layers: the costs by layer; empty for `LossNet.from_module`.
         who: the functions that run each step on the fast path, forward and backward.
+        ratio: of the norm of each part's gradient by the prediction to the first part's, weighted
+            as they are in the loss; None where it was not asked for, empty for one part.
     """
 
     backend: str
@@ -54,6 +56,7 @@ class Explanation:
     layers: tuple[LayerCost, ...]
     float32_convolutions: bool = False
     who: tuple[Runs, ...] = ()
+    ratio: Mapping[str, float] | None = None
 
     def __str__(self) -> str:
         bound = "unbounded" if self.workspace_bytes is None else _size(self.workspace_bytes)
@@ -67,6 +70,10 @@ class Explanation:
             f"saved          {_size(self.bytes_saved)} for backward",
             f"workspace      {bound}",
         ]
+        if self.ratio is not None:
+            each = [f"{name} {ratio:.3g}" for name, ratio in self.ratio.items()]
+            said = ", ".join(each) + " of the first part's" if each else "of one part: no ratio"
+            lines.append(f"gradients      {said}")
         for layer in self.layers:
             shape = " x ".join(map(str, layer.shape))
             saved = "" if layer.bytes_saved is None else f" {_size(layer.bytes_saved):>12} saved"

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from gpl_fast import backend as backends
 from gpl_fast import reference
+from gpl_fast.description import describe
 from gpl_fast.fast import operator
 from gpl_fast.layer_weights import check_channels
 from gpl_fast.net.lossnet import LossNet
 from gpl_fast.options import Options
 from gpl_fast.precision import accumulation_dtype, has_autocast, no_autocast
 from gpl_fast.targets import Target
-from gpl_fast.terms import CrossEntropy, Terms, Weights
+from gpl_fast.terms import BinaryCrossEntropy, CrossEntropy, Terms, Weights
 
 
 def weighted_terms(
@@ -29,7 +30,7 @@ def weighted_terms(
     weights: Weights,
     *,
     style_target: Target | None = None,
-    cross_entropy: CrossEntropy | None = None,
+    cross_entropy: CrossEntropy | BinaryCrossEntropy | None = None,
 ) -> Terms:
     """The terms of `pred` (N, C, H, W), on the backend that is chosen.
 
@@ -44,6 +45,8 @@ def weighted_terms(
     """
     compared = bool(weights.features or weights.styles)
     dtype = compute_dtype(pred, target, o)
+    if dtype == torch.float16:
+        target = target.fitted(dtype)
     if compared and choose_backend(pred, dtype, net, o).name == "fast":
         return _fast(pred, target, style_target, net, o, weights, dtype, cross_entropy)
     classified = () if cross_entropy is None else _cross_entropy(pred, cross_entropy)
@@ -62,7 +65,7 @@ def _fast(
     o: Options,
     weights: Weights,
     dtype: torch.dtype,
-    cross_entropy: CrossEntropy | None,
+    cross_entropy: CrossEntropy | BinaryCrossEntropy | None,
 ) -> Terms:
     if target.stored is not None:
         target.check(net, o, (*weights.features, *weights.styles))
@@ -79,11 +82,23 @@ def _fast(
     smoothing = None
     if cross_entropy is not None:
         smoothing = cross_entropy.label_smoothing
-        if tensors.get("labels") is not cross_entropy.labels:  # the operator takes none twice
+        if isinstance(cross_entropy, BinaryCrossEntropy):
+            tensors |= cross_entropy.tensors()
+        elif tensors.get("labels") is not cross_entropy.labels:  # the operator takes none twice
             tensors["ce_labels"] = cross_entropy.labels
         if cross_entropy.class_weight is not None:
             tensors["class_weight"] = cross_entropy.class_weight.float()
-    call = describe(net, o, target, weights, pred.device, dtype, tuple(tensors), smoothing)
+        own = cross_entropy.mask is not target.valid
+        if cross_entropy.mask is not None and own:  # the operator takes none twice
+            tensors["ce_mask"] = cross_entropy.mask.contiguous()
+    if target.elements is not None:
+        tensors["multi_hot"] = target.elements
+    if "multi_hot" in tensors and tensors.get("dense") is tensors["multi_hot"]:
+        del tensors["dense"]  # nor here
+    call = describe(
+        net, o, target, weights, pred.device, dtype, tuple(tensors), smoothing,
+        weighed=cross_entropy is not None and cross_entropy.mask is not None,
+    )  # fmt: skip
     terms = operator.perceptual_terms(pred, tensors, call, cross_entropy is not None)
     seen = _seen(target, style_target)
     terms = terms if isinstance(seen, int) else terms + seen
@@ -105,7 +120,9 @@ def _reference(
         e_target = target_features(target, net, tuple(weights.features), o, dtype)
         e_style = target_features(style_target or target, net, tuple(weights.styles), o, dtype)
         wide = pred.to(torch.promote_types(acc, dtype))
+        wide = reference.zero_ignored(wide, target.elements)  # before and after, as `valid`
         y = reference.prediction_map(wide, o.activation, o.constant_temperature, target.valid)
+        y = reference.zero_ignored(y, target.elements)
         y = net.network_input(y, target.valid)
         check_channels(weights, e_target)
         channels = {name: c.to(pred.device) for name, c in weights.channels.items()}
@@ -117,15 +134,20 @@ def _reference(
     return parts["feature"].to(acc) + seen, parts["style"].to(acc) + seen
 
 
-def _cross_entropy(pred: Tensor, cross_entropy: CrossEntropy) -> tuple[Tensor, Tensor]:
+def _cross_entropy(
+    pred: Tensor, cross_entropy: CrossEntropy | BinaryCrossEntropy
+) -> tuple[Tensor, Tensor]:
     acc = accumulation_dtype(pred.dtype)
     weight = cross_entropy.class_weight
     with no_autocast(pred):
+        if isinstance(cross_entropy, BinaryCrossEntropy):
+            return reference.binary_cross_entropy(pred.to(acc), *cross_entropy.to(acc))
         return reference.cross_entropy(
             pred.to(acc),
             cross_entropy.labels,
             None if weight is None else weight.to(acc),
             cross_entropy.label_smoothing,
+            cross_entropy.mask,
         )
 
 
@@ -143,13 +165,16 @@ def target_features(
     if target.stored is not None:
         target.check(net, o, layers)
         return {k: target.stored[k].detach().to(dtype) for k in layers}
+    if dtype == torch.float16:
+        target = target.fitted(dtype)
     wide = torch.float64 in (dtype, target.data.dtype)
     data = target.data
     choice = backends.choose(o.backend, data.device, torch.float64 if wide else dtype, net)
-    if choice.name == "fast" and not target.resized:
+    if choice.name == "fast" and not target.resized and target.elements is None:
         return _fast_features(target, net, layers, o, dtype)
     with torch.no_grad():
         y = target.map(o.target, o.target_temperature, torch.float64 if wide else torch.float32)
+        y = reference.zero_ignored(y, target.elements)
         with no_autocast(y):
             return net.features(net.network_input(y, target.valid).to(dtype), layers)
 
@@ -165,49 +190,6 @@ def _fast_features(
     weights = Weights(dict.fromkeys(layers, 1.0), {})
     call = describe(net, o, target, weights, data.device, dtype, tuple(tensors), encode=True)
     return dict(zip(weights.features, operator.encode(dense, tensors, call), strict=True))
-
-
-def describe(
-    net: LossNet,
-    o: Options,
-    target: Target,
-    weights: Weights,
-    device: torch.device,
-    dtype: torch.dtype,
-    tensors: tuple[str, ...],
-    label_smoothing: float | None = None,
-    *,
-    encode: bool = False,
-    by: str | None = None,
-) -> str:
-    """The text of the fast path's `Call`, a constant in graphs.
-
-    Args:
-        dtype: what the network computes in.
-        tensors: names of the target's.
-        label_smoothing: of the cross-entropy that shares the passes, None without one.
-        by: who decides, None = `device`'s own; see `gpl_fast.fast.policy.named`.
-    """
-    workspace = o.constant_workspace
-    return operator.describe(
-        net.identity,
-        device,
-        by,
-        features=tuple(weights.features.items()),
-        styles=tuple(weights.styles.items()),
-        distance=weights.distance.text,
-        kind=target.kind,
-        activation=o.target if encode else o.activation,
-        target_activation=o.target,
-        temperature=o.target_temperature if encode else o.constant_temperature,
-        dtype=dtype,
-        workspace_mb=None if isinstance(workspace, str) else workspace,
-        tensors=tensors,
-        encode=encode,
-        resized=target.resized or (target.kind == "dense" and target.data.dtype == torch.float64),
-        cross_entropy=label_smoothing is not None,
-        label_smoothing=label_smoothing or 0.0,
-    )
 
 
 def nothing(pred: Tensor) -> Tensor:

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from gpl_fast import backend as backends
 from gpl_fast import engine, parts
 from gpl_fast.backend import Choice
+from gpl_fast.balance import ratios, segmentation_norms
 from gpl_fast.costs import Explanation, layer_costs, run_on_meta
+from gpl_fast.description import describe
 from gpl_fast.fast.call import LOOKED_UP, read
 from gpl_fast.fast.operator import label_dtype
 from gpl_fast.fast.plan import Plan
@@ -23,11 +25,10 @@ from gpl_fast.options import Options
 from gpl_fast.targets import (
     Target,
     TargetLike,
-    resolve_labels,
     resolve_target,
-    resolve_teacher,
+    weights_of_pixels,
 )
-from gpl_fast.terms import Weights
+from gpl_fast.terms import Segmentation, Weights
 
 
 def explain(
@@ -82,31 +83,37 @@ def explain_segmentation(
     loss: nn.Module,
     net: LossNet,
     o: Options,
+    s: Segmentation,
     logits: Tensor,
     labels: Tensor,
+    *,
     teacher: TargetLike | None,
     mask: Tensor | None,
-    *,
     taps: Weights,
-    gpl_weight: float,
-    ce_weight: float,
-    label_smoothing: float,
-    gpl_ignore: bool | str,
     architecture: str | None = None,
+    ratio: bool = False,
 ) -> Explanation:
     """`explain` for a loss with a cross-entropy; see `functional.segmentation_loss`."""
-    checked, given = resolve_labels(labels, mask, logits, net, o)
-    size = tuple(checked.shape[1:])
+    resolve, compared = parts.segmentation_resolvers(s)
+    checked, given = resolve(labels, mask, logits, net, o)
+    size = tuple(checked.shape[-2:])
     full = logits
     if size != tuple(logits.shape[2:]):  # as large, and without memory
         full = logits.new_empty(()).expand(*logits.shape[:2], *size)
-    target = resolve_teacher(teacher, checked, given, full, o, gpl_ignore)
+    target = compared(teacher, checked, given, full, o, s.gpl_ignore)
     inputs = {"logits": logits, "labels": labels, "teacher": teacher, "mask": mask}
-    shared = label_smoothing if ce_weight and gpl_weight else None
-    return Planned(
-        loss, net, o, full, target, mask, inputs, taps if gpl_weight else Weights({}, {}),
-        shared, resized=full is not logits, architecture=architecture,
+    shared = s.label_smoothing if s.ce_weight and s.gpl_weight else None
+    kept = s.by_element and (shared is not None or target.elements is not None)
+    ce_mask = None if shared is None or given is None else weights_of_pixels(target, checked, given)
+    found = Planned(
+        loss, net, o, full, target, mask, inputs, taps if s.gpl_weight else Weights({}, {}),
+        shared, multi_hot=checked if kept else None, ce_mask=ce_mask,
+        resized=full is not logits, architecture=architecture,
     ).explain()  # fmt: skip
+    if not ratio:
+        return found
+    norms = segmentation_norms(logits, labels, net, taps, o, s, teacher=teacher, mask=mask)
+    return replace(found, ratio=ratios(norms))
 
 
 @dataclass(frozen=True)
@@ -114,8 +121,9 @@ class Planned:
     """A call of a loss with checked arguments, to be counted.
 
     ``label_smoothing``: of the cross-entropy that shares the fast path's passes, or None;
-    ``resized``: the prediction is a map that the loss makes; ``architecture``, ``obstacle``: see
-    `explain`.
+    ``multi_hot``: labels of elements (N, C, H, W) uint8 that the fast path keeps, or None;
+    ``ce_mask``: the cross-entropy's weights of pixels, or None; ``resized``: the prediction is a
+    map that the loss makes; ``architecture``, ``obstacle``: see `explain`.
     """
 
     loss: nn.Module
@@ -127,6 +135,8 @@ class Planned:
     inputs: Mapping[str, Any]
     weights: Weights
     label_smoothing: float | None = None
+    multi_hot: Tensor | None = None
+    ce_mask: Tensor | None = None
     resized: bool = False
     architecture: str | None = None
     obstacle: str | None = None
@@ -173,10 +183,14 @@ class Planned:
 
     def _fast(self, dtype: torch.dtype, choice: Choice) -> Explanation:
         o, target = self.o, self.target
-        names = (*target.tensors(dtype), *(f"weight.{name}" for name in self.weights.channels))
-        if self.label_smoothing is not None and "labels" not in names:
+        tensors = target.tensors(dtype)
+        names = tuple(name for name in tensors if tensors[name] is not self.multi_hot)
+        names += tuple(f"weight.{name}" for name in self.weights.channels)
+        if self.multi_hot is not None:
+            names += ("multi_hot",)
+        elif self.label_smoothing is not None and "labels" not in names:
             names += ("ce_labels",)
-        text = engine.describe(
+        text = describe(
             self.net, o, target, self.weights, self.device, dtype, names, self.label_smoothing,
             by=self.architecture,
         )  # fmt: skip
@@ -185,8 +199,13 @@ class Planned:
         layers = layer_costs(self.net, self.pred, target.kind, self.taps, planned)
         total = planned.bytes_saved()
         if target.valid is not None and not _same_memory(target.valid, self.mask):
-            total += target.valid.numel()
-        if self.label_smoothing is not None:
+            total += target.valid.nbytes
+        own = self.ce_mask is not None and self.ce_mask is not target.valid
+        if self.ce_mask is not None and own and not _same_memory(self.ce_mask, self.mask):
+            total += self.ce_mask.nbytes
+        if self.multi_hot is not None:
+            total += self.multi_hot.numel()
+        elif self.label_smoothing is not None:
             total += n * height * width * label_dtype(c).itemsize
         if self.resized:
             total += self.pred.numel() * self.pred.element_size()

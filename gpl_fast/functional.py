@@ -12,17 +12,12 @@ from typing import SupportsFloat, Unpack
 from torch import Tensor
 
 from gpl_fast import parts
-from gpl_fast.input_checks import (
-    as_class_weight,
-    as_label_smoothing,
-    as_num_classes,
-    as_weight,
-    check_gpl_ignore,
-)
 from gpl_fast.layer_weights import LayerWeight, as_layers, level_taps
 from gpl_fast.net.lossnet import LossNet
+from gpl_fast.normalizer import NormalizerLike
 from gpl_fast.options import Options, OptionWords
 from gpl_fast.targets import TargetFeatures, TargetLike
+from gpl_fast.terms import Segmentation, activation_of
 
 
 def generic_perceptual_loss(
@@ -42,8 +37,9 @@ def generic_perceptual_loss(
         target: floating (N, C, h, w), integer labels (N, H, W) or (N, 1, H, W), `TopK`, or
             `TargetFeatures`. Never gets a gradient.
         net: the frozen network, ``net.in_channels == C``.
-        mask: (N, H, W) or (N, 1, H, W) bool, True = valid; of a dense target of another size also
-            (N, h, w): that target is then resized with what is valid alone.
+        mask: (N, H, W) or (N, 1, H, W): bool, True = valid, or floating, the weight m >= 0 of each
+            pixel, by which both maps are multiplied (the squared distance grows as m²); of a dense
+            target of another size also (N, h, w): that is then resized with what is valid alone.
         level_weights: one for each block, a number or one for each of its channels; None = the
             last block only, weight 1.
         **options: see `OptionWords`. A dense target that holds probabilities is refused under
@@ -73,54 +69,54 @@ def segmentation_loss(
     gpl_weight: SupportsFloat = 0.1,
     ce_weight: SupportsFloat = 1.0,
     class_weight: Tensor | Iterable[SupportsFloat] | None = None,
+    mode: str = "multiclass",
+    pos_weight: Tensor | Iterable[SupportsFloat] | None = None,
     label_smoothing: SupportsFloat = 0.0,
     gpl_ignore: bool | str = "auto",
     level_weights: Iterable[LayerWeight] | None = None,
     return_parts: bool = False,
+    normalizer: NormalizerLike | None = None,
     **options: Unpack[OptionWords],
 ) -> Tensor | dict[str, Tensor]:
     """Cross-entropy plus the Generic Perceptual Loss: the paper's eq. (2).
 
     Args:
         logits: (N, C, h, w) floating; resized bilinearly to the labels' size if smaller.
-        labels: (N, H, W) or (N, 1, H, W) integer.
+        labels: (N, H, W) or (N, 1, H, W) integer; in mode "multilabel" (N, C, H, W).
         net: the frozen network, ``net.in_channels == C``.
         teacher: what `generic_perceptual_loss` takes as a target; None = the labels.
-        mask: (N, H, W) or (N, 1, H, W) bool, True = valid, for both terms.
+        mask: (N, H, W) or (N, 1, H, W), bool or weights m, for both terms: ``Σ m w ℓ / Σ m w``.
         gpl_weight, ce_weight: of the two terms; a term of weight 0 is not computed.
         class_weight: (C,) of the cross-entropy, as ``F.cross_entropy(weight=)``. Where the weights
             of all counted pixels are 0, so is the cross-entropy.
+        mode, pos_weight: see `SegmentationLoss`; in "binary" and "multilabel" the cross-entropy is
+            a binary one with logits and ``activation`` "sigmoid".
         label_smoothing: of the cross-entropy, in [0, 1].
         gpl_ignore: whether pixels with an ignored label leave the perceptual term: "auto" = only
             when the labels are its target; True; False (such a label is then a zero map).
         level_weights: see `generic_perceptual_loss`.
         return_parts: return ``{"loss_ce", "loss_gpl"}``, weighted, instead of their sum.
+        normalizer: of a batch in pieces, what the sums are divided by: its pixels that count (with
+            class weights the sum of these), or (pixels, images): numbers, 0-dim tensors, or what
+            `SegmentationLoss.count` adds up to. Without images the perceptual term stays a mean.
         **options: see `OptionWords`.
 
     Raises:
         TypeError, ValueError: bad input, with what was got, expected, and the way out.
         BackendUnavailable: ``backend="fast"`` where it cannot run.
     """
+    terms = Segmentation.of(
+        net.in_channels, look=False, gpl_weight=gpl_weight, ce_weight=ce_weight,
+        class_weight=class_weight, label_smoothing=label_smoothing, gpl_ignore=gpl_ignore,
+        mode=mode, pos_weight=pos_weight,
+    )  # fmt: skip
+    options["activation"] = activation_of(mode, options.get("activation"))
     o = Options.of("segmentation_loss", options)
-    as_num_classes(net.in_channels)
     o.check_channels(net.in_channels)
-    check_gpl_ignore(gpl_ignore)
-    if class_weight is not None:
-        class_weight = as_class_weight(class_weight, net.in_channels, look=False)
     found = parts.segmentation_parts(
-        logits,
-        labels,
-        net,
-        level_taps(net, level_weights, o.distance),
-        o,
-        teacher=teacher,
-        mask=mask,
-        gpl_weight=as_weight("gpl_weight", gpl_weight),
-        ce_weight=as_weight("ce_weight", ce_weight),
-        class_weight=class_weight,
-        label_smoothing=as_label_smoothing(label_smoothing),
-        gpl_ignore=gpl_ignore,
-    )
+        logits, labels, net, level_taps(net, level_weights, o.distance), o, terms,
+        teacher=teacher, mask=mask, normalizer=normalizer,
+    )  # fmt: skip
     return found if return_parts else parts.sum_of_parts(found)
 
 
@@ -189,7 +185,7 @@ def encode(
         target: floating (N, C, H, W), integer labels or `TopK`.
         net: the frozen network.
         layers: whose outputs are kept.
-        mask: (N, H, W) or (N, 1, H, W) bool, True = valid; a copy is kept with the features.
+        mask: (N, H, W) or (N, 1, H, W), bool or floating; a copy is kept with the features.
         **options: see `OptionWords`.
 
     Raises:

@@ -213,24 +213,26 @@ def as_class_weight(
     return copied
 
 
-def check_gpl_ignore(word: bool | str) -> None:
-    """Raises: ValueError for anything but "auto", True and False."""
-    if not (word == "auto" or isinstance(word, bool)):
-        raise ValueError(f"gpl_ignore: got {word!r}, expected 'auto', True or False")
+MODES = ("multiclass", "binary", "multilabel")
 
 
-def as_num_classes(value: SupportsIndex) -> int:
+def as_num_classes(value: SupportsIndex, mode: str = "multiclass") -> int:
     """C of a segmentation.
 
     Raises:
-        ValueError: not an integer >= 2.
+        ValueError: an unknown mode; not an integer that it takes.
     """
-    expected = (
-        "an integer >= 2; for one channel use GenericPerceptualLoss(1, activation='sigmoid') "
-        "beside a binary cross-entropy"
-    )
+    if not isinstance(mode, str) or mode not in MODES:
+        raise ValueError(f"mode: got {mode!r}, expected one of {MODES}")
+    expected = {
+        "multiclass": "an integer >= 2; for one channel use mode='binary', or "
+        "GenericPerceptualLoss(1, activation='sigmoid') beside a binary cross-entropy",
+        "binary": "1 with mode='binary'; for several classes use mode='multilabel' (any number of "
+        "them at a pixel) or 'multiclass' (one)",
+        "multilabel": "an integer >= 1",
+    }[mode]
     classes = as_int("num_classes", value, expected)
-    if classes < 2:
+    if classes < (2 if mode == "multiclass" else 1) or (mode == "binary" and classes != 1):
         raise ValueError(f"num_classes: got {classes}, expected {expected}")
     return classes
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import SupportsFloat, SupportsIndex
 
 import torch
@@ -16,7 +17,7 @@ from gpl_fast.layer_weights import HeldWeights, LayerWeight, level_taps
 from gpl_fast.net.initialisation import Init
 from gpl_fast.net.lossnet import LossNet
 from gpl_fast.net.structure import WIDTHS, parse_blocks
-from gpl_fast.options import Options, TermWords
+from gpl_fast.options import IgnoreIndex, Options, TermWords
 from gpl_fast.targets import TargetFeatures, TargetLike, TargetMap, first_look
 
 
@@ -58,7 +59,7 @@ class GenericPerceptualLoss(nn.Module):
         temperature: T: every activation, "none" included, sees ``z / T``; a target that is taken as
             it is beside an activated prediction is not divided. The gradient is not multiplied by
             the T² of distillation: do that with the loss' weight.
-        ignore_index: label of pixels that do not count, for label targets.
+        ignore_index: label of pixels that do not count, or several, for label targets.
         reduction: "mean", "sum", or "none" -> (N,).
         criterion: "l2", the mean of squares, or "l1", of absolute values (of Gram matrices' too).
         normalize_features: divide the features at each tap by their norm over channels, plus 1e-10,
@@ -87,7 +88,7 @@ class GenericPerceptualLoss(nn.Module):
         activation: str = "softmax",
         target_activation: str = "auto",
         temperature: SupportsFloat = 1.0,
-        ignore_index: SupportsIndex | None = None,
+        ignore_index: IgnoreIndex = None,
         reduction: str = "mean",
         criterion: str = "l2",
         normalize_features: bool = False,
@@ -155,13 +156,15 @@ class GenericPerceptualLoss(nn.Module):
         target: TargetLike,
         mask: Tensor | None = None,
         architecture: str | None = None,
+        ratio: bool = False,
     ) -> Explanation:
         """Which backend would run and why, FLOPs, bytes saved, workspace; print it.
 
         Nothing is computed. Meta tensors stand for tensors of the default device; another
-        `architecture` than theirs goes by its name, such as "sm_90" or "avx2".
+        `architecture` than theirs goes by its name, such as "sm_90" or "avx2". `ratio` asks for
+        norms of gradients of one part beside another's; there is one here.
         """
-        return explain(
+        found = explain(
             self,
             self.net,
             self.options,
@@ -171,6 +174,7 @@ class GenericPerceptualLoss(nn.Module):
             weights=self.weights.on(pred),
             architecture=architecture,
         )
+        return replace(found, ratio={}) if ratio else found
 
     def extra_repr(self) -> str:
         last, shown = {self.net.levels[-1]: 1.0}, self.weights.shown()

@@ -32,6 +32,8 @@ _MUTATING = (
     "relu_pool_bwd",
     "relu_bwd",
     "softmax_bwd",
+    "binary_ce_fwd",
+    "binary_ce_bwd",
     "winograd_weight",
     "winograd",
     "direct_weight",

@@ -15,6 +15,8 @@ from gpl_fast.graphs import constant
 from gpl_fast.input_checks import as_float, as_float_dtype, as_int
 from gpl_fast.stages import ACTIVATIONS, CRITERIA
 
+IgnoreIndex = SupportsIndex | Sequence[SupportsIndex] | None
+
 TARGET_ACTIVATIONS = ("auto", "same", *ACTIVATIONS)
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -38,7 +40,7 @@ class TermWords(TypedDict, total=False):
 class LabelWords(TermWords, total=False):
     """The same where labels may be the target."""
 
-    ignore_index: SupportsIndex | None
+    ignore_index: IgnoreIndex
 
 
 class OptionWords(LabelWords, total=False):
@@ -58,13 +60,15 @@ class Options:
     activation: str = "softmax"
     target_activation: str = "auto"
     temperature: float = 1.0
-    ignore_index: int | None = None
+    ignore_index: int | tuple[int, ...] | None = None
     reduction: str = "mean"
     criterion: str = "l2"
     normalize_features: bool = False
     compute_dtype: torch.dtype | None = None
     backend: str = "auto"
     workspace_mb: float | str = "auto"
+    # `ignore_index`, as many as there are.
+    ignored: tuple[int, ...] = field(init=False, repr=False, compare=False)
     # The numbers as text, on which torch.compile guards: a float that differs between two losses
     # becomes a symbol in the second one's graph, which no constant can be made of.
     texts: Mapping[str, str] = field(init=False, repr=False, compare=False)
@@ -90,7 +94,9 @@ class Options:
             if megabytes <= 0:
                 raise ValueError(f"workspace_mb: got {self.workspace_mb!r}, expected {expected}")
             self._set("workspace_mb", megabytes)
-        self._set("ignore_index", as_ignore_index(self.ignore_index))
+        ignored = as_ignored(self.ignore_index)
+        self._set("ignored", ignored)
+        self._set("ignore_index", ignored if len(ignored) > 1 else ignored[0] if ignored else None)
         self._set("compute_dtype", as_float_dtype("compute_dtype", self.compute_dtype))
         numbers = {"temperature": self.temperature, "workspace_mb": self.workspace_mb}
         self._set("texts", {name: str(number) for name, number in numbers.items()})
@@ -173,15 +179,21 @@ def refuse_unknown(taker: str, given: Iterable[str], known: Sequence[str]) -> No
         )
 
 
-def as_ignore_index(value: SupportsIndex | None) -> int | None:
-    """A label that does not count, or None.
+def as_ignored(value: IgnoreIndex) -> tuple[int, ...]:
+    """The labels that do not count: none, one, or several.
 
     Raises:
         ValueError: not an integer of 64 bits.
     """
     if value is None:
-        return None
-    index = as_int("ignore_index", value, "an integer, or None = ignore nothing")
+        return ()
+    given = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    return tuple(dict.fromkeys(map(_as_label, given)))
+
+
+def _as_label(value: SupportsIndex | Sequence[SupportsIndex]) -> int:
+    expected = "an integer, several of them, or None = ignore nothing"
+    index = as_int("ignore_index", value, expected)  # type: ignore[arg-type]  # refused there
     if not -(2**63) <= index < 2**63:
         raise ValueError(
             f"ignore_index: got {index}, expected an integer that a label can hold, in "

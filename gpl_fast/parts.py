@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,19 +11,27 @@ from torch import Tensor
 from gpl_fast import engine, reference
 from gpl_fast.input_checks import check_prediction
 from gpl_fast.net.lossnet import LossNet
+from gpl_fast.normalizer import Normalizer, NormalizerLike, as_normalizer, divided
 from gpl_fast.options import Options
 from gpl_fast.precision import accumulation_dtype, no_autocast
 from gpl_fast.targets import (
+    IGNORED,
+    Target,
     TargetFeatures,
     TargetLike,
+    count_elements,
+    count_labels,
     feature_settings,
     normalise_mask,
+    resolve_element_teacher,
+    resolve_elements,
     resolve_labels,
     resolve_style,
     resolve_target,
     resolve_teacher,
+    weights_of_pixels,
 )
-from gpl_fast.terms import CrossEntropy, Weights
+from gpl_fast.terms import BinaryCrossEntropy, CrossEntropy, Segmentation, Weights
 
 
 def generic_value(
@@ -47,47 +56,85 @@ def segmentation_parts(
     net: LossNet,
     taps: Weights,
     o: Options,
+    s: Segmentation,
     *,
     teacher: TargetLike | None,
     mask: Tensor | None,
-    gpl_weight: float,
-    ce_weight: float,
-    class_weight: Tensor | None,
-    label_smoothing: float,
-    gpl_ignore: bool | str,
+    normalizer: NormalizerLike | None = None,
 ) -> dict[str, Tensor]:
     """The weighted terms of `functional.segmentation_loss`: ``{"loss_ce", "loss_gpl"}``."""
-    checked, given = resolve_labels(labels, mask, logits, net, o)
+    divisor = None if normalizer is None else as_normalizer(normalizer, o.reduction)
+    resolve, compared = segmentation_resolvers(s)
+    checked, given = resolve(labels, mask, logits, net, o)
     logits = reference.input_edge(logits)
     with no_autocast(logits):
-        logits = reference.resize(logits, checked.shape[1:])
-    target = resolve_teacher(teacher, checked, given, logits, o, gpl_ignore)
-    cross_entropy = None
-    if ce_weight:
-        weight = None if class_weight is None else class_weight.to(logits.device)
-        cross_entropy = CrossEntropy(checked, weight, label_smoothing)
-    weights = taps if gpl_weight else Weights({}, {})
-    terms = engine.weighted_terms(logits, target, net, o, weights, cross_entropy=cross_entropy)
+        logits = reference.resize(logits, checked.shape[-2:])
+    target = compared(teacher, checked, given, logits, o, s.gpl_ignore)
+    mask = None if given is None else weights_of_pixels(target, checked, given)
+    classified = _classified(checked, mask, s) if s.ce_weight else None
+    weights = taps if s.gpl_weight else Weights({}, {})
+    terms = engine.weighted_terms(logits, target, net, o, weights, cross_entropy=classified)
     if terms.cross_entropy is None or terms.normalizer is None:  # not computed, but connected
         ce = _reduce(engine.nothing(logits), o.reduction)
     else:
-        ce = _mean_cross_entropy(terms.cross_entropy, terms.normalizer, o.reduction)
-        ce = ce_weight * ce
-    gpl = _reduce(terms.feature, o.reduction)
-    return {"loss_ce": ce, "loss_gpl": gpl_weight * gpl if gpl_weight else gpl}
+        ce = _mean_cross_entropy(terms.cross_entropy, terms.normalizer, o.reduction, divisor)
+        ce = s.ce_weight * ce
+    gpl = _reduce(terms.feature, o.reduction, None if divisor is None else divisor.images)
+    return {"loss_ce": ce, "loss_gpl": s.gpl_weight * gpl if s.gpl_weight else gpl}
 
 
-def _mean_cross_entropy(total: Tensor, norm: Tensor, reduction: str) -> Tensor:
-    """Mean over valid pixels of the batch, or of each image and then their sum.
+def segmentation_resolvers(s: Segmentation) -> tuple[Callable[..., Any], Callable[..., Target]]:
+    """Who checks the labels, and who finds what the logits are compared with."""
+    if s.by_element:
+        return resolve_elements, resolve_element_teacher
+    return resolve_labels, resolve_teacher
+
+
+def _classified(
+    labels: Tensor, mask: Tensor | None, s: Segmentation
+) -> CrossEntropy | BinaryCrossEntropy:
+    """What the logits are classified as, of labels that are checked and the weights of pixels."""
+    weight, of_ones = (
+        None if w is None else w.to(labels.device) for w in (s.class_weight, s.pos_weight)
+    )
+    if s.by_element:
+        return BinaryCrossEntropy(labels, weight, of_ones, s.label_smoothing, mask)
+    return CrossEntropy(labels, weight, s.label_smoothing, mask)
+
+
+def _mean_cross_entropy(
+    total: Tensor, norm: Tensor, reduction: str, divisor: Normalizer | None
+) -> Tensor:
+    """Mean over valid pixels of the batch or over as many as the caller says, or of each image and
+    then their sum.
 
     0 where the counted weights sum to 0: with label smoothing `total`, whose smoothed part weighs
     every class, is none there.
     """
+    if divisor is not None:
+        return divided(total.masked_fill(norm == 0, 0).sum(), divisor.pixels)
     if reduction == "mean":
         total, norm = total.sum(), norm.sum()
-    nothing = norm == 0
-    mean = (total / norm.masked_fill(nothing, 1)).masked_fill(nothing, 0)
+    mean = divided(total, norm)
     return mean.sum() if reduction == "sum" else mean
+
+
+def count(
+    labels: Tensor, mask: Tensor | None, channels: int, o: Options, s: Segmentation
+) -> Tensor:
+    """`SegmentationLoss.count`."""
+    if s.by_element:
+        checked, given = count_elements(labels, mask, channels, o)
+        counted = (checked != IGNORED).sum(dim=1).double()
+    else:
+        checked, given = count_labels(labels, mask, channels, o)
+        counted = (checked >= 0).double()
+        if s.class_weight is not None:
+            counted *= s.class_weight.to(counted)[checked.clamp_min(0)]
+    if given is not None:
+        counted *= torch.where(reference.counted(given), given, 0)
+    pixels = counted.sum()
+    return torch.stack([pixels, torch.full_like(pixels, checked.shape[0])])
 
 
 def perceptual_parts(
@@ -154,8 +201,11 @@ def encode_target(
     return TargetFeatures(features, feature_settings(net, o, resolved.size), *kept)
 
 
-def _reduce(values: Tensor, reduction: str) -> Tensor:
+def _reduce(values: Tensor, reduction: str, images: float | Tensor | None = None) -> Tensor:
+    """Of each image (N,); a mean over as many `images` as the caller says, or over N."""
     if reduction == "none":
         return values
     total = values.sum()
+    if images is not None:
+        return divided(total, images)
     return total / max(values.shape[0], 1) if reduction == "mean" else total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import SupportsFloat, Unpack
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gpl_fast import distance_maps, parts
+from gpl_fast.balance import gradient_norms, ratios
 from gpl_fast.costs import Explanation
 from gpl_fast.explain import explain
 from gpl_fast.layer_weights import HeldWeights, LayerWeight, as_layers
@@ -90,22 +92,32 @@ class PerceptualLoss(nn.Module):
         return_parts: bool | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """The loss of `pred` (N, C, H, W); see `functional.perceptual_loss`."""
-        found = parts.perceptual_parts(
-            pred,
-            target,
-            self.net,
-            self.options,
-            style_target=style_target,
-            mask=mask,
-            weights=self.weights.on(pred),
-            tv_weight=self.tv_weight,
-        )
+        found = self._parts(pred, target, style_target, mask, self.options)
         if not (torch.compiler.is_compiling() or self._looked):
             self._looked = first_look(
                 self.options, target=(target, mask), style_target=(style_target, None)
             )
         wanted = self.return_parts if return_parts is None else return_parts
         return found if wanted else parts.sum_of_parts(found)
+
+    def _parts(
+        self,
+        pred: Tensor,
+        target: TargetLike,
+        style_target: TargetLike | None,
+        mask: Tensor | None,
+        o: Options,
+    ) -> dict[str, Tensor]:
+        return parts.perceptual_parts(
+            pred,
+            target,
+            self.net,
+            o,
+            style_target=style_target,
+            mask=mask,
+            weights=self.weights.on(pred),
+            tv_weight=self.tv_weight,
+        )
 
     def encode(self, target: TargetMap, mask: Tensor | None = None) -> TargetFeatures:
         """φ(target) at every layer used: a `target`, a `style_target`, or both."""
@@ -122,13 +134,15 @@ class PerceptualLoss(nn.Module):
         style_target: TargetLike | None = None,
         mask: Tensor | None = None,
         architecture: str | None = None,
+        ratio: bool = False,
     ) -> Explanation:
         """Which backend would run and why, FLOPs, bytes saved, workspace; print it.
 
         Nothing is computed. Meta tensors stand for tensors of the default device; another
-        `architecture` than theirs goes by its name, such as "sm_90" or "avx2".
+        `architecture` than theirs goes by its name, such as "sm_90" or "avx2". With `ratio`, what
+        norm each part's gradient has beside `loss_feature`'s, which is computed.
         """
-        return explain(
+        found = explain(
             self,
             self.net,
             self.options,
@@ -140,6 +154,14 @@ class PerceptualLoss(nn.Module):
             tv_weight=self.tv_weight,
             architecture=architecture,
         )
+        if not ratio:
+            return found
+
+        def parts_of(x: Tensor, o: Options) -> dict[str, Tensor]:
+            return self._parts(x, target, style_target, mask, o)
+
+        norms = gradient_norms(parts_of, pred, self.options, target)
+        return replace(found, ratio=ratios(norms))
 
     def distance_map(self, pred: Tensor, target: TargetLike, mask: Tensor | None = None) -> Tensor:
         """Where they differ: the last level's distance, with its weight, at each of its pixels and

@@ -5,8 +5,9 @@ Source: Liu et al., "Generic Perceptual Loss for Modeling Structured Output Depe
 2016. The sections follow docs/math.md: (1) maps, (2) the frozen network, (3) distances, (4)
 precision of the chain, (5) the segmentation total. This file imports torch only.
 
-Shapes: ``N`` images, ``C`` channels, ``H x W`` pixels; ``valid`` is ``(N, H, W)`` bool, True where
-a pixel counts. Arithmetic outside the network is float32, or float64 for float64 input.
+Shapes: ``N`` images, ``C`` channels, ``H x W`` pixels; ``valid`` is ``(N, H, W)``: bool, True where
+a pixel counts, or floating, the weight m of a pixel, which counts where it is above 0. Arithmetic
+outside the network is float32, or float64 for float64 input.
 """
 
 from __future__ import annotations
@@ -37,25 +38,25 @@ def activate(x: Tensor, activation: str, temperature: float = 1.0) -> Tensor:
 def resize(x: Tensor, size: Sequence[int], valid: Tensor | None = None) -> Tensor:
     """Bilinear resize of ``(N, C, h, w)`` to ``size = (H, W)``, ``align_corners=False``.
 
-    With ``valid`` ``(N, h, w)`` bool, of what is valid alone: ``sum b x / sum b`` over the valid
-    ones, b the bilinear weights; 0 where there is none.
+    With ``valid`` ``(N, h, w)``, of what is valid alone: ``sum b m x / sum b m``, b the bilinear
+    weights, m those of the pixels (1 where a bool is True); 0 where there is none.
     """
     if tuple(x.shape[-2:]) == tuple(size):
         return x
     if valid is not None:
         weight = resize(valid.unsqueeze(1).to(x.dtype), size)
-        return resize(zero_invalid(x, valid), size) / torch.where(weight > 0, weight, 1)
+        return resize(weighted(x, valid), size) / torch.where(weight > 0, weight, 1)
     if x.shape[0] == 0:
         return x.new_zeros(0, x.shape[1], *size)
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def resize_mask(valid: Tensor, size: Sequence[int]) -> Tensor:
-    """``(N, h, w)`` bool -> ``(N, H, W)`` bool: valid where the nearest source is."""
+    """``(N, h, w)`` -> ``(N, H, W)``: valid, with its weight, where the nearest source is."""
     if valid.shape[0] == 0:
         return valid.new_zeros(0, *size)
     near = F.interpolate(valid.unsqueeze(1).float(), size=tuple(size), mode="nearest-exact")
-    return near.squeeze(1) > 0
+    return near.squeeze(1) > 0 if valid.dtype == torch.bool else near.squeeze(1)
 
 
 def one_hot(labels: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
@@ -67,6 +68,11 @@ def one_hot(labels: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
         return labels.clamp(min=0).unsqueeze(1).to(dtype)
     classes = torch.arange(channels, device=labels.device).view(1, -1, 1, 1)
     return (labels.unsqueeze(1) == classes).to(dtype)
+
+
+def multi_hot(labels: Tensor, dtype: torch.dtype) -> Tensor:
+    """``(N, C, H, W)`` uint8 labels of single elements -> their map: 1 where they are 1."""
+    return (labels == 1).to(dtype)
 
 
 def dense_topk(
@@ -104,15 +110,34 @@ def renormalized(values: Tensor) -> Tensor:
     return values / torch.where(largest > 0, values.sum(dim=1, keepdim=True), 1)
 
 
+def counted(valid: Tensor) -> Tensor:
+    """Which pixels count, as bool."""
+    return valid if valid.dtype == torch.bool else valid > 0
+
+
 def zero_invalid(x: Tensor, valid: Tensor | None) -> Tensor:
     """0 where a pixel is not valid: selected, not multiplied, so that NaN there is harmless."""
-    return x if valid is None else torch.where(valid.unsqueeze(1), x, 0)
+    return x if valid is None else torch.where(counted(valid).unsqueeze(1), x, 0)
+
+
+def weighted(x: Tensor, valid: Tensor | None) -> Tensor:
+    """``m x``, 0 where a pixel is not valid; bool is m = 1."""
+    x = zero_invalid(x, valid)
+    if valid is None or valid.dtype == torch.bool:
+        return x
+    return x * zero_invalid(valid.unsqueeze(1).to(x.dtype), valid)
+
+
+def zero_ignored(x: Tensor, elements: Tensor | None) -> Tensor:
+    """0 where an element of a map ``(N, C, H, W)`` is ignored, its label in ``elements`` being 2;
+    selected, as in `zero_invalid`."""
+    return x if elements is None else torch.where(elements == 2, 0, x)
 
 
 def prediction_map(
     pred: Tensor, activation: str, temperature: float, valid: Tensor | None
 ) -> Tensor:
-    """``y' = act(x / T)``, 0 at pixels that are not valid, in value and gradient."""
+    """``y' = act(x / T)``, 0 at pixels that are not valid, in value and gradient; no weight yet."""
     # Zeroed before the activation too: the softmax's own backward would turn NaN * 0 into NaN.
     return zero_invalid(activate(zero_invalid(pred, valid), activation, temperature), valid)
 
@@ -137,12 +162,12 @@ def network_input(
     mean: Tensor | None = None,
     std: Tensor | None = None,
 ) -> Tensor:
-    """What enters the first convolution: adapter ``(3, C, 1, 1)``, mean/std ``(3,)``, zeroing."""
+    """What enters the first convolution: adapter ``(3, C, 1, 1)``, mean/std ``(3,)``, ``m y``."""
     if adapter is not None:
         y = F.conv2d(y, adapter.to(y.dtype))
     if mean is not None and std is not None:
         y = (y - mean.to(y.dtype).view(1, -1, 1, 1)) / std.to(y.dtype).view(1, -1, 1, 1)
-    return zero_invalid(y, valid)
+    return weighted(y, valid)
 
 
 def features(
@@ -257,12 +282,13 @@ def style_distance(e_pred: Tensor, e_target: Tensor, distance: Distance | None =
 def total_variation(y: Tensor, valid: Tensor | None = None) -> Tensor:
     """Mean squared difference of vertical plus that of horizontal neighbours, ``(N,)``.
 
-    A pair counts only where both pixels are valid; the normalisation does not change.
+    A pair counts, as one, where both pixels are valid; the normalisation does not change.
     """
     result = y.new_zeros(y.shape[0])
     for dim in (2, 3):
         d = y.diff(dim=dim)
         if valid is not None:
+            valid = counted(valid)
             size = valid.shape[dim - 1] - 1
             both = valid.narrow(dim - 1, 0, size) & valid.narrow(dim - 1, 1, size)
             d = zero_invalid(d, both)
@@ -508,17 +534,22 @@ def _largest_seed(feature: float, style: float, shape: Sequence[int], l1: bool) 
 
 
 def cross_entropy(
-    logits: Tensor, labels: Tensor, class_weight: Tensor | None, label_smoothing: float
+    logits: Tensor,
+    labels: Tensor,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """PyTorch's cross-entropy: the sum over each image's valid pixels and that of their weights.
 
-    Their quotient is ``F.cross_entropy``'s mean; both (N,).
+    Their quotient is ``F.cross_entropy``'s mean, of a mask ``sum m w l / sum m w``; both (N,).
 
     Args:
         logits: (N, C, H, W) float32 or float64.
         labels: (N, H, W) int64, -1 = does not count.
         class_weight: (C,) or None.
         label_smoothing: in [0, 1].
+        mask: (N, H, W) floating, the weight m of each pixel, or None = 1.
     """
     counts = labels >= 0
     # Zeroed first: an ignored NaN logit would reach the gradient through softmax's backward.
@@ -533,4 +564,41 @@ def cross_entropy(
     norm = counts.to(pixel.dtype)
     if class_weight is not None:
         norm = class_weight[labels.clamp(min=0)] * norm
+    if mask is not None:
+        m = torch.where(counts & counted(mask), mask.to(pixel.dtype), 0)
+        pixel, norm = pixel * m, norm * m
     return pixel.sum(dim=(1, 2)), norm.sum(dim=(1, 2))
+
+
+def binary_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    class_weight: Tensor | None,
+    pos_weight: Tensor | None,
+    label_smoothing: float,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """PyTorch's binary cross-entropy with logits: the sum over each image's elements that count,
+    and how many there are; both (N,).
+
+    Args:
+        logits: (N, C, H, W) float32 or float64.
+        labels: (N, C, H, W) uint8: 0, 1, or 2 = does not count.
+        class_weight: (C,) by which a class' losses are multiplied, or None.
+        pos_weight: (C,) by which a class' losses of label 1 are, or None.
+        label_smoothing: in [0, 1]: a label y is y (1 - e) + e / 2.
+        mask: (N, H, W) floating, the weight m of each pixel's elements, or None = 1.
+    """
+    counts = (labels != 2).to(logits.dtype)
+    y = multi_hot(labels, logits.dtype) * (1 - label_smoothing) + label_smoothing / 2
+    # Zeroed first: an ignored NaN logit would reach the gradient as NaN times 0.
+    x = zero_ignored(logits, labels)
+    positive = y if pos_weight is None else pos_weight.view(-1, 1, 1) * y
+    # Two terms >= 0: F.binary_cross_entropy_with_logits cancels where x is far below 0.
+    element = -(positive * F.logsigmoid(x) + (1 - y) * F.logsigmoid(-x))
+    if class_weight is not None:
+        element = class_weight.view(-1, 1, 1) * element
+    if mask is not None:
+        m = torch.where(counted(mask), mask.to(logits.dtype), 0)
+        counts = counts * m.unsqueeze(1)
+    return (element * counts).sum(dim=(1, 2, 3)), counts.sum(dim=(1, 2, 3))

@@ -10,20 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from gpl_fast import distance_maps, parts
+from gpl_fast.balance import segmentation_norms, weight_for
 from gpl_fast.costs import Explanation
 from gpl_fast.device_copies import DeviceCopies
 from gpl_fast.explain import explain_segmentation
-from gpl_fast.input_checks import (
-    as_class_weight,
-    as_label_smoothing,
-    as_num_classes,
-    as_weight,
-    check_gpl_ignore,
-)
+from gpl_fast.input_checks import as_label_smoothing, as_num_classes
 from gpl_fast.loss import GenericPerceptualLoss, GenericWords
 from gpl_fast.net.lossnet import LossNet
-from gpl_fast.options import refuse_unknown
+from gpl_fast.normalizer import NormalizerLike
+from gpl_fast.options import IgnoreIndex, refuse_unknown
 from gpl_fast.targets import TargetFeatures, TargetLike, TargetMap, first_look
+from gpl_fast.terms import Segmentation, activation_of
 
 # `GenericWords`, in the order of the signature.
 _KNOWN = [
@@ -37,12 +34,18 @@ class SegmentationLoss(nn.Module):
     """``ce_weight · CE(x, labels) + gpl_weight · L(softmax(x), target)``: the paper's eq. (2).
 
     Args:
-        num_classes: C >= 2.
+        num_classes: C >= 2; 1 in mode "binary".
+        mode: "multiclass" = one class a pixel; "binary" and "multilabel" = labels (N, C, H, W) of
+            0, 1 and ignored ones, of one class (N, H, W) too, bool, integers or floating: the
+            binary cross-entropy with logits, a mean over the elements that count, beside the
+            perceptual term of sigmoids. An ignored element is 0 in both maps at that element alone.
         gpl_weight: λ; the paper uses 0.1.
         ce_weight: of the cross-entropy.
-        ignore_index: label of pixels that do not count; "auto" = 255 where C <= 255; None = none.
+        ignore_index: label of pixels that do not count, or several; "auto" = 255 where C <= 255;
+            None = none.
         class_weight: (C,) of the cross-entropy: a tensor or a sequence of numbers.
-        label_smoothing: of the cross-entropy, in [0, 1].
+        pos_weight: (C,) of what is labelled 1, of a binary cross-entropy.
+        label_smoothing: of the cross-entropy, in [0, 1]; of a binary one ``y (1 − ε) + ε / 2``.
         gpl_ignore: whether pixels with an ignored label leave the perceptual term: "auto" = only
             when the labels are its target; True; False.
         return_parts: return ``{"loss_ce", "loss_gpl"}``, weighted, instead of their sum; the call's
@@ -58,38 +61,35 @@ class SegmentationLoss(nn.Module):
         self,
         num_classes: SupportsIndex,
         *,
+        mode: str = "multiclass",
         gpl_weight: SupportsFloat = 0.1,
         ce_weight: SupportsFloat = 1.0,
-        ignore_index: SupportsIndex | str | None = "auto",
+        ignore_index: IgnoreIndex | str = "auto",
         class_weight: Tensor | Iterable[SupportsFloat] | None = None,
+        pos_weight: Tensor | Iterable[SupportsFloat] | None = None,
         label_smoothing: SupportsFloat = 0.0,
         gpl_ignore: bool | str = "auto",
         return_parts: bool = False,
         **gpl: Unpack[GenericWords],
     ) -> None:
         super().__init__()
-        num_classes = as_num_classes(num_classes)
-        check_gpl_ignore(gpl_ignore)
+        num_classes = as_num_classes(num_classes, mode)
         refuse_unknown("SegmentationLoss", gpl, _KNOWN)
-        if isinstance(ignore_index, str) and ignore_index == "auto":
-            if num_classes > 255:
-                raise ValueError(
-                    f"ignore_index: got 'auto' with {num_classes} classes, where 255 is a class; "
-                    "expected an explicit label, such as 65535 or -1, or None = ignore nothing"
-                )
-            ignore_index = 255
-        elif isinstance(ignore_index, str):
-            raise ValueError(f"ignore_index: got {ignore_index!r}, expected 'auto', an int or None")
-        self.gpl = GenericPerceptualLoss(num_classes, ignore_index=ignore_index, **gpl)
-        self.gpl_weight = as_weight("gpl_weight", gpl_weight)
-        self.ce_weight = as_weight("ce_weight", ce_weight)
-        self.label_smoothing = label_smoothing
-        self.gpl_ignore = gpl_ignore
-        self.return_parts = return_parts
+        gpl["activation"] = activation_of(mode, gpl.get("activation"))
+        checked = Segmentation.of(
+            num_classes, gpl_weight=gpl_weight, ce_weight=ce_weight, class_weight=class_weight,
+            label_smoothing=label_smoothing, gpl_ignore=gpl_ignore, mode=mode,
+            pos_weight=pos_weight,
+        )  # fmt: skip
+        ignored = _ignored(ignore_index, num_classes, checked.by_element)
+        self.gpl = GenericPerceptualLoss(num_classes, ignore_index=ignored, **gpl)
+        self.gpl_weight, self.ce_weight = checked.gpl_weight, checked.ce_weight
+        self.label_smoothing = checked.label_smoothing
+        self.gpl_ignore = checked.gpl_ignore
         # A plain attribute: a buffer would appear in state_dict and be broadcast by DDP.
-        self.class_weight = (
-            None if class_weight is None else as_class_weight(class_weight, num_classes)
-        )
+        self.class_weight, self.pos_weight = checked.class_weight, checked.pos_weight
+        self.mode = mode
+        self.return_parts = return_parts
         self._copies = DeviceCopies()
 
     @property
@@ -113,26 +113,62 @@ class SegmentationLoss(nn.Module):
         teacher: TargetLike | None = None,
         mask: Tensor | None = None,
         return_parts: bool | None = None,
+        normalizer: NormalizerLike | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """The total for `logits` (N, C, h, w); see `functional.segmentation_loss`."""
         found = parts.segmentation_parts(
-            logits,
-            labels,
-            self.net,
-            self.gpl.weights.on(logits),
-            self.gpl.options,
-            teacher=teacher,
-            mask=mask,
-            gpl_weight=self.gpl_weight,
-            ce_weight=self.ce_weight,
-            class_weight=self._copies.of("class_weight", self.class_weight, logits),
-            label_smoothing=self.label_smoothing,
-            gpl_ignore=self.gpl_ignore,
-        )
+            logits, labels, self.net, self.gpl.weights.on(logits), self.gpl.options,
+            self._terms(logits), teacher=teacher, mask=mask, normalizer=normalizer,
+        )  # fmt: skip
         if not (torch.compiler.is_compiling() or self.gpl._looked):
             self.gpl._looked = first_look(self.gpl.options, teacher=(teacher, mask))
         wanted = self.return_parts if return_parts is None else return_parts
         return found if wanted else parts.sum_of_parts(found)
+
+    def _terms(self, like: object) -> Segmentation:
+        """With the class weights on the device of `like`."""
+        weight = self._copies.of("class_weight", self.class_weight, like)
+        of_ones = self._copies.of("pos_weight", self.pos_weight, like)
+        return Segmentation(
+            self.gpl_weight, self.ce_weight, weight, self.label_smoothing, self.gpl_ignore,
+            self.mode, of_ones,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def count(self, labels: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What these labels add to a `normalizer`: (2,) float64 on their device, of the pixels that
+        count (with class weights the sum of their weights) and of the images.
+
+        Gradient accumulation: ``normalizer = sum(loss.count(y) for y in micro_batches)`` makes the
+        sum of the pieces' values, and of their gradients, those of the whole batch. With DDP, which
+        averages gradients, all-reduce it and divide it by the number of ranks.
+        """
+        return parts.count(
+            labels, mask, self.net.in_channels, self.gpl.options, self._terms(labels)
+        )
+
+    def suggest_weight(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        teacher: TargetLike | None = None,
+        mask: Tensor | None = None,
+        share: SupportsFloat = 0.1,
+    ) -> float:
+        """The `gpl_weight` at which the perceptual term's gradient by these logits has `share` of
+        the norm of the cross-entropy's, both with reduction "mean".
+
+        Some batches of a network that has begun to learn say more than one of an untrained one.
+        Works under `torch.no_grad` and `torch.inference_mode`, and synchronises with a GPU.
+
+        Raises:
+            ValueError: one of the gradients is 0 or not finite.
+        """
+        norms = segmentation_norms(
+            logits, labels, self.net, self.gpl.weights.on(logits), self.gpl.options,
+            self._terms(logits)._replace(gpl_weight=1.0), teacher=teacher, mask=mask,
+        )  # fmt: skip
+        return weight_for(share, norms["loss_ce"], norms["loss_gpl"])
 
     def explain(
         self,
@@ -141,27 +177,19 @@ class SegmentationLoss(nn.Module):
         teacher: TargetLike | None = None,
         mask: Tensor | None = None,
         architecture: str | None = None,
+        ratio: bool = False,
     ) -> Explanation:
         """Which backend would run and why, FLOPs, bytes saved, workspace; print it.
 
         Nothing is computed. Meta tensors stand for tensors of the default device; another
-        `architecture` than theirs goes by its name, such as "sm_90" or "avx2".
+        `architecture` than theirs goes by its name, such as "sm_90" or "avx2". With `ratio`, what
+        norm the perceptual term's gradient has beside the cross-entropy's, which is computed.
         """
         return explain_segmentation(
-            self,
-            self.net,
-            self.gpl.options,
-            logits,
-            labels,
-            teacher,
-            mask,
-            taps=self.gpl.weights.on(logits),
-            gpl_weight=self.gpl_weight,
-            ce_weight=self.ce_weight,
-            label_smoothing=self.label_smoothing,
-            gpl_ignore=self.gpl_ignore,
-            architecture=architecture,
-        )
+            self, self.net, self.gpl.options, self._terms(logits), logits, labels,
+            teacher=teacher, mask=mask, taps=self.gpl.weights.on(logits),
+            architecture=architecture, ratio=ratio,
+        )  # fmt: skip
 
     def encode(self, teacher: TargetMap, mask: Tensor | None = None) -> TargetFeatures:
         """φ(teacher), to be used as `teacher`; see `functional.encode`."""
@@ -194,8 +222,24 @@ class SegmentationLoss(nn.Module):
 
     def extra_repr(self) -> str:
         usual = {"gpl_weight": 0.1, "ce_weight": 1.0, "label_smoothing": 0.0, "gpl_ignore": "auto"}
-        weights = None if self.class_weight is None else self.class_weight.tolist()
+        usual["mode"] = "multiclass"
+        tensors = {"class_weight": self.class_weight, "pos_weight": self.pos_weight}
+        weights = [f"{k}={w.tolist()}" for k, w in tensors.items() if w is not None]
         words = {name: getattr(self, name) for name in usual}
         words["return_parts"], usual["return_parts"] = self.return_parts, False
         changed = [f"{k}={v!r}" for k, v in words.items() if v != usual[k] or k == "gpl_weight"]
-        return ", ".join([*changed, *([] if weights is None else [f"class_weight={weights}"])])
+        return ", ".join([*changed, *weights])
+
+
+def _ignored(given: IgnoreIndex | str, classes: int, by_element: bool) -> IgnoreIndex:
+    """What `Options` take of ``ignore_index``: "auto" is 255, where that is no class."""
+    if not isinstance(given, str):
+        return given
+    if given != "auto":
+        raise ValueError(f"ignore_index: got {given!r}, expected 'auto', integers or None")
+    if classes > 255 and not by_element:
+        raise ValueError(
+            f"ignore_index: got 'auto' with {classes} classes, where 255 is a class; "
+            "expected an explicit label, such as 65535 or -1, or None = ignore nothing"
+        )
+    return 255

@@ -10,6 +10,7 @@ all over. An argument that does not say otherwise is contiguous, and of a map ea
 - A strip is the rows [row0, row0 + rows) of every image. A row outside the image is zeros.
 - A mask has a bit a channel, ⌈C/8⌉ bytes, the first in the lowest: unless the prediction's z <= 0.
   A code has four, ⌈C/2⌉ bytes: the window's winner 0 to 3, or 4 = none is positive.
+- `valid` (N, H, W) is bool, or float32: a weight m above 0 counts; of bool m is 1.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from gpl_fast.binary_stages import BinaryBackwardStages, BinaryStages
 from gpl_fast.tap_stages import TapStages
 from gpl_fast.tiles import Tile
 
@@ -44,7 +46,7 @@ class Listed:
     rest_table: Tensor | None = None
 
 
-class BackwardStages(Protocol):
+class BackwardStages(BinaryBackwardStages, Protocol):
     """What a CPU, CUDA and Triton offer."""
 
     def relu_pool_bwd(
@@ -69,8 +71,9 @@ class BackwardStages(Protocol):
         lse: Tensor | None = None,  # of `softmax_pack_fwd`
         dy: Tensor | None = None,  # (N, rows, W, C_pad); None: the cross-entropy's gradient alone
         scale: Tensor | None = None,  # (N,) float32, with dy, by which its part is multiplied
-        valid: Tensor | None = None,  # (N, H, W) bool: dy counts there
+        valid: Tensor | None = None,  # (N, H, W): dy counts there, with its weight
         ce_labels: Tensor | None = None,  # (N, H, W) int64
+        ce_mask: Tensor | None = None,  # (N, H, W) float32, weights of its pixels
         ce_lse: Tensor | None = None,  # of `softmax_pack_fwd`
         ce_scale: Tensor | None = None,  # (N,) float32, with ce_labels
         class_weight: Tensor | None = None,  # (C,) float32
@@ -78,7 +81,7 @@ class BackwardStages(Protocol):
         """The logits' gradient from that of their map, eq. (5), plus the cross-entropy's."""
 
 
-class Stages(BackwardStages, TapStages, Protocol):
+class Stages(BinaryStages, BackwardStages, TapStages, Protocol):
     """What a CPU and Triton offer: those, and all stages of the forward."""
 
     def softmax_pack_fwd(
@@ -87,20 +90,18 @@ class Stages(BackwardStages, TapStages, Protocol):
         *,
         activation: int,
         target_activation: int,  # "none" beside another takes the target as it is, without T
-        temperature: float,
-        label_smoothing: float = 0.0,
-        row0: int,
-        rows: int,
-        core0: int,  # the rows of lse, ce_lse and ce_rows that are written
-        core_rows: int,
-        valid: Tensor | None = None,  # (N, H, W) bool; maps are 0 elsewhere
-        target: Tensor | None = None,  # (N, C, H, W), any strides; else labels, topk or nothing
+        temperature: float, label_smoothing: float = 0.0, row0: int, rows: int,
+        core0: int, core_rows: int,  # the rows of lse, ce_lse and ce_rows that are written
+        valid: Tensor | None = None,  # (N, H, W); maps are m y, and 0 elsewhere
+        target: Tensor | None = None,  # (N, C, H, W), as x, or uint8 labels, which are the map
+        elements: Tensor | None = None,  # (N, C, H, W) uint8, with target: maps are 0 where it is 2
         from_target: Tensor | None = None,  # (N,) bool, with target
         labels: Tensor | None = None,  # (N, H, W) int64; outside [0, C): no class
         topk_values: Tensor | None = None,  # (N, k, H, W) float32, each plane contiguous
         topk_indices: Tensor | None = None,  # (N, k, H, W) int64, of the same strides
         topk_rest: Tensor | None = None,  # (N, H, W) float32, of each class that is not listed
         ce_labels: Tensor | None = None,  # (N, H, W) int64; outside [0, C): not counted
+        ce_mask: Tensor | None = None,  # (N, H, W) float32, weights of its pixels
         class_weight: Tensor | None = None,  # (C,) float32
         y: Tensor | None = None,  # (N, rows, W, C_pad); of a list: y' less it where taken
         delta: Tensor | None = None,  # (N, rows, W, C_pad), with target
@@ -108,7 +109,7 @@ class Stages(BackwardStages, TapStages, Protocol):
         lse: Tensor | None = None,  # (N, H, W) float32: max + T log Σ e^((x − max) / T)
         ce_lse: Tensor | None = None,  # (N, H, W) float32: with T = 1, where lse is not that
         ce_rows: Tensor | None = None,  # (N, H, 2) float64: Σ losses, Σ weights
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Logits to maps; what their gradient needs; the cross-entropy in the same passes."""
 
     def label_conv_fwd(
@@ -122,7 +123,7 @@ class Stages(BackwardStages, TapStages, Protocol):
         taken_row0: int, row0: int,
         z: Tensor,  # (N, rows, W, C_out)
         dz: Tensor,  # (N, rows, W, C_out); on entry the convolution of `softmax_pack_fwd`'s y
-        valid: Tensor | None = None,  # (N, H, W) bool
+        valid: Tensor | None = None,  # (N, H, W)
     ) -> None:  # fmt: skip
         """What a target of labels adds to the first convolution, by look-up, eq. (7)."""
 
@@ -189,9 +190,9 @@ class TritonStages(Stages, Protocol):
     def carry_target_fwd(
         self, x: Tensor, *, activation: int, target_activation: int, temperature: float,
         step: tuple[int, int], near: float, from_target: Tensor, dense: Tensor | None = None,
-        labels: Tensor | None = None, topk_values: Tensor | None = None,
-        topk_indices: Tensor | None = None, topk_rest: Tensor | None = None,
-        valid: Tensor | None = None,
+        elements: Tensor | None = None, labels: Tensor | None = None,
+        topk_values: Tensor | None = None, topk_indices: Tensor | None = None,
+        topk_rest: Tensor | None = None, valid: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Whether an image's target is near and constant at every step-th row and column, into
         from_target (N,) bool: `gpl_fast.fast.branch`; dense (N, C, h, w), the rest as above."""
@@ -242,7 +243,7 @@ class CudaStages(BackwardStages, Protocol):
         x: Tensor, scale: Tensor, activation: int, temperature: float,
         label_smoothing: float = 0.0, row0: int, rows: int, dx: Tensor, code: Tensor | None = None,
         lse: Tensor | None = None, valid: Tensor | None = None, ce_labels: Tensor | None = None,
-        ce_lse: Tensor | None = None, ce_scale: Tensor | None = None,
-        class_weight: Tensor | None = None,
+        ce_mask: Tensor | None = None, ce_lse: Tensor | None = None,
+        ce_scale: Tensor | None = None, class_weight: Tensor | None = None,
     ) -> None:  # fmt: skip
         """The first step's `conv_block_bwd`, on through `softmax_bwd`."""

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, Self, SupportsFloat
 
+import torch
 from torch import Tensor
 
 from gpl_fast.distance import Distance
+from gpl_fast.input_checks import (
+    as_class_weight,
+    as_label_smoothing,
+    as_num_classes,
+    as_weight,
+)
 
 
 class Weights(NamedTuple):
@@ -27,19 +34,119 @@ class Weights(NamedTuple):
 class CrossEntropy(NamedTuple):
     """The one that is computed beside the perceptual terms.
 
-    ``labels`` (N, H, W) int64 with -1 = does not count, ``class_weight`` (C,) float32 or None.
+    ``labels`` (N, H, W) int64 with -1 = does not count, ``class_weight`` (C,) float32 or None,
+    ``mask`` (N, H, W) float32, the weights of pixels, or None = 1.
     """
 
     labels: Tensor
     class_weight: Tensor | None
     label_smoothing: float
+    mask: Tensor | None = None
+
+
+class BinaryCrossEntropy(NamedTuple):
+    """The same of labels of single elements.
+
+    ``labels`` (N, C, H, W) uint8: 0, 1, or 2 = does not count; ``class_weight``, ``pos_weight``
+    (C,) float32 or None; ``mask`` (N, H, W) float32 by which a pixel's elements count, or None.
+    """
+
+    labels: Tensor
+    class_weight: Tensor | None
+    pos_weight: Tensor | None
+    label_smoothing: float
+    mask: Tensor | None = None
+
+    def to(self, dtype: torch.dtype) -> BinaryCrossEntropy:
+        """With weights in `dtype`."""
+        of_class, of_ones = self.class_weight, self.pos_weight
+        return self._replace(
+            class_weight=None if of_class is None else of_class.to(dtype),
+            pos_weight=None if of_ones is None else of_ones.to(dtype),
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the fast path reads, by name, but the weights of classes and pixels."""
+        named = {"multi_hot": self.labels}
+        return named if self.pos_weight is None else named | {"pos_weight": self.pos_weight.float()}
+
+
+def activation_of(mode: str, given: object) -> str:
+    """The prediction's in a segmentation of this mode.
+
+    Raises:
+        ValueError: another one than the mode has.
+    """
+    usual = "softmax" if mode == "multiclass" else "sigmoid"
+    if mode != "multiclass" and given not in (None, "sigmoid"):
+        raise ValueError(
+            f"activation: got {given!r} with mode={mode!r}, where each class is by itself, "
+            "expected 'sigmoid', or mode='multiclass'"
+        )
+    return usual if given is None else str(given)
+
+
+class Segmentation(NamedTuple):
+    """How a segmentation's two terms are made and weighed, checked; see `SegmentationLoss`."""
+
+    gpl_weight: float
+    ce_weight: float
+    class_weight: Tensor | None  # (C,) float32
+    label_smoothing: float
+    gpl_ignore: bool | str
+    mode: str = "multiclass"
+    pos_weight: Tensor | None = None  # (C,) float32
+
+    @property
+    def by_element(self) -> bool:
+        """Whether each class has labels of its own."""
+        return self.mode != "multiclass"
+
+    @classmethod
+    def of(
+        cls,
+        channels: int,
+        *,
+        gpl_weight: SupportsFloat,
+        ce_weight: SupportsFloat,
+        class_weight: Tensor | Iterable[SupportsFloat] | None,
+        label_smoothing: SupportsFloat,
+        gpl_ignore: bool | str,
+        mode: str = "multiclass",
+        pos_weight: Tensor | Iterable[SupportsFloat] | None = None,
+        look: bool = True,
+    ) -> Self:
+        """What was given for C classes, checked; of a class weight the numbers only with `look`.
+
+        Raises:
+            ValueError: an argument outside of what `SegmentationLoss` lists.
+        """
+        as_num_classes(channels, mode)
+        if mode == "multiclass" and pos_weight is not None:
+            raise ValueError(
+                "pos_weight: got one with mode='multiclass', expected class_weight, or "
+                "mode='binary' or 'multilabel', where labels are positive or negative"
+            )
+        if not (gpl_ignore == "auto" or isinstance(gpl_ignore, bool)):
+            raise ValueError(f"gpl_ignore: got {gpl_ignore!r}, expected 'auto', True or False")
+        return cls(
+            as_weight("gpl_weight", gpl_weight),
+            as_weight("ce_weight", ce_weight),
+            None if class_weight is None else as_class_weight(class_weight, channels, look),
+            as_label_smoothing(label_smoothing),
+            gpl_ignore,
+            mode,
+            None
+            if pos_weight is None
+            else as_class_weight(pos_weight, channels, look, "pos_weight"),
+        )
 
 
 class Terms(NamedTuple):
     """Of each image, (N,) float32, float64 for a float64 prediction.
 
-    ``cross_entropy`` is the sum over the pixels that count, ``normalizer`` that of their weights;
-    None where none was asked for.
+    ``cross_entropy`` is the sum over the pixels that count, ``normalizer`` that of their weights,
+    of a binary one over the elements and how many these are; None where none was asked for.
     """
 
     feature: Tensor

@@ -44,7 +44,7 @@ def every_way(test):
 
 def error(got: Tensor, truth: Tensor) -> float:
     """Norm-wise error relative to the truth, in float64."""
-    truth = truth.double()
+    got, truth = got.detach(), truth.detach().double()
     return float((got.double() - truth).norm() / truth.norm().clamp(min=1e-300))
 
 

@@ -73,16 +73,25 @@ inline Activated activate(Activation activation, float* x, int64_t C, float inv_
   return {fill(squashed ? 1.0f : inv_t), {}};
 }
 
-GPL_INLINE Vi valid_lanes(const uint8_t* valid, int64_t n) {
+// Which of n pixels count, from place `at` of [N, H, W] on.
+GPL_INLINE Vi valid_lanes(const Valid& valid, int64_t at, int64_t n) {
+  if (!valid.flags && !valid.weights) return fill_i(-1);
   int32_t lanes[16] = {};
-  for (int64_t p = 0; p < n; ++p) lanes[p] = -(int32_t)(valid[p] != 0);
+  for (int64_t p = 0; p < n; ++p) lanes[p] = -(int32_t)counts(valid, at + p);
   return load_i(lanes);
+}
+
+// Their weights, of a map of weights; 0 where they do not count.
+GPL_INLINE Vf weight_lanes(const float* weights, int64_t at, int64_t n) {
+  const Vf m = load_upto(weights + at, n);
+  return select(m > fill(0.0f), m, fill(0.0f));
 }
 
 // The cross-entropy's labels of 16 pixels; -1 and weight 0 where a pixel is not counted.
 struct LabelWeights {
   int32_t label[16];
   float weight[16];
+  Vf mask;  // weights of the pixels
   Vi counted() const { return load_i(label) > fill_i(-1); }
 };
 
@@ -94,6 +103,7 @@ inline LabelWeights label_weights(const CrossEntropy& ce, int64_t at, int64_t n,
     r.label[p] = counted ? (int32_t)label : -1;
     r.weight[p] = !counted ? 0.0f : ce.class_weight ? ce.class_weight[label] : 1.0f;
   }
+  r.mask = ce.mask ? weight_lanes(ce.mask, at, n) : fill(1.0f);
   return r;
 }
 

@@ -7,7 +7,7 @@ namespace GPL_CPU_NAMESPACE {
 namespace {
 
 constexpr int32_t kNoClass = -1;  // a zero row: no label, not valid, outside the image
-constexpr int32_t kMixed = -2;    // more than one label in a column of the neighbourhood
+constexpr int32_t kMixed = -2;    // more than one label, or weight, in a column
 
 struct Term {
   const void* row;  // [c_out], of the table (compute dtype) or of the rest's table (float32)
@@ -61,16 +61,27 @@ void add_terms(T* z, T* dz, const Terms& terms, bool from_target, int64_t c_out)
 }
 
 bool is_valid(const LabelConvFwd& a, int64_t n, int64_t h, int64_t w) {
-  return h >= 0 && h < a.H && w >= 0 && w < a.W && (!a.valid || a.valid[(n * a.H + h) * a.W + w]);
+  return h >= 0 && h < a.H && w >= 0 && w < a.W && counts(a.valid, (n * a.H + h) * a.W + w);
 }
 
 bool is_taken(const LabelConvFwd& a, int64_t n, int64_t h, int64_t w) {
   return a.taken[(n * a.taken_strip.rows + h - a.taken_strip.row0) * a.W + w] != 0;
 }
 
-// 2 * label + taken of the K rows around row h, with K / 2 columns on both sides: [K, W + K - 1]
-void gather_labels(const LabelConvFwd& a, int64_t n, int64_t h, int32_t* around, int32_t* column) {
+float weight_at(const LabelConvFwd& a, int64_t n, int64_t h, int64_t w) {
+  return a.valid.weights ? a.valid.weights[(n * a.H + h) * a.W + w] : 1.0f;
+}
+
+// The K rows around row h, with K / 2 columns on both sides: [K, W + K - 1] each.
+struct Around {
+  int32_t* label;   // 2 * label + taken
+  float* weight;    // of its pixel; null = 1
+  int32_t* column;  // [W + K - 1]: the label of all K rows, or kMixed
+};
+
+void gather_labels(const LabelConvFwd& a, int64_t n, int64_t h, const Around& around) {
   const int64_t pad = a.K / 2, width = a.W + a.K - 1;
+  int32_t* column = around.column;
   for (int64_t i = 0; i < a.K; ++i) {
     for (int64_t j = 0; j < width; ++j) {
       const int64_t y = h + i - pad, x = j - pad;
@@ -79,28 +90,39 @@ void gather_labels(const LabelConvFwd& a, int64_t n, int64_t h, int32_t* around,
         int64_t l = a.labels[(n * a.H + y) * a.W + x];
         if (l >= 0 && l < a.C) label = (int32_t)(2 * l) + is_taken(a, n, y, x);
       }
-      around[i * width + j] = label;
-      column[j] = i == 0 || column[j] == label ? label : kMixed;
+      around.label[i * width + j] = label;
+      bool same = i == 0 || column[j] == label;
+      if (around.weight) {
+        float& weight = around.weight[i * width + j];
+        weight = label == kNoClass ? 0.0f : weight_at(a, n, y, x);
+        same = same && weight == around.weight[j];
+      }
+      column[j] = same ? label : kMixed;
     }
   }
 }
 
 template <class T>
-void label_row(const LabelConvFwd& a, int64_t n, int64_t h, T* z, T* dz, int32_t* around,
+void label_row(const LabelConvFwd& a, int64_t n, int64_t h, T* z, T* dz, const Around& around,
                Terms terms) {
   const int64_t width = a.W + a.K - 1;
   const bool from_target = a.from_target[n];
-  int32_t* column = around + a.K * width;
-  gather_labels(a, n, h, around, column);
+  gather_labels(a, n, h, around);
+  const int32_t* column = around.column;
   for (int64_t w = 0; w < a.W; ++w, z += a.c_out, dz += a.c_out) {
     int32_t label = column[w];
     for (int64_t j = 1; j < a.K; ++j) label = column[w + j] == label ? label : kMixed;
+    const float weight = around.weight ? around.weight[w] : 1.0f;
+    for (int64_t j = 1; around.weight && j < a.K; ++j) {
+      if (around.weight[w + j] != weight) label = kMixed;
+    }
     if (label != kMixed) {
       // kNoClass: no row
       const float* row = label == kNoClass ? nullptr : a.interior + label / 2 * a.c_out;
       for (int64_t c = 0; c < a.c_out; c += 16) {
         const int64_t m = a.c_out - c;
-        const Vf q = load_upto(dz + c, m), r = row ? load_upto(row + c, m) : fill(0.0f);
+        const Vf q = load_upto(dz + c, m);
+        const Vf r = row ? load_upto(row + c, m) * fill(weight) : fill(0.0f);
         const bool taken = label % 2 != 0;
         store_upto(z + c, from_target ? r : taken ? q + r : q, m);
         if (!taken) store_upto(dz + c, q - r, m);
@@ -110,10 +132,11 @@ void label_row(const LabelConvFwd& a, int64_t n, int64_t h, T* z, T* dz, int32_t
     terms.n_taken = terms.n_left = 0;
     for (int64_t i = 0; i < a.K; ++i) {
       for (int64_t j = 0; j < a.K; ++j) {
-        int32_t l = around[i * width + w + j];
+        const int64_t at = i * width + w + j;
+        int32_t l = around.label[at];
         if (l == kNoClass) continue;
         const T* row = (const T*)a.table + ((i * a.K + j) * a.C + l / 2) * a.c_out;
-        terms.add(l % 2, {row, 1.0f, false});
+        terms.add(l % 2, {row, around.weight ? around.weight[at] : 1.0f, false});
       }
     }
     add_terms(z, dz, terms, from_target, a.c_out);
@@ -129,6 +152,7 @@ void topk_terms(const LabelConvFwd& a, int64_t n, int64_t h, int64_t w, int64_t 
   const float* values = a.topk_values + n * a.k * plane + pixel;
   const float rest = a.topk_rest ? a.topk_rest[n * plane + pixel] : 0.0f;
   const bool taken = is_taken(a, n, h, w);
+  const float pixel_weight = weight_at(a, n, h, w);
   for (int64_t j = 0; j < a.k; ++j) {
     const int64_t c = indices[j * plane];
     if (c < 0 || c >= a.C) continue;
@@ -138,9 +162,11 @@ void topk_terms(const LabelConvFwd& a, int64_t n, int64_t h, int64_t w, int64_t 
       for (int64_t i = 0; i < j; ++i) first = first && indices[i * plane] != c;
       if (first) weight -= rest;
     }
-    terms.add(taken, {(const T*)a.table + (tap * a.C + c) * a.c_out, weight, false});
+    terms.add(taken, {(const T*)a.table + (tap * a.C + c) * a.c_out, weight * pixel_weight, false});
   }
-  if (rest != 0.0f) terms.add(taken, {a.rest_table + tap * a.c_out, rest, true});
+  if (rest != 0.0f) {
+    terms.add(taken, {a.rest_table + tap * a.c_out, rest * pixel_weight, true});
+  }
 }
 
 template <class T>
@@ -162,7 +188,11 @@ void label_conv_fwd(const LabelConvFwd& a) {
   const int64_t most_terms = a.K * a.K * (a.labels ? 1 : a.k + 1);
   parallel(a.N * a.strip.rows, a.W * a.c_out * a.K, [&](int64_t begin, int64_t end) {
     Scratch memory(2 * most_terms * (int64_t)(sizeof(Term) / sizeof(float)));
-    Scratch around(a.labels ? (a.K + 1) * (a.W + a.K - 1) : 0);
+    const int64_t width = a.W + a.K - 1, window = a.K * width;
+    Scratch labels(a.labels ? window + width : 0);
+    Scratch weights(a.labels && a.valid.weights ? window : 0);
+    int32_t* const label = (int32_t*)labels.get();
+    const Around around = {label, a.valid.weights ? weights.get() : nullptr, label + window};
     const Terms terms = {(Term*)memory.get(), (Term*)memory.get() + most_terms};
     with_dtype(a.dtype, [&](auto tag) {
       using T = decltype(tag);
@@ -174,7 +204,7 @@ void label_conv_fwd(const LabelConvFwd& a) {
           std::memset(z, 0, (size_t)(a.W * a.c_out) * sizeof(T));
           std::memset(dz, 0, (size_t)(a.W * a.c_out) * sizeof(T));
         } else if (a.labels) {
-          label_row(a, n, h, z, dz, (int32_t*)around.get(), terms);
+          label_row(a, n, h, z, dz, around, terms);
         } else {
           topk_row(a, n, h, z, dz, terms);
         }

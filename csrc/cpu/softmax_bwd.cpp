@@ -20,6 +20,7 @@ class CrossEntropyGrad {
       : labels_(label_weights(a.ce, px.at, px.n, a.C)), weight_(a.ce.class_weight) {
     const float e = a.ce.label_smoothing, s = a.ce_scale[px.image];
     counted_ = labels_.counted();
+    mask_ = labels_.mask;
     on_p_ = fill(s) * fma(load(labels_.weight), fill(1.0f - e), fill(e / (float)a.C * weights));
     on_weight_ = s * e / (float)a.C;
     on_label_ = fill(s * (1.0f - e)) * load(labels_.weight);
@@ -29,14 +30,14 @@ class CrossEntropyGrad {
   GPL_INLINE Vf at(Vf p, int64_t c) const {
     Vf g = p * on_p_ - fill(on_weight_ * (weight_ ? weight_[c] : 1.0f));
     g = g - select(label_ == fill_i((int32_t)c), on_label_, fill(0.0f));
-    return select(counted_, g, fill(0.0f));
+    return select(counted_, g * mask_, fill(0.0f));
   }
 
  private:
   LabelWeights labels_;
   const float* weight_;
   Vi counted_, label_;
-  Vf on_p_, on_label_;
+  Vf on_p_, on_label_, mask_;
   float on_weight_;
 };
 
@@ -62,9 +63,9 @@ Sums probabilities(float* x, const float* dy, const float* lse, int64_t n, int64
 
 // In place: x becomes scale y' (dy - sum y' dy) / T                                           (5)
 void softmax_group(const SoftmaxBwd& a, const Pixels& px, float* x, const float* dy, Vi keep,
-                   const CrossEntropyGrad* ce, Lines& lines) {
+                   Vf scale, const CrossEntropyGrad* ce, Lines& lines) {
   const Sums sums = probabilities(x, dy, a.lse + px.at, px.n, a.C, a.inv_t, lines);
-  const Vf scale = fill(a.scale[px.image]), inv_t = fill(a.inv_t);
+  const Vf inv_t = fill(a.inv_t);
   for (int64_t c = 0; c < a.C; ++c) {
     Vf y = load(x + c * 16) * sums.inverse;
     // 1 / T comes last: it may be huge where the rest is 0.
@@ -75,8 +76,8 @@ void softmax_group(const SoftmaxBwd& a, const Pixels& px, float* x, const float*
 }
 
 // In place: x becomes scale act'(x / T) dy / T, where act' is 1 for none                        (5)
-void elementwise_group(const SoftmaxBwd& a, const Pixels& px, float* x, const float* dy, Vi keep) {
-  const Vf inv_t = fill(a.inv_t), scale = fill(a.scale[px.image]);
+void elementwise_group(const SoftmaxBwd& a, float* x, const float* dy, Vi keep, Vf scale) {
+  const Vf inv_t = fill(a.inv_t);
   for (int64_t c = 0; c < a.C; ++c) {
     Vf g = scale * load(dy + c * 16);
     squashing(a.activation, [&](auto act) __attribute__((always_inline)) {
@@ -89,13 +90,17 @@ void elementwise_group(const SoftmaxBwd& a, const Pixels& px, float* x, const fl
 // The net's part of a group; x: logits in, gradient out.
 void net_group(const SoftmaxBwd& a, const Pixels& px, float* x, const float* dy,
                const CrossEntropyGrad* ce, Lines& lines) {
-  const Vi keep = a.valid ? valid_lanes(a.valid + px.at, px.n) : fill_i(-1);
   if (!dy) {
     std::memset(x, 0, (size_t)(a.C * 16) * sizeof(float));
-  } else if (a.activation == Activation::kSoftmax) {
-    softmax_group(a, px, x, dy, keep, ce, lines);
+    return;
+  }
+  const Vi keep = valid_lanes(a.valid, px.at, px.n);
+  Vf scale = fill(a.scale[px.image]);
+  if (a.valid.weights) scale = scale * weight_lanes(a.valid.weights, px.at, px.n);
+  if (a.activation == Activation::kSoftmax) {
+    softmax_group(a, px, x, dy, keep, scale, ce, lines);
   } else {
-    elementwise_group(a, px, x, dy, keep);
+    elementwise_group(a, x, dy, keep, scale);
   }
 }
 

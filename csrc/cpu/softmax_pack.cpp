@@ -1,6 +1,7 @@
 // Logits -> the maps the net sees, NHWC: the prediction and its difference to the target, and from
 // the same pass what the softmax's backward and the cross-entropy need.
 #include "activation.h"
+#include "elements.h"
 
 namespace gpl_fast {
 namespace GPL_CPU_NAMESPACE {
@@ -56,12 +57,13 @@ class PixelLoss {
     // w_t (1 - e) (lse - x_t) + e/C sum_c w_c (lse - x_c)
     Vf loss = load(ce_.weight) * fill(keep_) * ((lse.shift - x_label_) + lse.log_sum);
     loss = loss + fma(fill(weights_), lse.log_sum, below_);
-    float each[16];
-    store(each, loss);
+    float each[16], weight[16];
+    store(each, loss * ce_.mask);
+    store(weight, load(ce_.weight) * ce_.mask);
     for (int64_t p = 0; p < n_; ++p) {
       if (ce_.label[p] < 0) continue;
       sums[0] += (double)each[p];
-      sums[1] += (double)ce_.weight[p];
+      sums[1] += (double)weight[p];
     }
   }
 
@@ -73,10 +75,18 @@ class PixelLoss {
 };
 
 // x * fx and t * ft are the two maps: leaves one of them in x and the difference in t.         (6)
+// elements: their labels, [C][16], or null.
 void dense_difference(const SoftmaxPackFwd& a, const Pixels& px, Vi keep, float* x, Vf fx, float* t,
-                      Vf ft) {
+                      Vf ft, const float* elements) {
   const Vf zero = fill(0.0f);
   const bool from_target = a.from_target[px.image];
+  if (elements) {
+    for (int64_t c = 0; c < a.C; ++c) {
+      const Vi there = counts(load(elements + c * 16));
+      store(x + c * 16, select(there, load(x + c * 16), zero));
+      store(t + c * 16, select(there, load(t + c * 16), zero));
+    }
+  }
   for (int64_t c = 0; c < a.C; ++c) {
     const Vf y = load(x + c * 16) * fx, target = load(t + c * 16) * ft;
     store(x + c * 16, select(keep, from_target ? target : y, zero));
@@ -109,8 +119,7 @@ void take_labels(const SoftmaxPackFwd& a, const Pixels& px, float* x, const floa
                  uint8_t* taken) {
   for (int64_t p = 0; p < px.n; ++p) {
     const int64_t label = a.labels[px.at + p];
-    const bool kept = !a.valid || a.valid[px.at + p];
-    taken[p] = kept && label >= 0 && label < a.C && x[label * 16 + p] > 0.5f;
+    taken[p] = counts(a.valid, px.at + p) && label >= 0 && label < a.C && x[label * 16 + p] > 0.5f;
     if (!taken[p]) continue;
     float& y = x[label * 16 + p];
     y = complement ? -complement[p] : y - 1.0f;
@@ -135,9 +144,15 @@ void take_topk(const SoftmaxPackFwd& a, const Pixels& px, Vi keep, float* x, con
   for (int64_t p = 0; p < px.n; ++p) taken[p] = lanes[p] != 0;
 }
 
-// From the loaded logits of x and of a dense target, both [C][16], to the maps, in place.
-void maps(const SoftmaxPackFwd& a, const Pixels& px, float* x, float* t, Lines& x_lines,
-          Lines& t_lines, uint8_t* taken, float weights, double* ce_sums) {
+void weigh(const SoftmaxPackFwd& a, const Pixels& px, float* map) {
+  const Vf m = weight_lanes(a.valid.weights, px.at, px.n);
+  for (int64_t c = 0; c < a.C; ++c) store(map + c * 16, load(map + c * 16) * m);
+}
+
+// From the loaded logits of x and of a dense target, both [C][16], to the maps, in place; they have
+// no weights yet.
+void maps(const SoftmaxPackFwd& a, const Pixels& px, float* x, float* t, const float* elements,
+          Lines& x_lines, Lines& t_lines, uint8_t* taken, float weights, double* ce_sums) {
   const bool has_ce = px.core && a.ce.labels;
   if (has_ce && a.ce.own_lse) {
     LogSumExp lse = log_sum_exp(x, a.C);
@@ -153,10 +168,10 @@ void maps(const SoftmaxPackFwd& a, const Pixels& px, float* x, float* t, Lines& 
   if (shared) loss.add(yp.lse, ce_sums);
   if (px.core && a.lse) store_upto(a.lse + px.at, yp.lse.value(a.lse_t), px.n);
   if (!a.y) return;
-  const Vi keep = a.valid ? valid_lanes(a.valid + px.at, px.n) : fill_i(-1);
+  const Vi keep = valid_lanes(a.valid, px.at, px.n);
   if (a.target) {
     const Vf factor = activate(a.target_activation, t, a.C, a.target_inv_t, t_lines).factor;
-    return dense_difference(a, px, keep, x, yp.factor, t, factor);
+    return dense_difference(a, px, keep, x, yp.factor, t, factor, elements);
   }
   prediction(a, keep, x, yp.factor);
   if (a.labels) take_labels(a, px, x, squashed ? complement : nullptr, taken);
@@ -184,9 +199,22 @@ void store_map(const SoftmaxPackFwd& a, char* map, const float* group, int64_t p
   });
 }
 
+// A dense target's tile; of labels the map that they are.
+void load_target(float* t, const Tiling& tiling, const SoftmaxPackFwd& a, const Place& at) {
+  if (a.target_dtype != DType::kLabels) {
+    return load_image(t, tiling, a.target, a.target_dtype, a.target_strides, a.C, at);
+  }
+  load_elements(t, tiling, a.target, a.target_strides, a.C, at);
+  for (int64_t p = 0; p < at.pixels; p += 16) {
+    float* group = t + p / 16 * tiling.group;
+    for (int64_t c = 0; c < a.C; ++c) store(group + c * 16, is_one(load(group + c * 16)));
+  }
+}
+
 void rows_fwd(const SoftmaxPackFwd& a, const Tiling& tiling, float weights, Items& rows) {
   Scratch x_tile(tiling.floats()), t_tile(a.target || a.topk_values ? tiling.floats() : 0);
-  float *x = x_tile.get(), *t = t_tile.get();
+  Scratch elements_tile(a.elements ? tiling.floats() : 0);
+  float *x = x_tile.get(), *t = t_tile.get(), *e = a.elements ? elements_tile.get() : nullptr;
   Lines x_lines, t_lines;
   const int64_t pixel_bytes = a.c_pad * element_size(a.dtype);
   double ce_sums[2] = {0.0, 0.0};
@@ -204,7 +232,8 @@ void rows_fwd(const SoftmaxPackFwd& a, const Tiling& tiling, float weights, Item
     }
     walk.advance();
     load_image(x, tiling, a.x, a.x_dtype, a.x_strides, a.C, at);
-    if (a.target) load_image(t, tiling, a.target, a.target_dtype, a.target_strides, a.C, at);
+    if (a.target) load_target(t, tiling, a, at);
+    if (e) load_elements(e, tiling, a.elements, a.elements_strides, a.C, at);
     const bool core = at.h >= a.core.row0 && at.h < a.core.row0 + a.core.rows;
     if (at.w == 0) ce_sums[0] = ce_sums[1] = 0.0;
     for (int64_t p = 0; p < at.pixels; p += 16) {
@@ -213,8 +242,10 @@ void rows_fwd(const SoftmaxPackFwd& a, const Tiling& tiling, float weights, Item
       const int64_t group = p / 16 * tiling.group, out = p * pixel_bytes;
       if (y) x_lines.want(y + out, px.n * pixel_bytes);
       if (delta) t_lines.want(delta + out, px.n * pixel_bytes);
-      maps(a, px, x + group, t + group, x_lines, t_lines, taken ? taken + p : nullptr, weights,
-           ce_sums);
+      maps(a, px, x + group, t + group, e ? e + group : nullptr, x_lines, t_lines,
+           taken ? taken + p : nullptr, weights, ce_sums);
+      if (a.valid.weights && y) weigh(a, px, x + group);
+      if (a.valid.weights && delta) weigh(a, px, t + group);
       if (y) store_map(a, y + out, x + group, px.n);
       if (delta) store_map(a, delta + out, t + group, px.n);
     }

@@ -27,6 +27,11 @@ class Scratch {
   float* data_;
 };
 
+// Whether the pixel at a place of [N, H, W] does.
+inline bool counts(const Valid& valid, int64_t at) {
+  return valid.weights ? valid.weights[at] > 0.0f : !valid.flags || valid.flags[at];
+}
+
 // How a row of W pixels is cut: a tile with all its channels should stay in the L2 cache.
 struct Tiling {
   int64_t channels;  // allocated in a group, of which those beyond the image's stay zero

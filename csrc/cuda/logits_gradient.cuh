@@ -44,6 +44,12 @@ struct ActivationGradient {
   }
 };
 
+// The weight of the pixel at a place of [N, H, W], 0 where it does not count.
+__device__ __forceinline__ float weight_of(const Valid& valid, int64_t at) {
+  if (valid.weights) return valid.weights[at] > 0.0f ? valid.weights[at] : 0.0f;
+  return !valid.flags || valid.flags[at] ? 1.0f : 0.0f;
+}
+
 __device__ __forceinline__ float class_weight(const CrossEntropy& ce, int64_t c) {
   return ce.class_weight ? ce.class_weight[c] : 1.0f;
 }
@@ -60,7 +66,7 @@ struct CrossEntropyGradient {
                                                   float weights) {
     const int64_t t = a.ce.labels[px];
     label = t < 0 || t >= a.C ? -1 : (Index)t;
-    const float e = a.ce.label_smoothing, s = a.ce_scale[n];
+    const float e = a.ce.label_smoothing, s = a.ce_scale[n] * (a.ce.mask ? a.ce.mask[px] : 1.0f);
     const float w = label < 0 ? 0.0f : class_weight(a.ce, label);
     on_p = s * fmaf(w, 1.0f - e, e / (float)a.C * weights);
     on_weight = s * e / (float)a.C;

@@ -75,9 +75,13 @@ class Logits {
         softmax_(kForm == LogitsForm::kSoftmax ||
                  (kCe && a.dy && a.activation == Activation::kSoftmax)),
         own_p_(kCe && a.ce.labels && !(a.dy && !a.ce.own_lse)),
-        keep_(dense_ && pixel_.inside && (!a.valid || a.valid[pixel_.index])),
+        keep_(dense_ && pixel_.inside && (!a.valid.flags || a.valid.flags[pixel_.index])),
         rate_(a.inv_t * kLog2E),
         scale_(dense_ ? a.scale[pixel_.n] : 0.0f) {
+    if (a.valid.weights && keep_) {
+      scale_ *= a.valid.weights[pixel_.index];
+      keep_ = a.valid.weights[pixel_.index] > 0.0f;
+    }
     if (softmax_ && pixel_.inside) lse_ = a.lse[pixel_.index];
     if (own_p_ && pixel_.inside) ce_lse_ = a.ce_lse[pixel_.index];
   }

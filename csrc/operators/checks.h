@@ -148,11 +148,19 @@ inline const uint8_t* from_target_of(const MaybeTensor& t, int64_t N) {
   return contiguous<uint8_t>(t, "from_target", ScalarType::Bool, {N});
 }
 
-inline CrossEntropy cross_entropy(const MaybeTensor& labels, const MaybeTensor& class_weight,
-                                  double label_smoothing, bool own_lse, int64_t N, int64_t C,
-                                  int64_t H, int64_t W) {
+inline Valid valid_of(const MaybeTensor& t, Shape shape) {
+  if (t && t->scalar_type() == ScalarType::Float) {
+    return {nullptr, contiguous<float>(t, "valid", ScalarType::Float, shape)};
+  }
+  return {contiguous<uint8_t>(t, "valid", ScalarType::Bool, shape), nullptr};
+}
+
+inline CrossEntropy cross_entropy(const MaybeTensor& labels, const MaybeTensor& mask,
+                                  const MaybeTensor& class_weight, double label_smoothing,
+                                  bool own_lse, int64_t N, int64_t C, int64_t H, int64_t W) {
   CrossEntropy ce = {};
   ce.labels = contiguous<int64_t>(labels, "ce_labels", ScalarType::Long, {N, H, W});
+  ce.mask = contiguous<float>(mask, "ce_mask", ScalarType::Float, {N, H, W});
   ce.class_weight = contiguous<float>(class_weight, "class_weight", ScalarType::Float, {C});
   ce.label_smoothing = (float)label_smoothing;
   ce.own_lse = own_lse;

@@ -13,8 +13,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gpl_fast, m) {
       "conv_block_logits_bwd(Tensor dy, Tensor w, int pool, int stride, int dy_row0, "
       "bool allow_tf32, Tensor x, Tensor scale, int activation, float temperature, int row0, "
       "int rows, Tensor(a!) dx, float label_smoothing=0.0, Tensor? code=None, Tensor? lse=None, "
-      "Tensor? valid=None, Tensor? ce_labels=None, Tensor? ce_lse=None, Tensor? ce_scale=None, "
-      "Tensor? class_weight=None) -> ()");
+      "Tensor? valid=None, Tensor? ce_labels=None, Tensor? ce_mask=None, Tensor? ce_lse=None, "
+      "Tensor? ce_scale=None, Tensor? class_weight=None) -> ()");
 }
 
 #ifdef GPL_FAST_CUDA
@@ -70,11 +70,12 @@ void conv_block_logits_bwd(const Tensor& dy, const Tensor& w, int64_t pool, int6
                            int64_t activation, double temperature, int64_t row0, int64_t rows,
                            const Tensor& dx, double label_smoothing, const MaybeTensor& code,
                            const MaybeTensor& lse, const MaybeTensor& valid,
-                           const MaybeTensor& ce_labels, const MaybeTensor& ce_lse,
-                           const MaybeTensor& ce_scale, const MaybeTensor& class_weight) {
+                           const MaybeTensor& ce_labels, const MaybeTensor& ce_mask,
+                           const MaybeTensor& ce_lse, const MaybeTensor& ce_scale,
+                           const MaybeTensor& class_weight) {
   const SoftmaxBwd logits =
       softmax_bwd_args(x, activation, temperature, row0, rows, dx, label_smoothing, lse, {}, scale,
-                       valid, ce_labels, ce_lse, ce_scale, class_weight, true);
+                       valid, ce_labels, ce_mask, ce_lse, ce_scale, class_weight, true);
   check_device(dx, "dx", {{"dy", dy}, {"code", code}, {"w", w}});
   ConvBlockBwd a = conv_block_args(dy, code, w, pool, stride, dy_row0, allow_tf32, logits.H,
                                    logits.W, logits.C, {row0, rows});

@@ -53,7 +53,7 @@ void label_conv(const MaybeTensor& labels, const MaybeTensor& values, const Mayb
         contiguous<float>(rest_table, "rest_table", ScalarType::Float, {a.K * a.K, a.c_out});
     STD_TORCH_CHECK(!rest || rest_table, "gpl_fast: topk_rest needs rest_table");
   }
-  a.valid = contiguous<uint8_t>(valid, "valid", ScalarType::Bool, plane);
+  a.valid = valid_of(valid, plane);
   a.table = contiguous(table, "table", z.scalar_type(), {a.K * a.K, a.C, a.c_out});
   STD_TORCH_CHECK(taken.dim() == 3, "gpl_fast: taken must be [N, rows, W], got ",
                   text(taken.sizes()));

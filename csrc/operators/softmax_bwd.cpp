@@ -9,16 +9,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gpl_fast, m) {
   m.def(
       "softmax_bwd(Tensor x, int activation, float temperature, int row0, int rows, "
       "Tensor(a!) dx, float label_smoothing=0.0, Tensor? lse=None, Tensor? dy=None, "
-      "Tensor? scale=None, Tensor? valid=None, Tensor? ce_labels=None, Tensor? ce_lse=None, "
-      "Tensor? ce_scale=None, Tensor? class_weight=None) -> ()");
+      "Tensor? scale=None, Tensor? valid=None, Tensor? ce_labels=None, Tensor? ce_mask=None, "
+      "Tensor? ce_lse=None, Tensor? ce_scale=None, Tensor? class_weight=None) -> ()");
 }
 
 SoftmaxBwd softmax_bwd_args(const Tensor& x, int64_t activation, double temperature, int64_t row0,
                             int64_t rows, const Tensor& dx, double label_smoothing,
                             const MaybeTensor& lse, const MaybeTensor& dy, const MaybeTensor& scale,
                             const MaybeTensor& valid, const MaybeTensor& ce_labels,
-                            const MaybeTensor& ce_lse, const MaybeTensor& ce_scale,
-                            const MaybeTensor& class_weight, bool fused) {
+                            const MaybeTensor& ce_mask, const MaybeTensor& ce_lse,
+                            const MaybeTensor& ce_scale, const MaybeTensor& class_weight,
+                            bool fused) {
   STD_TORCH_CHECK(x.dim() == 4, "gpl_fast: x must be [N, C, H, W], got ", text(x.sizes()));
   check_device(dx, "dx",
                {{"x", x},
@@ -27,6 +28,7 @@ SoftmaxBwd softmax_bwd_args(const Tensor& x, int64_t activation, double temperat
                 {"scale", scale},
                 {"valid", valid},
                 {"ce_labels", ce_labels},
+                {"ce_mask", ce_mask},
                 {"ce_lse", ce_lse},
                 {"ce_scale", ce_scale},
                 {"class_weight", class_weight}});
@@ -47,7 +49,7 @@ SoftmaxBwd softmax_bwd_args(const Tensor& x, int64_t activation, double temperat
   a.dx_strides = strides(dx);
   const Shape plane = {a.N, a.H, a.W};
   a.lse = contiguous<float>(lse, "lse", ScalarType::Float, plane);
-  a.valid = contiguous<uint8_t>(valid, "valid", ScalarType::Bool, plane);
+  a.valid = valid_of(valid, plane);
   if (dy) {
     STD_TORCH_CHECK(dy->dim() == 4 && dy->size(3) >= a.C,
                     "gpl_fast: dy must be [N, rows, W, c_pad] with c_pad >= C = ", a.C, ", got ",
@@ -63,7 +65,8 @@ SoftmaxBwd softmax_bwd_args(const Tensor& x, int64_t activation, double temperat
     a.scale = contiguous<float>(scale, "scale", ScalarType::Float, {a.N});
   }
   const bool shared = a.activation == Activation::kSoftmax && temperature == 1.0;
-  a.ce = cross_entropy(ce_labels, class_weight, label_smoothing, !shared, a.N, a.C, a.H, a.W);
+  a.ce =
+      cross_entropy(ce_labels, ce_mask, class_weight, label_smoothing, !shared, a.N, a.C, a.H, a.W);
   a.ce_lse = contiguous<float>(ce_lse, "ce_lse", ScalarType::Float, plane);
   a.ce_scale = contiguous<float>(ce_scale, "ce_scale", ScalarType::Float, {a.N});
   if (ce_labels) {
@@ -80,11 +83,12 @@ namespace {
 void softmax_bwd(const Tensor& x, int64_t activation, double temperature, int64_t row0,
                  int64_t rows, const Tensor& dx, double label_smoothing, const MaybeTensor& lse,
                  const MaybeTensor& dy, const MaybeTensor& scale, const MaybeTensor& valid,
-                 const MaybeTensor& ce_labels, const MaybeTensor& ce_lse,
-                 const MaybeTensor& ce_scale, const MaybeTensor& class_weight) {
+                 const MaybeTensor& ce_labels, const MaybeTensor& ce_mask,
+                 const MaybeTensor& ce_lse, const MaybeTensor& ce_scale,
+                 const MaybeTensor& class_weight) {
   const SoftmaxBwd a =
       softmax_bwd_args(x, activation, temperature, row0, rows, dx, label_smoothing, lse, dy, scale,
-                       valid, ce_labels, ce_lse, ce_scale, class_weight, false);
+                       valid, ce_labels, ce_mask, ce_lse, ce_scale, class_weight, false);
   if (a.N * a.C * a.W * rows == 0) return;
   GPL_FAST_RUN(softmax_bwd, dx, a);
 }

@@ -11,7 +11,8 @@ SoftmaxBwd softmax_bwd_args(const Tensor& x, int64_t activation, double temperat
                             int64_t rows, const Tensor& dx, double label_smoothing,
                             const MaybeTensor& lse, const MaybeTensor& dy, const MaybeTensor& scale,
                             const MaybeTensor& valid, const MaybeTensor& ce_labels,
-                            const MaybeTensor& ce_lse, const MaybeTensor& ce_scale,
-                            const MaybeTensor& class_weight, bool fused);
+                            const MaybeTensor& ce_mask, const MaybeTensor& ce_lse,
+                            const MaybeTensor& ce_scale, const MaybeTensor& class_weight,
+                            bool fused);
 
 }  // namespace gpl_fast

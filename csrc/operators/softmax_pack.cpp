@@ -9,9 +9,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gpl_fast, m) {
   m.def(
       "softmax_pack_fwd(Tensor x, int activation, int target_activation, float temperature, "
       "int row0, int rows, int core0, int core_rows, float label_smoothing=0.0, "
-      "Tensor? valid=None, Tensor? target=None, Tensor? from_target=None, Tensor? labels=None, "
+      "Tensor? valid=None, Tensor? target=None, Tensor? elements=None, Tensor? from_target=None, "
+      "Tensor? labels=None, "
       "Tensor? topk_values=None, Tensor? topk_indices=None, Tensor? topk_rest=None, "
-      "Tensor? ce_labels=None, Tensor? class_weight=None, Tensor(a!)? y=None, "
+      "Tensor? ce_labels=None, Tensor? ce_mask=None, Tensor? class_weight=None, Tensor(a!)? "
+      "y=None, "
       "Tensor(b!)? delta=None, Tensor(c!)? taken=None, Tensor(d!)? lse=None, "
       "Tensor(e!)? ce_lse=None, Tensor(f!)? ce_rows=None) -> ()");
 }
@@ -21,13 +23,14 @@ namespace {
 void softmax_pack_fwd(const Tensor& x, int64_t activation, int64_t target_activation,
                       double temperature, int64_t row0, int64_t rows, int64_t core0,
                       int64_t core_rows, double label_smoothing, const MaybeTensor& valid,
-                      const MaybeTensor& target, const MaybeTensor& from_target,
-                      const MaybeTensor& labels, const MaybeTensor& topk_values,
-                      const MaybeTensor& topk_indices, const MaybeTensor& topk_rest,
-                      const MaybeTensor& ce_labels, const MaybeTensor& class_weight,
-                      const MaybeTensor& y, const MaybeTensor& delta, const MaybeTensor& taken,
-                      const MaybeTensor& lse, const MaybeTensor& ce_lse,
-                      const MaybeTensor& ce_rows) {
+                      const MaybeTensor& target, const MaybeTensor& elements,
+                      const MaybeTensor& from_target, const MaybeTensor& labels,
+                      const MaybeTensor& topk_values, const MaybeTensor& topk_indices,
+                      const MaybeTensor& topk_rest, const MaybeTensor& ce_labels,
+                      const MaybeTensor& ce_mask,
+                      const MaybeTensor& class_weight, const MaybeTensor& y,
+                      const MaybeTensor& delta, const MaybeTensor& taken, const MaybeTensor& lse,
+                      const MaybeTensor& ce_lse, const MaybeTensor& ce_rows) {
   STD_TORCH_CHECK(x.dim() == 4, "gpl_fast: x must be [N, C, H, W], got ", text(x.sizes()));
   SoftmaxPackFwd a = {};
   a.N = x.size(0), a.C = x.size(1), a.H = x.size(2), a.W = x.size(3);
@@ -45,14 +48,24 @@ void softmax_pack_fwd(const Tensor& x, int64_t activation, int64_t target_activa
   a.x = x.data_ptr();
   a.x_strides = strides(x);
   const Shape plane = {a.N, a.H, a.W};
-  a.valid = contiguous<uint8_t>(valid, "valid", ScalarType::Bool, plane);
+  a.valid = valid_of(valid, plane);
   STD_TORCH_CHECK((target ? 1 : 0) + (labels ? 1 : 0) + (topk_values ? 1 : 0) <= 1,
                   "gpl_fast: at most one of target, labels and topk_values");
   if (target) {
     check_shape(*target, "target", {a.N, a.C, a.H, a.W});
-    a.target_dtype = float_dtype(*target, "target");
-    a.target = target->data_ptr();
+    const Shape all = {a.N, a.C, a.H, a.W};
+    if (target->scalar_type() == ScalarType::Byte) {
+      a.target_dtype = DType::kLabels;
+      a.target = planes(*target, "target (labels)", ScalarType::Byte, all);
+    } else {
+      a.target_dtype = float_dtype(*target, "target");
+      a.target = target->data_ptr();
+    }
     a.target_strides = strides(*target);
+    if (elements) {
+      a.elements = (const uint8_t*)planes(*elements, "elements", ScalarType::Byte, all);
+      a.elements_strides = strides(*elements);
+    }
   }
   a.labels = contiguous<int64_t>(labels, "labels", ScalarType::Long, plane);
   if (topk_values) {
@@ -70,7 +83,8 @@ void softmax_pack_fwd(const Tensor& x, int64_t activation, int64_t target_activa
     a.topk_rest = contiguous<float>(topk_rest, "topk_rest", ScalarType::Float, plane);
   }
   const bool shared = a.activation == Activation::kSoftmax && temperature == 1.0;
-  a.ce = cross_entropy(ce_labels, class_weight, label_smoothing, !shared, a.N, a.C, a.H, a.W);
+  a.ce =
+      cross_entropy(ce_labels, ce_mask, class_weight, label_smoothing, !shared, a.N, a.C, a.H, a.W);
   STD_TORCH_CHECK(y.has_value() || !(delta || taken), "gpl_fast: delta and taken need y");
   if (y) {
     STD_TORCH_CHECK(y->dim() == 4 && y->size(3) >= a.C,

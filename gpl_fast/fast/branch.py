@@ -13,7 +13,7 @@ from gpl_fast.fast.grid import grid_bytes, grid_steps
 from gpl_fast.fast.look_up import of_list, one_hot
 from gpl_fast.stages import ACTIVATIONS, TritonStages
 
-LOOKED_AT = ("valid", "dense", "labels", "topk_values", "topk_indices", "topk_rest")
+LOOKED_AT = ("valid", "dense", "elements", "labels", "topk_values", "topk_indices", "topk_rest")
 # |δ|² / |y|² up to which prediction and target count as near.
 NEAR = 1 / 32
 
@@ -87,6 +87,9 @@ def carry_target(call: Call, x: Tensor, target: Mapping[str, Tensor], images: sl
         x[..., rows.unsqueeze(1), columns].float(), call.activation, call.temperature, valid
     )
     y = reference.zero_invalid(_map(call, grid, c), valid)
+    elements = grid("elements")
+    if elements is not None:
+        y_pred, y = (reference.zero_ignored(t, elements) for t in (y_pred, y))
     difference, size = ((t.square().sum(dim=(1, 2, 3))) for t in (y_pred - y, y))
     equal = torch.ones_like(rows.unsqueeze(1) * columns, dtype=torch.bool).expand(n, -1, -1)
     for name in ("labels", "topk_values", "topk_indices", "dense"):
@@ -108,6 +111,8 @@ def _map(call: Call, grid: Callable[[str], Tensor | None], channels: int) -> Ten
         return of_list(values, indices, grid("topk_rest"), channels)
     dense = grid("dense")
     assert dense is not None
+    if dense.dtype == torch.uint8:
+        return reference.multi_hot(dense, torch.float32)
     # A target that alone is taken as it is has no temperature.
     as_it_is = call.target_activation == "none" != call.activation
     temperature = 1.0 if as_it_is else call.temperature

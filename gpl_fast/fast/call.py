@@ -19,7 +19,7 @@ from gpl_fast.distance import Distance
 from gpl_fast.net.steps import Chain, Step
 
 # What the backward reads of the target's tensors.
-KEPT = ("valid", "ce_labels", "class_weight")
+KEPT = ("valid", "ce_labels", "ce_mask", "class_weight", "pos_weight", "multi_hot")
 LOOKED_UP = ("labels", "topk")  # kinds that enter the first convolution as rows of a table
 
 
@@ -37,7 +37,10 @@ class Call:
         encode: there is no prediction: the target's features are what is asked for.
         resized: a dense target of another size, or in float64: rows of it are made anew.
         activation, target_activation, temperature: as `Options`.
-        cross_entropy, label_smoothing: the one that shares the passes over the logits.
+        cross_entropy, label_smoothing: the one that shares the passes over the logits; binary where
+            there are labels of single elements, `multi_hot`.
+        elements: those that these do not count leave the perceptual terms too.
+        weighed: the cross-entropy, by a mask; where it has no ``ce_mask`` of its own, by `valid`.
         dtype: of the network's maps.
         workspace_mb: bound on transient memory, in 2^20 bytes; None = "auto".
         tensors: names of the target's tensors, in the operators' order.
@@ -60,6 +63,8 @@ class Call:
     cross_entropy: bool = False
     label_smoothing: float = 0.0
     distance: Distance = field(default_factory=Distance)
+    elements: bool = False
+    weighed: bool = False
 
     @functools.cached_property
     def text(self) -> str:
@@ -117,15 +122,29 @@ class Call:
     def own_ce_lse(self) -> bool:
         """Whether the cross-entropy's log-sum-exp is another one than the activation's."""
         own = self.activation != "softmax" or self.temperature != 1.0
-        return self.cross_entropy and own
+        return self.cross_entropy and not self.binary and own
+
+    @functools.cached_property
+    def binary(self) -> bool:
+        """Whether each class has labels of its own."""
+        return "multi_hot" in self.tensors
 
     def named(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
         """The target's tensors by name: the labels are the cross-entropy's too where it has none
-        of its own."""
+        of its own, and those of single elements the dense target where there is no other."""
         out = dict(zip(self.tensors, tensors, strict=True))
-        if self.cross_entropy and "ce_labels" not in out:
+        if self.binary:
+            if self.kind == "dense":
+                out.setdefault("dense", out["multi_hot"])
+            if self.elements:
+                out["elements"] = out["multi_hot"]
+        elif self.cross_entropy and "ce_labels" not in out:
             out["ce_labels"] = out["labels"]
-        return out
+        return self.with_mask(out) if self.weighed else out
+
+    def with_mask(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same, with the mask by which the cross-entropy is weighed by its name."""
+        return tensors if "ce_mask" in tensors else {**tensors, "ce_mask": tensors["valid"]}
 
     @functools.cached_property
     def kept(self) -> tuple[str, ...]:
@@ -135,7 +154,7 @@ class Call:
 
 def kept_of(tensors: Sequence[str], cross_entropy: bool) -> tuple[tuple[int, str], ...]:
     """Which of the target's tensors the backward reads: places and names."""
-    shared = cross_entropy and "ce_labels" not in tensors
+    shared = cross_entropy and not {"ce_labels", "multi_hot"} & set(tensors)
     kept = []
     for i, name in enumerate(tensors):
         if name in KEPT:

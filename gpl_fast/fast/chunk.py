@@ -55,10 +55,11 @@ class Chunk(Generic[S]):
         plan: of the call.
         x: (N, C, H, W) prediction, any strides.
         target: by name, as there are: dense (N, C, h, w), labels (N, H, W) int64, topk_values,
-            topk_indices (N, k, H, W), topk_rest (N, H, W), valid (N, H, W) bool, ce_labels
-            (N, H, W) int64, class_weight (C,), and for tap t ``feature.t`` (N, H_b, W_b, C_b)
-            stored target features, ``gram.t`` (1 or N, C_b, C_b) of another style target,
-            ``weight.t`` (C_b,) float32 of its channels.
+            topk_indices (N, k, H, W), topk_rest (N, H, W), valid (N, H, W) bool or float32,
+            ce_labels (N, H, W) int64, class_weight (C,), pos_weight (C,), multi_hot (N, C, H, W)
+            uint8 labels of elements (also as dense, and as elements), ce_mask (N, H, W), and for
+            tap t ``feature.t`` (N, H_b, W_b, C_b) stored target features, ``gram.t``
+            (1 or N, C_b, C_b) of another style target, ``weight.t`` (C_b,) float32 of its channels.
         packs: the weights; `gpl_fast.net.weights.pack_weights`.
         saved: `Plan.saved`, of all images.
         stages: what `gpl_fast.stages` lists.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gpl_fast import reference
+from gpl_fast.fast import binary_ce
 from gpl_fast.fast.chunk import Chunk, Maps, zero_outside
 from gpl_fast.fast.convolution import conv, conv_transpose
 from gpl_fast.fast.look_up import LookUp, listed_map
@@ -15,8 +16,7 @@ from gpl_fast.net.weights import padded_channels
 from gpl_fast.stages import ACTIVATIONS, CudaStages, TritonStages
 
 # What softmax_pack_fwd reads of a target, by the names of its arguments.
-PLANES = ("valid", "ce_labels")
-LISTS = ("labels", "topk_values", "topk_indices", "topk_rest")
+LISTS = ("elements", "labels", "topk_values", "topk_indices", "topk_rest")
 
 
 class LogitsForward:
@@ -46,27 +46,30 @@ class LogitsForward:
         maps = chunk.take("maps", (1 if target is None else 2, *shape))
         taken = chunk.take("taken", shape[:3], torch.uint8) if call.looked_up else None
         as_it_is = call.encode and call.kind != "dense"  # a list of classes holds probabilities
+        planes = ("valid",) if call.binary else ("valid", "ce_labels", "ce_mask")
         chunk.stages.softmax_pack_fwd(
             x,
             activation=ACTIVATIONS["none" if as_it_is else call.activation],
             target_activation=ACTIVATIONS[call.target_activation],
             temperature=1.0 if as_it_is else call.temperature,
-            label_smoothing=call.label_smoothing,
+            label_smoothing=0.0 if call.binary else call.label_smoothing,
             row0=lo - a,
             rows=hi - lo,
             core0=core[0] - a,
             core_rows=core[1] - core[0],
-            **chunk.rows_of(PLANES if as_it_is else (*LISTS, *PLANES), a, b),
+            **chunk.rows_of((*planes, *(() if as_it_is else LISTS)), a, b),
             target=target,
             from_target=None if target is None else carried,
-            class_weight=chunk.target.get("class_weight"),
+            class_weight=None if call.binary else chunk.target.get("class_weight"),
             y=maps[0],
             delta=None if target is None else maps[1],
             taken=taken,
             lse=chunk.saved_rows("lse", a, b),
             ce_lse=chunk.saved_rows("ce_lse", a, b),
-            ce_rows=None if ce is None else ce[:, a:b],
+            ce_rows=None if ce is None or call.binary else ce[:, a:b],
         )
+        if ce is not None and call.binary:
+            binary_ce.add_losses(chunk, core, ce)
         self.look_up.begin(taken, lo)
         if call.front:
             return self._front(maps, lo, hi)
@@ -102,8 +105,8 @@ class LogitsForward:
         return out
 
     def _resized_rows(self, t: Tensor, a: int, b: int, valid: Tensor | None) -> Tensor:
-        """Rows [a, b) of maps (n, c, h, w) resized bilinearly to H x W, float32; 0 where their
-        pixels are not `valid` (n, h, w)."""
+        """Rows [a, b) of maps (n, c, h, w) resized bilinearly to H x W, float32; their pixels are
+        `valid` (n, h, w), with a weight, or 0."""
         if tuple(t.shape[2:]) == (self.chunk.plan.h, self.chunk.plan.w):
             return _float32(t[:, :, a:b])
         h, height, width = t.shape[2], self.chunk.plan.h, self.chunk.plan.w
@@ -115,14 +118,17 @@ class LogitsForward:
 
         def of_source(i: Tensor) -> Tensor:
             rows = t[:, :, i]
-            return _float32(rows if valid is None else reference.zero_invalid(rows, valid[:, i]))
+            if valid is None:
+                return _float32(rows)
+            here = valid[:, i]
+            return reference.weighted(_float32(reference.zero_invalid(rows, here)), here)
 
         rows = of_source(above) * (1 - part)
         rows += of_source(below) * part
         return reference.resize(rows, (b - a, width))
 
     def _front(self, maps: Tensor, lo: int, hi: int) -> Maps:
-        """Input adapter, mean/std and zeroing."""
+        """Input adapter, mean/std and zeroing; weights of pixels are in the maps already."""
         chunk, call = self.chunk, self.chunk.plan.call
         flat = maps.flatten(0, 1)
         if call.chain.adapter:
@@ -138,20 +144,21 @@ class LogitsForward:
         return Maps.of(torch.stack(affine))
 
     def _affine(self, y: Tensor, lo: int, hi: int, shift: bool) -> Tensor:
-        """``(y − mean) / std`` (differences are not shifted), 0 where not valid or outside."""
+        """``(y − m mean) / std`` (differences are not shifted), 0 where not valid or outside."""
         chunk, height = self.chunk, self.chunk.plan.h
         if chunk.plan.call.chain.mean is None:
             return y
-        z = y.float()
-        if shift:
-            z = z - chunk.packs["mean"]
-        z = (z / chunk.packs["std"]).to(y.dtype)
-        valid = chunk.of("valid")
+        z, valid, mean = y.float(), chunk.of("valid"), chunk.packs["mean"]
+        rows: Tensor | None = None  # the weight of each pixel
         if valid is not None:
-            rows = torch.zeros((*z.shape[:3], 1), dtype=torch.bool, device=z.device)
+            rows = torch.zeros((*z.shape[:3], 1), dtype=valid.dtype, device=z.device)
             a, b = max(lo, 0), min(hi, height)
             rows[:, a - lo : b - lo] = valid[:, a:b].unsqueeze(-1)
-            z = torch.where(rows, z, 0)
+        if shift:
+            z = z - (mean if rows is None or rows.dtype == torch.bool else rows * mean)
+        z = (z / chunk.packs["std"]).to(y.dtype)
+        if rows is not None:
+            z = torch.where(reference.counted(rows), z, 0)
         zero_outside(z, lo, height)
         return z
 
@@ -180,6 +187,14 @@ class LogitsBackward:
             dy = self._front(dy)
         x, arguments = self.arguments()
         self.chunk.stages.softmax_bwd(x, **arguments, dy=dy, row0=r0, rows=r1 - r0)
+        self.add_binary_ce(r0, r1)
+
+    def add_binary_ce(self, r0: int, r1: int) -> None:
+        """What labels of elements add to rows [r0, r1), and clear."""
+        call, here = self.chunk.plan.call, self.chunk.images
+        if call.binary:
+            scale = self.ce_scale[here].contiguous() if call.cross_entropy else None
+            binary_ce.add_gradient(self.chunk, (r0, r1), self.dx[here], scale)
 
     def arguments(self) -> tuple[Tensor, dict[str, Any]]:
         """The logits, and what (5) and the cross-entropy read and write beside rows of dy."""
@@ -188,15 +203,16 @@ class LogitsBackward:
         return chunk.x[here], {
             "activation": ACTIVATIONS[call.activation],
             "temperature": call.temperature,
-            "label_smoothing": call.label_smoothing,
+            "label_smoothing": call.label_smoothing if ce else 0.0,
             "dx": self.dx[here],
             "lse": chunk.saved_rows("lse"),
             "scale": self.scale[here].contiguous(),
             "valid": chunk.of("valid"),
             "ce_labels": self.labels,
+            "ce_mask": chunk.of("ce_mask") if ce else None,
             "ce_lse": chunk.saved_rows("ce_lse"),
             "ce_scale": self.ce_scale[here] if ce else None,
-            "class_weight": chunk.target.get("class_weight"),
+            "class_weight": chunk.target.get("class_weight") if ce else None,
         }
 
     def _front(self, dy: Tensor) -> Tensor:

@@ -49,6 +49,8 @@ def forward(plan: Segments, i: int, images: Images, rows: Rows) -> Buffers:
         out.need("ce", (plan.n, plan.h, 2), torch.float64)
         # Labels as integers, and pixels that count: made before the operator.
         out.need("checked", (9, n, plan.h, plan.w), torch.uint8)
+    if call.binary:
+        out.need("checked", (call.chain.in_channels, n, plan.h, plan.w), torch.uint8)
     if call.looked_up and not call.front and plan.policy.weight_dtype(dtype) != torch.float32:
         step = plan.steps[0]
         table = (step.kernel_size**2, call.chain.in_channels, step.out_channels)
@@ -137,7 +139,7 @@ def backward(plan: Segments, i: int, images: Images, rows: Rows) -> Buffers:
     out["levels"] = sum(
         bytes_of(deeper.level_out(0), dtype) for deeper in _unfinished(plan, i, images, rows)
     )
-    if call.cross_entropy and i == 0:
+    if call.cross_entropy and not call.binary and i == 0:
         out.need("labels", (n, plan.h, plan.w), torch.int64)
     out.need("level.out", s.level_out(0), dtype)
     if s.ends and len(plan.coefficients) > 1:

@@ -13,7 +13,10 @@ Saved between forward and backward (docs/math.md, section 4; `Geometry.saved` gi
 ``gram.t``  style taps: G' − G, (N, C_t, C_t)       float32       Gram gradient
 ``ce_lse``  cross-entropy: (N, H, W)                float32       where its temperature differs
 ``labels``  cross-entropy: (N, H, W)                int16 / 32    cross-entropy's gradient
-``valid``   (N, H, W)                               bool          where pixels do not count
+``valid``   (N, H, W)                               bool, float32 where pixels do not count, or
+                                                                  have weights
+``ce_mask`` cross-entropy: (N, H, W)                float32       weights, where not ``valid``'s
+``multi…``  labels of elements: (N, C, H, W)        uint8         binary cross-entropy's gradient
 =========== ======================================= ============= ==================================
 
 (*) Of normalised features float32 in a float16 chain: it grows as one over their norm.
@@ -215,6 +218,7 @@ def _perceptual_bwd(
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         # Hooks on saved tensors may bring them back with other strides.
         kept = dict(zip(call.kept, map(Tensor.contiguous, target), strict=True))
+        kept = call.with_mask(kept) if call.weighed else kept
         named = dict(zip(plan.contract, map(Tensor.contiguous, saved), strict=True))
         return Backward(plan, x, kept, _packs(call, x), named, g).run()
 

@@ -68,6 +68,7 @@ class StepBackward:
             chunk.stages.conv_block_logits_bwd(
                 dy.contiguous(), **block, x=x, **arguments, row0=rows.a, rows=rows.b - rows.a
             )
+            self.logits.add_binary_ce(rows.a, rows.b)
             return None
         a, b = dx_rows if rows.strips else (0, size.h)
         if into is None:

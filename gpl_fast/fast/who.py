@@ -48,6 +48,10 @@ def _logits(plan: Plan) -> Runs:
             forward.insert(-1, _look_up(plan))
     elif plan.how[0].block_bwd:
         backward = []
+    if plan.call.binary:
+        backward.append(f"binary_ce_bwd ({_place(plan, 'backward')})")
+        if plan.call.cross_entropy:
+            forward.append(f"binary_ce_fwd ({_place(plan, 'forward')})")
     if plan.call.encode:
         backward = []
     return Runs("logits", ", ".join(forward), ", ".join(backward))

@@ -3,6 +3,7 @@
 Twins of ``csrc/cpu``; one stage a file: device helpers, kernel, launcher.
 """
 
+from gpl_fast.kernels.binary_ce import binary_ce_bwd, binary_ce_fwd
 from gpl_fast.kernels.branch import carry_target_fwd
 from gpl_fast.kernels.conv_block import conv_block_fwd
 from gpl_fast.kernels.diff_reduce import diff_reduce_fwd
@@ -14,6 +15,8 @@ from gpl_fast.kernels.softmax_pack import softmax_pack_fwd
 from gpl_fast.kernels.unit_diff import unit_diff_fwd
 
 __all__ = [
+    "binary_ce_bwd",
+    "binary_ce_fwd",
     "carry_target_fwd",
     "conv_block_fwd",
     "diff_reduce_fwd",

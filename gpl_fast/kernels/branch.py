@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gpl_fast.kernels.class_maps import weight_of
 from gpl_fast.kernels.launch import ACTIVATION_NAMES, cdiv, launch
 
 CLASSES, COLUMNS = 64, 16  # of a tile: few columns, that there are programs enough
@@ -65,7 +66,8 @@ def _list_tile(values_ptr, indices_ptr, rest, at, plane, k, c, inside, BLOCK_C: 
 
 @triton.jit
 def _look_kernel(
-    x_ptr, target_ptr, indices_ptr, rest_ptr, valid_ptr,  # as `carry_target_fwd` takes them
+    # as `carry_target_fwd` takes them
+    x_ptr, target_ptr, elements_ptr, indices_ptr, rest_ptr, valid_ptr,
     partial_ptr,  # (N, 3, programs): Σ (y' − y)², Σ y², pixels like their right neighbours
     H, W, step_h, step_w, inv_t, target_inv_t, x_strides, target_strides,  # n, c or rank, h, w
     h, w, ratio_h, ratio_w,  # of a dense target of another size, and its over the prediction's
@@ -92,7 +94,7 @@ def _look_kernel(
     beside = n * t_n + near * t_h + beside_it.to(tl.int64) * t_w
     keep = inside
     if valid_ptr is not None:
-        keep = keep & (tl.load(valid_ptr + pixel, mask=inside, other=0) != 0)
+        keep, _ = weight_of(valid_ptr, pixel, inside)
     m, factor = _softmax(x_ptr, x_at, x_c, C, keep, inv_t, ACTIVATION, BLOCK_C, BLOCK_W)
     tm, t_factor = m, factor
     if KIND == "dense":
@@ -123,12 +125,17 @@ def _look_kernel(
             t = tl.load(plane + at[None, :], mask=there, other=0.0).to(tl.float32)
             right = tl.load(plane + beside[None, :], mask=there, other=0.0).to(tl.float32)
             same = same & (tl.min((t == right).to(tl.int32), axis=0) != 0)
+            if target_ptr.dtype.element_ty == tl.uint8:  # labels of elements
+                t = tl.where(t == 1.0, 1.0, 0.0)
             t = _activate(t, tm, t_factor, target_inv_t, TARGET_ACTIVATION)
         elif KIND == "labels":
             t = tl.where(c[:, None] == label[None, :], 1.0, 0.0)
         else:
             t = _list_tile(target_ptr, indices_ptr, rest, at, rank, k, c, inside, BLOCK_C, BLOCK_W)
         live = (c[:, None] < C) & keep[None, :]
+        if elements_ptr is not None:
+            element = ((n * C + c[:, None]) * H + row) * W + column[None, :]
+            live = live & (tl.load(elements_ptr + element, mask=live, other=2) < 2)
         t = tl.where(live, t, 0.0)
         d = tl.where(live, y - t, 0.0)
         difference += tl.sum(d * d, axis=0)
@@ -154,9 +161,9 @@ def _decide_kernel(partial_ptr, from_target_ptr, programs, pixels, near, BLOCK: 
 def carry_target_fwd(
     x: Tensor, *, activation: int, target_activation: int, temperature: float,
     step: tuple[int, int], near: float, from_target: Tensor, dense: Tensor | None = None,
-    labels: Tensor | None = None, topk_values: Tensor | None = None,
-    topk_indices: Tensor | None = None, topk_rest: Tensor | None = None,
-    valid: Tensor | None = None,
+    elements: Tensor | None = None, labels: Tensor | None = None,
+    topk_values: Tensor | None = None, topk_indices: Tensor | None = None,
+    topk_rest: Tensor | None = None, valid: Tensor | None = None,
 ) -> None:  # fmt: skip
     """`gpl_fast.stages.TritonStages.carry_target_fwd`."""
     n, channels, height, width = x.shape
@@ -175,8 +182,8 @@ def carry_target_fwd(
     programs = rows * cdiv(columns, COLUMNS)
     partial = x.new_empty((n, 3, programs), dtype=torch.float32)
     launch(
-        _look_kernel, (n, programs), x, target, topk_indices, topk_rest, valid, partial, height,
-        width, *step, inv_t, 1.0 if as_it_is else inv_t,
+        _look_kernel, (n, programs), x, target, elements, topk_indices, topk_rest, valid, partial,
+        height, width, *step, inv_t, 1.0 if as_it_is else inv_t,
         x.stride(), (target.unsqueeze(1) if kind == "labels" else target).stride(), *size,
         ACTIVATION=of_x, TARGET_ACTIVATION=of_target, KIND=kind, C=channels,
         k=0 if topk_values is None else topk_values.shape[1],

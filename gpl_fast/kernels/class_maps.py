@@ -43,12 +43,25 @@ def map_of(ys, i: tl.constexpr, map_ptr, at, c0, on_map, C: tl.constexpr, C_PAD:
 
 
 @triton.jit
-def zeroed(y, c, keep, MASKED: tl.constexpr, C: tl.constexpr, FULL: tl.constexpr):
-    """0 beyond the last class, and where a pixel is not kept."""
+def weight_of(valid_ptr, at, inside):
+    """(whether each pixel counts, its weight: float32, of a bool that is 1)"""
+    if valid_ptr.dtype.element_ty == tl.float32:
+        m = tl.load(valid_ptr + at, mask=inside, other=0.0)
+        return m > 0.0, tl.where(m > 0.0, m, 0.0)
+    else:
+        keep = inside & (tl.load(valid_ptr + at, mask=inside, other=0) != 0)
+        return keep, keep.to(tl.float32)
+
+
+@triton.jit
+def zeroed(y, c, valid_ptr, keep, weight, C: tl.constexpr, FULL: tl.constexpr):
+    """0 beyond the last class, and where a pixel is not kept; times its weight."""
     if not FULL:
         y = tl.where(c[:, None] < C, y, 0.0)
-    if MASKED:
+    if valid_ptr is not None:
         y = tl.where(keep[None, :], y, 0.0)
+        if valid_ptr.dtype.element_ty == tl.float32:
+            y *= weight[None, :]
     return y
 
 
@@ -69,6 +82,13 @@ def store_zeros(map_ptr, at, on_map, C_PAD: tl.constexpr, BLOCK_C: tl.constexpr,
     for c0 in range(0, C_PAD, BLOCK_C):
         zeros = tl.zeros((BLOCK_C, BLOCK_W), tl.float32)
         store_map(map_ptr, at, zeros, c0 + tl.arange(0, BLOCK_C), on_map, C_PAD, False)
+
+
+@triton.jit
+def load_elements(row_ptr, c, w, on_map, stride_c, C: tl.constexpr):
+    """Labels of a row's elements, (BLOCK_C, BLOCK_W) uint8; 2, which do not count, outside."""
+    at = c[:, None].to(tl.int64) * stride_c + w[None, :]
+    return tl.load(row_ptr + at, mask=(c[:, None] < C) & on_map[None, :], other=2)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gpl_fast.kernels.class_maps import weight_of
 from gpl_fast.kernels.launch import cdiv, image_strides, launch
 from gpl_fast.stages import Listed
 
@@ -18,30 +19,36 @@ PIXELS = 32  # of a program: few enough for all to lie inside one region of labe
 @triton.jit
 def _neighbour(n, h, w, tap, inside, valid_ptr, taken_ptr, H, W, taken_row0, taken_rows,
                K: tl.constexpr):  # fmt: skip
-    """(place in an (N, H, W) tensor, whether it is a valid pixel, whether its target is taken)."""
+    """(place in an (N, H, W) tensor, whether it is a valid pixel, its weight, whether its target is
+    taken)."""
     y, x = h + tap // K - K // 2, w + tap % K - K // 2
     ok = inside & (y >= 0) & (y < H) & (x >= 0) & (x < W)
     at = (n * H + y) * W + x
+    weight = ok
     if valid_ptr is not None:
-        ok = ok & (tl.load(valid_ptr + at, mask=ok, other=0) != 0)
+        ok, weight = weight_of(valid_ptr, at, ok)
     taken = tl.load(taken_ptr + (n * taken_rows + y - taken_row0) * W + x, mask=ok, other=0)
-    return at, ok, taken != 0
+    return at, ok, weight, taken != 0
 
 
 @triton.jit
 def _label_at(n, h, w, tap, inside, labels_ptr, valid_ptr, taken_ptr, H, W, C, taken_row0,
               taken_rows, K: tl.constexpr):  # fmt: skip
-    """2 * label + taken of a neighbour, −1 where there is none."""
-    at, ok, taken = _neighbour(n, h, w, tap, inside, valid_ptr, taken_ptr, H, W, taken_row0,
+    """2 * label + taken of a neighbour, −1 where there is none; its weight, 0 there."""
+    at, ok, weight, taken = _neighbour(n, h, w, tap, inside, valid_ptr, taken_ptr, H, W, taken_row0,
                                taken_rows, K)  # fmt: skip
     label = tl.load(labels_ptr + at, mask=ok, other=-1)
     known = ok & (label >= 0) & (label < C)
-    return tl.where(known, 2 * label.to(tl.int32) + taken.to(tl.int32), -1)
+    return tl.where(known, 2 * label.to(tl.int32) + taken.to(tl.int32), -1), weight
 
 
 @triton.jit
-def _add(z, dz, rows, taken, from_target):
-    """z += rows where they are taken, or z is the target's; dz −= rows elsewhere."""
+def _add(z, dz, rows, valid_ptr, weight, taken, from_target):
+    """z += rows, each pixel's by its weight, where they are taken, or z is the target's; dz −= rows
+    elsewhere."""
+    if valid_ptr is not None:  # noqa: SIM102
+        if valid_ptr.dtype.element_ty == tl.float32:
+            rows *= weight
     z += tl.where(taken | from_target, rows, 0.0)
     dz -= tl.where(taken, 0.0, rows)
     return z, dz
@@ -64,34 +71,47 @@ def listed(
     channel = c < C_OUT
     if LABELS:
         lowest, highest = tl.full((), 2**30, tl.int32), tl.full((), -2, tl.int32)
+        lightest = tl.full((), float("inf"), tl.float32)
+        heaviest = -lightest
         for tap in range(0, K * K):
-            e = _label_at(n, h, w, tap, inside, list_ptr, valid_ptr, taken_ptr, H, W, C,
-                          taken_row0, taken_rows, K)  # fmt: skip
+            e, m = _label_at(n, h, w, tap, inside, list_ptr, valid_ptr, taken_ptr, H, W, C,
+                             taken_row0, taken_rows, K)  # fmt: skip
             lowest = tl.minimum(lowest, tl.min(tl.where(inside, e, 2**30)))
             highest = tl.maximum(highest, tl.max(tl.where(inside, e, -2)))
-        if lowest == highest:  # one label in the whole neighbourhood, or none: one row
+            if valid_ptr is not None:  # noqa: SIM102
+                if valid_ptr.dtype.element_ty == tl.float32:
+                    lightest = tl.minimum(lightest, tl.min(tl.where(inside, m, float("inf"))))
+                    heaviest = tl.maximum(heaviest, tl.max(tl.where(inside, m, float("-inf"))))
+        alike = lowest == highest
+        if valid_ptr is not None:  # noqa: SIM102
+            if valid_ptr.dtype.element_ty == tl.float32:
+                alike = alike & (lightest == heaviest)
+        if alike:  # one label and weight in the whole neighbourhood, or no label: one row
             row = sums_ptr + tl.maximum(lowest // 2, 0).to(tl.int64) * C_OUT + c
             rows = tl.load(row, mask=channel & (lowest >= 0), other=0.0)[:, None]
-            z, dz = _add(z, dz, rows + tl.zeros_like(q), lowest % 2 == 1, from_target)
+            z, dz = _add(z, dz, rows + tl.zeros_like(q), valid_ptr, heaviest, lowest % 2 == 1,
+                         from_target)  # fmt: skip
         else:
             for tap in range(0, K * K):
-                e = _label_at(n, h, w, tap, inside, list_ptr, valid_ptr, taken_ptr, H, W, C,
-                              taken_row0, taken_rows, K)  # fmt: skip
+                e, m = _label_at(n, h, w, tap, inside, list_ptr, valid_ptr, taken_ptr, H, W, C,
+                                 taken_row0, taken_rows, K)  # fmt: skip
                 row = (tap * C + tl.maximum(e // 2, 0)).to(tl.int64) * C_OUT
                 rows = tl.load(table_ptr + row[None, :] + c[:, None],
                                mask=(e >= 0)[None, :] & channel[:, None], other=0.0)  # fmt: skip
-                z, dz = _add(z, dz, rows.to(tl.float32), (e % 2 == 1)[None, :], from_target)
+                z, dz = _add(z, dz, rows.to(tl.float32), valid_ptr, m[None, :],
+                             (e % 2 == 1)[None, :], from_target)  # fmt: skip
     else:
         plane = H.to(tl.int64) * W  # of one rank
         for tap in range(0, K * K):
-            at, ok, taken = _neighbour(n, h, w, tap, inside, valid_ptr, taken_ptr, H, W,
-                                       taken_row0, taken_rows, K)  # fmt: skip
+            at, ok, m, taken = _neighbour(n, h, w, tap, inside, valid_ptr, taken_ptr, H, W,
+                                          taken_row0, taken_rows, K)  # fmt: skip
             first_rank = at + n * (k - 1) * plane
             rest = tl.zeros(h.shape, tl.float32)
             if rest_ptr is not None:
                 rest = tl.load(rest_ptr + at, mask=ok, other=0.0)
                 whole = tl.load(sums_ptr + tap * C_OUT + c, mask=channel, other=0.0)
-                z, dz = _add(z, dz, rest[None, :] * whole[:, None], taken[None, :], from_target)
+                z, dz = _add(z, dz, rest[None, :] * whole[:, None], valid_ptr, m[None, :],
+                             taken[None, :], from_target)  # fmt: skip
             for j in range(0, k):
                 of_rank = first_rank + j * plane
                 index = tl.load(indices_ptr + of_rank, mask=ok, other=-1)
@@ -106,8 +126,8 @@ def listed(
                 row = (tap * C + tl.minimum(tl.maximum(index, 0), C - 1)).to(tl.int64) * C_OUT
                 rows = tl.load(table_ptr + row[None, :] + c[:, None],
                                mask=known[None, :] & channel[:, None], other=0.0)  # fmt: skip
-                z, dz = _add(z, dz, value[None, :] * rows.to(tl.float32), taken[None, :],
-                             from_target)  # fmt: skip
+                z, dz = _add(z, dz, value[None, :] * rows.to(tl.float32), valid_ptr, m[None, :],
+                             taken[None, :], from_target)  # fmt: skip
     return z, dz
 
 

@@ -72,7 +72,10 @@ def row_of(x_ptr, strides, n, h, C: tl.constexpr, W, LAYOUT: tl.constexpr):
 @triton.jit
 def _load(row_ptr, c, w, inside, stride_c, stride_w, C: tl.constexpr, FULL: tl.constexpr):
     at = c[:, None].to(tl.int64) * stride_c + w[None, :].to(tl.int64) * stride_w
-    if FULL:  # what is outside of the row is in columns of its own
+    if row_ptr.dtype.element_ty == tl.uint8:  # labels of elements: the map that they are
+        live = (c[:, None] < C) & inside[None, :]
+        return (tl.load(row_ptr + at, mask=live, other=0) == 1).to(tl.float32)
+    elif FULL:  # what is outside of the row is in columns of its own
         return tl.load(row_ptr + at, mask=inside[None, :]).to(tl.float32)
     else:
         live = (c[:, None] < C) & inside[None, :]

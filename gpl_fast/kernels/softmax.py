@@ -73,9 +73,10 @@ def _finite(m):
 
 
 @triton.jit
-def cross_entropy(xs, row_ptr, ce_labels_ptr, class_weight_ptr, at, w, counts, m, log_s, stride_c,
-                  stride_w, SMOOTHING: tl.constexpr, C: tl.constexpr, LAYOUT: tl.constexpr,
-                  HELD: tl.constexpr, TILES: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+def cross_entropy(xs, row_ptr, ce_labels_ptr, ce_mask_ptr, class_weight_ptr, at, w, counts, m,
+                  log_s, stride_c, stride_w, SMOOTHING: tl.constexpr, C: tl.constexpr,
+                  LAYOUT: tl.constexpr, HELD: tl.constexpr, TILES: tl.constexpr,
+                  BLOCK_C: tl.constexpr):  # fmt: skip
     """Loss and weight of each pixel, (BLOCK_W,) float32, 0 where it does not count.
 
     lse = m + log_s, kept apart: lse − x_c of a confident pixel is about log_s alone.
@@ -105,4 +106,8 @@ def cross_entropy(xs, row_ptr, ce_labels_ptr, class_weight_ptr, at, w, counts, m
                 below += tl.sum(tl.where(c[:, None] < C, part, 0.0), axis=0)
                 weights += tl.sum(cw)
         loss += weights * log_s + below
+    if ce_mask_ptr is not None:
+        mask = tl.load(ce_mask_ptr + at, mask=counted, other=0.0)
+        loss *= mask
+        weight *= mask
     return tl.where(counted, loss, 0.0), weight

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpl_fast.kernels.class_maps import hold_map, map_of
+from gpl_fast.kernels.class_maps import hold_map, map_of, weight_of
 from gpl_fast.kernels.launch import ACTIVATION_NAMES, cdiv, launch
 from gpl_fast.kernels.logits import (
     hold_logits,
@@ -50,7 +50,8 @@ def _sums(xs, dys, x_row, dy_ptr, lse, at_dy, w, inside, x_c, x_w, inv_t, C: tl.
 def _softmax_bwd_kernel(
     x_ptr, dx_ptr,  # (N, C, H, W), any strides
     lse_ptr, dy_ptr, scale_ptr, valid_ptr,  # (N, H, W), (N, rows, W, C_PAD), (N,), (N, H, W)
-    ce_labels_ptr, ce_lse_ptr, ce_scale_ptr, class_weight_ptr,  # (N, H, W) twice, (N,), (C,)
+    ce_labels_ptr, ce_mask_ptr, ce_lse_ptr,  # (N, H, W)
+    ce_scale_ptr, class_weight_ptr,  # (N,), (C,)
     H, W, row0, inv_t, dy_n, x_strides, dx_strides,
     C: tl.constexpr, SMOOTHING: tl.constexpr, ACTIVATION: tl.constexpr, OWN_LSE: tl.constexpr,
     LAYOUT: tl.constexpr, DX_LAYOUT: tl.constexpr, HELD: tl.constexpr, TILES: tl.constexpr,
@@ -79,7 +80,9 @@ def _softmax_bwd_kernel(
         dys = hold_map(dy_ptr, at_dy, inside, C, C_PAD, HELD, TILES, WHOLE, BLOCK_C)
     keep = inside
     if valid_ptr is not None:
-        keep = inside & (tl.load(valid_ptr + at, mask=inside, other=0) != 0)
+        keep, of_pixel = weight_of(valid_ptr, at, inside)
+        if valid_ptr.dtype.element_ty == tl.float32:
+            scale = (scale * of_pixel)[None, :]
     lse = tl.zeros((BLOCK_W,), tl.float32)
     inverse, dot = lse + 1.0, lse
     if ACTIVATION == "softmax":
@@ -106,6 +109,8 @@ def _softmax_bwd_kernel(
             ce_inverse, _ = _sums(xs, dys, x_row, None, ce_lse, at_dy, w, inside, x_c, x_w, 1.0, C,
                                   LAYOUT, HELD, TILES, C_PAD, BLOCK_C, BLOCK_W)  # fmt: skip
         s = tl.load(ce_scale_ptr + n)
+        if ce_mask_ptr is not None:
+            s *= tl.load(ce_mask_ptr + at, mask=counted, other=0.0)
         on_p = s * (weight * (1.0 - SMOOTHING) + SMOOTHING / C * weights)
         on_weight = s * SMOOTHING / C
         on_label = s * (1.0 - SMOOTHING) * weight
@@ -144,7 +149,7 @@ def softmax_bwd(
     x: Tensor, *, activation: int, temperature: float, label_smoothing: float = 0.0, row0: int,
     rows: int, dx: Tensor, lse: Tensor | None = None, dy: Tensor | None = None,
     scale: Tensor | None = None, valid: Tensor | None = None, ce_labels: Tensor | None = None,
-    ce_lse: Tensor | None = None, ce_scale: Tensor | None = None,
+    ce_mask: Tensor | None = None, ce_lse: Tensor | None = None, ce_scale: Tensor | None = None,
     class_weight: Tensor | None = None,
 ) -> None:  # fmt: skip
     """`gpl_fast.stages.BackwardStages.softmax_bwd`."""
@@ -160,7 +165,7 @@ def softmax_bwd(
     launch(
         _softmax_bwd_kernel,
         (rows * cdiv(width, how["BLOCK_W"]), n),
-        x, dx, lse, dy, scale, valid, ce_labels, ce_lse, ce_scale, class_weight,
+        x, dx, lse, dy, scale, valid, ce_labels, ce_mask, ce_lse, ce_scale, class_weight,
         height, width, row0, None if temperature == 1.0 else inverse_of(temperature),
         None if dy is None else dy.stride(0), strides, None if same else dx_strides,
         C=channels, SMOOTHING=label_smoothing, ACTIVATION=kind,

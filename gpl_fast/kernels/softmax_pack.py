@@ -10,7 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpl_fast.kernels.class_maps import store_map, store_zeros, topk_tile, zeroed
+from gpl_fast.kernels.class_maps import (
+    load_elements,
+    store_map,
+    store_zeros,
+    topk_tile,
+    weight_of,
+    zeroed,
+)
 from gpl_fast.kernels.launch import ACTIVATION_NAMES, cdiv, launch
 from gpl_fast.kernels.logits import (
     hold_logits,
@@ -20,6 +27,7 @@ from gpl_fast.kernels.logits import (
     row_of,
     tiling,
 )
+from gpl_fast.kernels.row_sums import row_sums
 from gpl_fast.kernels.softmax import activate, cross_entropy, less_one, log_sum_exp
 
 MOST_LSE_T = tl.constexpr(2.0**96)
@@ -40,13 +48,15 @@ def _activated(x, m, factor, inv_t, ACTIVATION: tl.constexpr):
     do_not_specialize_on_alignment=["from_target_ptr"],
 )
 def _softmax_pack_fwd_kernel(
-    x_ptr, target_ptr,  # (N, C, H, W), any strides
+    x_ptr, target_ptr, elements_ptr,  # (N, C, H, W), any strides; the last's rows contiguous
     valid_ptr, from_target_ptr, labels_ptr,  # (N, H, W), (N,), (N, H, W)
     values_ptr, indices_ptr, rest_ptr,  # (N, K, H, W), (N, K, H, W), (N, H, W)
-    ce_labels_ptr, class_weight_ptr, ce_ptr,  # (N, H, W), (C,), (N, H, tiles, 2) float64
+    ce_labels_ptr, ce_mask_ptr, class_weight_ptr,  # (N, H, W) twice, (C,)
+    ce_ptr,  # (N, H, tiles, 2) float64
     y_ptr, delta_ptr, taken_ptr,  # (N, rows, W, C_PAD) twice, (N, rows, W)
     lse_ptr, ce_lse_ptr,  # (N, H, W)
-    H, W, row0, core0, core_rows, inv_t, y_n, delta_n, topk_n, topk_k, x_strides, target_strides,
+    H, W, row0, core0, core_rows, inv_t, y_n, delta_n, topk_n, topk_k, elements_n, elements_c,
+    x_strides, target_strides,
     C: tl.constexpr, K: tl.constexpr, SMOOTHING: tl.constexpr,
     ACTIVATION: tl.constexpr, TARGET_ACTIVATION: tl.constexpr, AS_IT_IS: tl.constexpr,
     OWN_LSE: tl.constexpr, FAR: tl.constexpr,  # ranks beyond 2^31
@@ -100,8 +110,8 @@ def _softmax_pack_fwd_kernel(
         if ce_lse_ptr is not None:
             tl.store(ce_lse_ptr + at, cm + log_s, mask=core)
         loss, weight = cross_entropy(
-            xs, x_row, ce_labels_ptr, class_weight_ptr, at, w, core, cm, log_s, x_c, x_w,
-            SMOOTHING, C, LAYOUT, HELD, TILES, BLOCK_C,
+            xs, x_row, ce_labels_ptr, ce_mask_ptr, class_weight_ptr, at, w, core, cm, log_s, x_c,
+            x_w, SMOOTHING, C, LAYOUT, HELD, TILES, BLOCK_C,
         )  # fmt: skip
         part = ce_ptr + ((n * H + h) * tiles + tile) * 2
         tl.store(part, tl.sum(loss.to(tl.float64)), mask=in_core)
@@ -109,9 +119,9 @@ def _softmax_pack_fwd_kernel(
     if y_ptr is None:
         return
     # (2) y', the target, their difference, eq. (6)
-    keep = on_map
+    keep, of_pixel = on_map, s
     if valid_ptr is not None:
-        keep = on_map & (tl.load(valid_ptr + at, mask=on_map, other=0) != 0)
+        keep, of_pixel = weight_of(valid_ptr, at, on_map)
     factor = 1.0 / s
     ts = ()
     if target_ptr is not None:
@@ -160,7 +170,11 @@ def _softmax_pack_fwd_kernel(
                 x = logits_of(ts, i, t_row, c0, w, on_map, t_c, t_w, C, TARGET_LAYOUT, HELD,
                               BLOCK_C)  # fmt: skip
                 t = _activated(x, tm, t_factor, t_by, TARGET_ACTIVATION)
-                d = zeroed(y - t, c, keep, valid_ptr is not None, C, i < WHOLE)
+                if elements_ptr is not None:
+                    row = elements_ptr + n * elements_n + h.to(tl.int64) * W
+                    there = load_elements(row, c, w, on_map, elements_c, C) < 2
+                    y, t = tl.where(there, y, 0.0), tl.where(there, t, 0.0)
+                d = zeroed(y - t, c, valid_ptr, keep, of_pixel, C, i < WHOLE)
                 y = tl.where(carried, t, y)
                 store_map(delta_ptr, out, d, c, on_map, C_PAD, i < WHOLE)
             if labels_ptr is not None:
@@ -170,27 +184,18 @@ def _softmax_pack_fwd_kernel(
                 t = topk_tile(values_ptr, indices_ptr, rest_ptr, first, at, c, keep, topk_k, K,
                                FAR, BLOCK_C, BLOCK_W)  # fmt: skip
                 y = tl.where(take[None, :], y - t, y)
-            y = zeroed(y, c, keep, valid_ptr is not None, C, i < WHOLE)
+            y = zeroed(y, c, valid_ptr, keep, of_pixel, C, i < WHOLE)
             store_map(y_ptr, out, y, c, on_map, C_PAD, i < WHOLE)
-
-
-@triton.jit(do_not_specialize=["H", "row0", "tiles"])
-def _row_sums_kernel(parts_ptr, sums_ptr, H, row0, tiles, BLOCK: tl.constexpr):
-    """(N, H, tiles, 2) -> (N, H, 2) float64, of the rows from row0 on."""
-    row = tl.program_id(1).to(tl.int64) * H + row0 + tl.program_id(0)
-    t = tl.arange(0, BLOCK)[:, None]
-    of = tl.arange(0, 2)
-    parts = tl.load(parts_ptr + row * tiles * 2 + t * 2 + of[None, :], mask=t < tiles, other=0.0)
-    tl.store(sums_ptr + row * 2 + of, tl.sum(parts, axis=0))
 
 
 def softmax_pack_fwd(
     x: Tensor, *, activation: int, target_activation: int, temperature: float,
     label_smoothing: float = 0.0, row0: int, rows: int, core0: int, core_rows: int,
-    valid: Tensor | None = None, target: Tensor | None = None, from_target: Tensor | None = None,
-    labels: Tensor | None = None, topk_values: Tensor | None = None,
-    topk_indices: Tensor | None = None, topk_rest: Tensor | None = None,
-    ce_labels: Tensor | None = None, class_weight: Tensor | None = None, y: Tensor | None = None,
+    valid: Tensor | None = None, target: Tensor | None = None, elements: Tensor | None = None,
+    from_target: Tensor | None = None, labels: Tensor | None = None,
+    topk_values: Tensor | None = None, topk_indices: Tensor | None = None,
+    topk_rest: Tensor | None = None, ce_labels: Tensor | None = None,
+    ce_mask: Tensor | None = None, class_weight: Tensor | None = None, y: Tensor | None = None,
     delta: Tensor | None = None, taken: Tensor | None = None, lse: Tensor | None = None,
     ce_lse: Tensor | None = None, ce_rows: Tensor | None = None,
 ) -> None:  # fmt: skip
@@ -222,11 +227,13 @@ def softmax_pack_fwd(
     launch(
         _softmax_pack_fwd_kernel,
         (rows * tiles, n),
-        x, target, valid, from_target, labels, topk_values, topk_indices, topk_rest, ce_labels,
-        class_weight, parts, y, delta, taken, lse, ce_lse, height, width, row0,
+        x, target, elements, valid, from_target, labels, topk_values, topk_indices, topk_rest,
+        ce_labels, ce_mask, class_weight, parts, y, delta, taken, lse, ce_lse, height, width, row0,
         None if whole else core0, None if whole else core_rows,
         inv_t=None if temperature == 1.0 else inverse_of(temperature),
         y_n=y_n, delta_n=delta_n,
+        elements_n=None if elements is None else elements.stride(0),
+        elements_c=None if elements is None else elements.stride(1),
         x_strides=strides,
         target_strides=None if target_strides == strides else target_strides,
         C=channels, SMOOTHING=label_smoothing, **of_list,
@@ -234,9 +241,5 @@ def softmax_pack_fwd(
         OWN_LSE=of_x != "softmax" or temperature != 1.0, LAYOUT=layout,
         TARGET_LAYOUT=target_layout, C_PAD=c_pad, **how, enable_fp_fusion=False,
     )  # fmt: skip
-    if parts is not None and parts is not ce_rows and core[0] < core[1]:
-        launch(
-            _row_sums_kernel,
-            (core[1] - core[0], n),
-            parts, ce_rows, height, core[0], tiles, BLOCK=triton.next_power_of_2(tiles),
-        )  # fmt: skip
+    if parts is not None and ce_rows is not None and parts is not ce_rows and core[0] < core[1]:
+        row_sums(parts, ce_rows, core[0], core[1] - core[0])

@@ -77,9 +77,11 @@ class LossNet(FrozenNetwork):
     ) -> LossNet:
         """A chain of Conv2d, ReLU, MaxPool2d(2) and AvgPool2d(2), such as ``vgg16().features``.
 
-        Weights and biases are copied and frozen. The input becomes ``(x - mean) / std`` before the
-        first convolution pads it. Layers are named ``conv{block}_{i}``, ``relu{block}_{i}``,
-        ``pool{block}``; what follows the last pool is one more block.
+        Weights and biases are copied and frozen. A BatchNorm2d behind a convolution, as in
+        ``vgg16_bn``, is folded into it with its running statistics, in train mode too. The input
+        becomes ``(x - mean) / std`` before the first convolution pads it. Layers are named
+        ``conv{block}_{i}``, ``relu{block}_{i}``, ``pool{block}``; what follows the last pool is one
+        more block.
 
         Args:
             sequential: of modules whose ``forward`` is torch's own, without hooks and without

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from gpl_fast.net.layers import Layer, Part, named_chain
 from gpl_fast.real_tensors import holds_values, real_tensors
 
-PLAIN = (nn.Sequential, nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d)
+PLAIN = (nn.Sequential, nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d)
 # Where a subclass or an instance may compute something else than its base.
 COMPUTES = ("forward", "__call__", "_call_impl", "_conv_forward", "__iter__")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -34,11 +34,15 @@ def sequential_chain(sequential: nn.Sequential) -> tuple[list[Layer], dict[str, 
         raise ValueError(f"from_sequential: got a {type(sequential).__name__} with {why}")
     layers: list[Layer] = []
     parts: list[Part] = []
-    weights: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}  # float64 while they are folded
+    before: nn.Module | None = None
     for position, m in _flatten(sequential):
         if why := altered(m):
             raise ValueError(f"from_sequential: got {m} at position {position} with {why}")
-        part = _part(m)
+        if isinstance(m, nn.BatchNorm2d) and isinstance(before, nn.Conv2d):
+            _fold(m, position, weights, layers[-1].name)
+            continue
+        before, part = m, _part(m)
         try:
             if part is None or (isinstance(m, nn.Conv2d) and layers
                                 and m.in_channels != layers[-1].out_channels):  # fmt: skip
@@ -49,7 +53,8 @@ def sequential_chain(sequential: nn.Sequential) -> tuple[list[Layer], dict[str, 
             raise ValueError(
                 f"from_sequential: got {m} at position {position}, expected a chain of "
                 "Conv2d (odd kernel, stride 1, padding kernel_size // 2, zeros), each followed "
-                "by at most one ReLU, and MaxPool2d(2) or AvgPool2d(2); for anything else use "
+                "by BatchNorm2d or not and at most one ReLU, and MaxPool2d(2) or AvgPool2d(2); for "
+                "anything else (strided stems, pools of 3 x 3, another normalisation) use "
                 "LossNet.from_module"
             ) from None
         parts.append(part)
@@ -60,7 +65,7 @@ def sequential_chain(sequential: nn.Sequential) -> tuple[list[Layer], dict[str, 
                 weights[f"{name}.bias"] = _copy(m.bias, position)
     if not layers:
         raise ValueError("from_sequential: got an empty chain, expected at least one Conv2d")
-    return layers, weights
+    return layers, {name: weight.to(torch.float32) for name, weight in weights.items()}
 
 
 def altered(m: nn.Module) -> str | None:
@@ -111,13 +116,37 @@ def _part(m: nn.Module) -> Part | None:
     return None
 
 
+def _fold(norm: nn.BatchNorm2d, position: str, weights: dict[str, Tensor], conv: str) -> None:
+    """Put a batch normalisation by its running statistics into the convolution before it:
+    ``γ (W x + b − μ) / sqrt(σ² + ε) + β``, in float64."""
+    weight = weights[conv]
+    if norm.running_mean is None or norm.running_var is None:
+        raise ValueError(
+            f"from_sequential: got {norm} at position {position} without running statistics, "
+            "expected those that it was trained with: what it computes depends on the batch; run "
+            "it with track_running_stats=True, or use LossNet.from_module"
+        )
+    if norm.num_features != weight.shape[0]:
+        raise ValueError(
+            f"from_sequential: got {norm} at position {position}, expected num_features="
+            f"{weight.shape[0]}, the convolution's channels"
+        )
+    mean, scale = (_copy(t, position) for t in (norm.running_mean, norm.running_var))
+    scale.add_(norm.eps).rsqrt_()
+    if norm.weight is not None:
+        scale *= _copy(norm.weight, position)
+    bias = (weights.get(f"{conv}.bias", 0) - mean) * scale
+    weights[conv] = weight * scale[:, None, None, None]
+    weights[f"{conv}.bias"] = bias if norm.bias is None else bias + _copy(norm.bias, position)
+
+
 def _copy(w: Tensor, position: str) -> Tensor:
     if not holds_values(w) or not w.is_floating_point():
         raise ValueError(
             f"from_sequential: got {w.dtype} weights on {w.device} at position {position}, "
             "expected floating ones that hold values; load them first"
         )
-    return w.detach().to(device="cpu", dtype=torch.float32, copy=True)
+    return w.detach().to(device="cpu", dtype=torch.float64, copy=True)
 
 
 def _is_same_convolution(m: nn.Conv2d) -> bool:

@@ -9,14 +9,22 @@ from torch import Tensor
 
 from gpl_fast.targets.data import TargetFeatures, TopK
 from gpl_fast.targets.dense import DenseTarget, first_look
+from gpl_fast.targets.elements import (
+    count_elements,
+    resolve_element_teacher,
+    resolve_elements,
+)
 from gpl_fast.targets.features import FeatureTarget, feature_settings
 from gpl_fast.targets.labels import LabelTarget
 from gpl_fast.targets.masks import normalise_mask
+from gpl_fast.targets.multi_hot import IGNORED
 from gpl_fast.targets.resolve import (
+    count_labels,
     resolve_labels,
     resolve_style,
     resolve_target,
     resolve_teacher,
+    weights_of_pixels,
 )
 from gpl_fast.targets.target import Target
 from gpl_fast.targets.topk import TopKTarget
@@ -26,6 +34,7 @@ TargetMap = Tensor | TopK
 TargetLike = TargetMap | TargetFeatures
 
 __all__ = [
+    "IGNORED",
     "DenseTarget",
     "FeatureTarget",
     "LabelTarget",
@@ -35,11 +44,16 @@ __all__ = [
     "TargetMap",
     "TopK",
     "TopKTarget",
+    "count_elements",
+    "count_labels",
     "feature_settings",
     "first_look",
     "normalise_mask",
+    "resolve_element_teacher",
+    "resolve_elements",
     "resolve_labels",
     "resolve_style",
     "resolve_target",
     "resolve_teacher",
+    "weights_of_pixels",
 ]

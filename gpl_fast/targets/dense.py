@@ -12,7 +12,7 @@ from gpl_fast import reference
 from gpl_fast.input_checks import FLOAT_DTYPES, way_out_of_shape
 from gpl_fast.options import Options
 from gpl_fast.targets import values
-from gpl_fast.targets.masks import has_size, normalise_mask
+from gpl_fast.targets.masks import has_size, normalise_mask, restricted
 from gpl_fast.targets.target import Target, check_like
 
 # A look at a dense target begins with about so many values and ends at the first pixel that no
@@ -30,7 +30,7 @@ class DenseTarget(Target):
     kind = "dense"
 
     dense: Tensor  # (N, C, h, w) as given
-    dense_valid: Tensor | None  # (N, h, w) bool, the mask of its own size if it is resized
+    dense_valid: Tensor | None  # (N, h, w), the mask of its own size if it is resized
 
     @classmethod
     def takes(cls, given: object) -> bool:
@@ -60,6 +60,7 @@ class DenseTarget(Target):
         if resized and has_size(mask, own):
             own_valid = normalise_mask(mask, n, own, device)
             assert own_valid is not None
+            own_valid = restricted(own_valid, reference.counted(own_valid))  # else none of a mean
             valid: Tensor | None = reference.resize_mask(own_valid, size)
         else:
             valid = normalise_mask(mask, n, size, device)
@@ -111,7 +112,7 @@ def check_dense(
     """Look at a dense target (N, C, h, w) before it is resized and activated.
 
     Args:
-        valid: (N, h, w) bool, the pixels that count; None = all.
+        valid: (N, h, w), the pixels that count; None = all.
         activation: that would be applied to it unasked: refuse what it put out already; "none" =
             do not look for that.
         holes: pixels are masked at another size: it must be finite.
@@ -170,6 +171,7 @@ def holds_probabilities(target: Tensor, valid: Tensor | None, activation: str) -
     Values in [0, 1] within ``2 eps``, which a resize may add; under softmax also sums that are 1
     within ``1e-3 + 2 eps`` or exactly 0, or 0 and 1 alone in the whole map. Nothing valid: False.
     """
+    valid = None if valid is None else reference.counted(valid)
     sums, bits, any_valid = activation == "softmax", activation == "softmax", False
     n, c, h, w = target.shape
     rounding = 2 * torch.finfo(target.dtype).eps

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from gpl_fast.input_checks import TakesMaps, check_prediction, check_tensor
@@ -15,7 +16,7 @@ from gpl_fast.targets.data import Batch, TargetFeatures
 from gpl_fast.targets.dense import DenseTarget
 from gpl_fast.targets.features import FeatureTarget
 from gpl_fast.targets.labels import LabelTarget, check_labels, segmentation_labels
-from gpl_fast.targets.masks import check_same_mask, normalise_mask
+from gpl_fast.targets.masks import check_same_mask, normalise_mask, restricted
 from gpl_fast.targets.target import Target
 from gpl_fast.targets.topk import TopKTarget
 
@@ -38,7 +39,7 @@ def resolve_target(
         target: floating (N, C, h, w), integer labels, TopK, or TargetFeatures.
         channels: C.
         o: the loss' options.
-        mask: (N, H, W) or (N, 1, H, W) bool, True = valid; of a dense target of another size also
+        mask: (N, H, W) or (N, 1, H, W), bool or floating; of a dense target of another size also
             (N, h, w) or (N, 1, h, w).
         pred: (N, C, H, W) that the target must match; None = it may have any size.
         what: the argument's name, for errors.
@@ -80,22 +81,35 @@ def resolve_style(target: object, net: TakesMaps, o: Options, pred: Tensor) -> T
 def resolve_labels(
     labels: object, mask: Tensor | None, logits: Tensor, net: TakesMaps, o: Options
 ) -> tuple[Tensor, Tensor | None]:
-    """A segmentation's labels (N, H, W) int64, -1 = does not count, and its mask (N, H, W) bool.
+    """A segmentation's labels (N, H, W) int64, -1 = does not count, and its mask (N, H, W).
 
     Args:
         labels: (N, H, W) or (N, 1, H, W) of any integer dtype.
-        mask: (N, H, W) or (N, 1, H, W) bool, True = valid.
+        mask: (N, H, W) or (N, 1, H, W), bool or floating.
         logits: (N, C, h, w), of the labels' size or smaller.
 
     Raises:
         TypeError, ValueError: of labels, mask or logits.
     """
     check_prediction(logits, net, needs_size=False)
-    plane = segmentation_labels(labels, logits)
+    plane = segmentation_labels(labels, net.in_channels, logits)
     size = (plane.shape[1], plane.shape[2])
     net.shapes(*size)
     mask = normalise_mask(mask, plane.shape[0], size, plane.device)
-    return check_labels(plane, mask, net.in_channels, o.ignore_index), mask
+    return check_labels(plane, mask, net.in_channels, o.ignored), mask
+
+
+def count_labels(
+    labels: object, mask: Tensor | None, channels: int, o: Options
+) -> tuple[Tensor, Tensor | None]:
+    """`resolve_labels` without the logits that the labels are of.
+
+    Raises:
+        TypeError, ValueError: as `resolve_labels`.
+    """
+    plane = segmentation_labels(labels, channels)
+    mask = normalise_mask(mask, plane.shape[0], (plane.shape[1], plane.shape[2]), plane.device)
+    return check_labels(plane, mask, channels, o.ignored), mask
 
 
 def resolve_teacher(
@@ -119,6 +133,8 @@ def resolve_teacher(
             where these are to leave.
     """
     counted, channels = labels >= 0, logits.shape[1]
+    if mask is not None:
+        counted = restricted(mask, counted)
     if teacher is None:
         valid = mask if gpl_ignore is False else counted
         return LabelTarget((labels.shape[1], labels.shape[2]), valid, labels, channels)
@@ -141,3 +157,16 @@ def _features_without_ignored(
         "teacher speaks for ignored pixels too"
     )
     return replace(target, seen=check_same_mask(counted, teacher.valid, message))
+
+
+def weights_of_pixels(target: Target, labels: Tensor, mask: Tensor) -> Tensor | None:
+    """The weights that a cross-entropy takes of labels and mask as `resolve_labels` gives them, or
+    None = 1.
+
+    The target's own where they differ at pixels without a label alone, so that one map serves both:
+    not those of a teacher that leaves out pixels of its own.
+    """
+    if mask.dtype == torch.bool:
+        return None
+    alike = target.kind == "dense" or target.data is labels
+    return target.valid if alike and target.valid is not None else mask

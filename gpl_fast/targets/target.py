@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol, Self
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gpl_fast.input_checks import TakesMaps
 from gpl_fast.options import Options
+from gpl_fast.targets.masks import check_weights
 
 
 class Network(TakesMaps, Protocol):
@@ -31,13 +32,17 @@ class Target:
     kind: ClassVar[str]
 
     size: tuple[int, int]  # H, W of the maps that are compared
-    valid: Tensor | None  # (N, H, W) bool, the pixels that count; None = all
+    # (N, H, W) bool, the pixels that count, or float32, their weights; None = all
+    valid: Tensor | None
     # What was given has another size, and the map is made by a resize.
     resized: bool = field(default=False, kw_only=True)
     # Features by layer, (N, C_b, H_b, W_b), of a target that brings them instead of a map.
     stored: Mapping[str, Tensor] | None = field(default=None, kw_only=True)
     # 0, where a compiled graph has to keep what looked at the values.
     seen: Tensor | None = field(default=None, kw_only=True)
+
+    # (N, C, H, W) uint8, labels of single elements: where one is 2, both maps are 0 there alone.
+    elements: Tensor | None = field(default=None, kw_only=True)
 
     @classmethod
     def takes(cls, given: object) -> bool:
@@ -63,13 +68,29 @@ class Target:
         """The values, (N, ...): they say how many images there are, where and of which dtype."""
         raise NotImplementedError
 
+    def activation(self, o: Options) -> str:
+        """What a dense map still has to go through."""
+        return o.target
+
     def map(self, activation: str, temperature: float, dtype: torch.dtype) -> Tensor:
-        """The map ``y`` (N, C, H, W) by definition, 0 where not valid, unless it is `stored`."""
+        """The map ``y`` (N, C, H, W) by definition, 0 where not valid, unless it is `stored`; not
+        weighted yet."""
         raise NotImplementedError
 
     def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """What the fast path reads, by name, for a chain that computes in `dtype`."""
         return {} if self.valid is None else {"valid": self.valid.contiguous()}
+
+    def fitted(self, dtype: torch.dtype) -> Self:
+        """This target, whose weights of pixels were held to what maps of `dtype` hold.
+
+        Raises:
+            ValueError: one is too large.
+        """
+        seen = check_weights(self.valid, dtype)
+        if seen is None:
+            return self
+        return replace(self, seen=seen if self.seen is None else self.seen + seen)
 
     def check(self, net: Network, o: Options, layers: Sequence[str]) -> None:
         """Raises: ValueError if `stored` features are not what this loss would have made."""

@@ -12,7 +12,7 @@ from gpl_fast import reference
 from gpl_fast.options import Options
 from gpl_fast.targets import values
 from gpl_fast.targets.data.topk import TopK
-from gpl_fast.targets.masks import normalise_mask
+from gpl_fast.targets.masks import normalise_mask, restricted
 from gpl_fast.targets.target import Target, check_like
 
 
@@ -50,7 +50,7 @@ class TopKTarget(Target):
         mask = normalise_mask(mask, n, (height, width), listed.device)
         indices, in_range = check_topk(listed, topk.indices, mask, channels, topk.rest)
         # On the CPU out-of-range indices raise, so the mask alone decides; on CUDA they invalidate.
-        keep = mask if indices.device.type in ("cpu", "meta") else in_range
+        keep = mask if indices.device.type in ("cpu", "meta") else restricted(mask, in_range)
         return cls((height, width), keep, TopK(listed, indices, topk.rest), channels)
 
     @property
@@ -93,6 +93,7 @@ def check_topk(
         ValueError: a counted index outside ``[0, C)``, a value that is negative or not finite, or
             a sum above 1 without renormalisation; on CUDA only with ``GPL_FAST_CHECK=1``.
     """
+    mask = None if mask is None else reference.counted(mask)
     out: tuple[Tensor, Tensor] = torch.ops.gpl_fast.check_topk(
         listed, indices, mask, channels, rest
     )

@@ -67,9 +67,11 @@ def inputs(kind, c=C, h=H, w=W):
 
 
 MASK = torch.arange(N * H * W).view(N, H, W) % 7 != 0
+WEIGHTS = MASK * torch.linspace(0.1, 3.0, N * H * W).view(N, H, W)
 
 # A loss, the target's kind, further arguments, and what is kept besides prediction and contract.
 VALID = ((N, H, W), torch.bool)
+WEIGHED = ((N, H, W), FLOAT)
 KEPT = {
     "dense": (gpl, "dense", (), []),
     "mask": (gpl, "dense", (MASK,), [VALID]),
@@ -79,8 +81,20 @@ KEPT = {
     "avg": (lambda: gpl(pool="avg", level_weights=(1, 2)), "dense", (), []),
     "stride": (lambda: gpl(pool="stride", level_weights=(1, 2)), "topk", (MASK,), [VALID]),
     "bfloat16": (lambda: gpl(compute_dtype=BF16), "dense", (), []),
+    "weights": (gpl, "dense", (WEIGHTS,), [WEIGHED]),
+    "weights, labels": (lambda: gpl(ignore_index=255), "labels", (WEIGHTS,), [WEIGHED]),
+    "weights, topk": (gpl, "topk", (WEIGHTS,), [WEIGHED]),
     "family": (family, "dense", (), []),
     "total": (total, "labels", (), [VALID, ((N, H, W), torch.int16)]),
+    # One map serves both terms.
+    "weights, total": (total, "labels", (None, WEIGHTS), [WEIGHED, ((N, H, W), torch.int16)]),
+    "weights, total, teacher": (
+        total, "labels", (torch.randn(N, C, H, W), WEIGHTS), [WEIGHED, ((N, H, W), torch.int16)],
+    ),
+    "weights, total, topk teacher": (
+        total, "labels", (TopK(*torch.rand(N, C, H, W).softmax(1).topk(2, dim=1)), WEIGHTS),
+        [WEIGHED, ((N, H, W), torch.int16)],
+    ),
     "weighted total": (
         lambda: total(class_weight=[1, 2, 3, 4, 5], temperature=2.0, gpl_ignore=False),
         "labels", (), [((N, H, W), torch.int16), ((C,), FLOAT)],
@@ -332,6 +346,8 @@ POISONED = {
     "stride": (lambda: gpl(pool="stride", level_weights=(1, 1)), "topk", ()),
     "bfloat16": (lambda: gpl(compute_dtype=BF16), "dense", ()),
     "family": (family, "dense", (None, MASK)),
+    "weights": (gpl, "topk", (WEIGHTS,)),
+    "weights, total": (total, "labels", (None, WEIGHTS)),
     "total": (lambda: total(class_weight=[1, 2, 3, 4, 5], temperature=2.0), "labels", ()),
 }
 
@@ -365,7 +381,7 @@ def test_walks_write_all_that_they_read(name, rows, decide, monkeypatch):
 # ------------------------------------------------------------------------------------- operators
 
 
-@pytest.mark.parametrize("name", ["dense", "labels", "topk", "family", "total"])
+@pytest.mark.parametrize("name", ["dense", "labels", "topk", "family", "total", "weights, total"])
 def test_opcheck(name, monkeypatch):
     """Schema, fake kernels and tracing of the two operators on the arguments of a real call."""
     make, kind, args = POISONED[name]

@@ -93,7 +93,10 @@ WRONG_INPUTS = {
     ),
     "mask of another batch": (["mask", "(1, 37, 45)", "(2, 37, 45)"], _x, _y, _mask[:1]),
     "mask of C channels": (["mask", "(2, 5, 37, 45)", "(2, 1, 37, 45)"], _x, _y, _x > 0),
-    "float mask": (["mask", "torch.float32", "torch.bool", "mask > 0"], _x, _y, _mask.float()),
+    "integer mask": (["mask", "torch.int32", "torch.bool", "mask > 0"], _x, _y, _mask.int()),
+    "negative mask": (["mask", "-1.0", "finite ones >= 0", "clamp"], _x, _y, -_mask.float()),
+    "infinite mask": (["mask", "inf", "finite ones >= 0"], _x, _y, _mask / 0.0),
+    "unknown mask": (["mask", "nan", "finite ones >= 0"], _x, _y, _mask * float("nan")),
     "mask elsewhere": (["mask", "meta", "cpu", ".to("], _x, _y, _mask.to("meta")),
 }  # fmt: skip
 

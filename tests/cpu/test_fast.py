@@ -77,7 +77,7 @@ class How:
     dtypes: tuple[torch.dtype, torch.dtype | None]
     layout: str
     rows: int | None  # of a strip; None: the plan's own choice
-    masked: bool
+    masked: bool | str  # "weights": by numbers
     ignore: int | None
     target_activation: str
     rest: str
@@ -137,7 +137,7 @@ def drawn_target(kind: str, c: Case, how: How, loss: GenericPerceptualLoss) -> A
     if kind == "topk":
         return c.topk(how.rest, min(how.k, channels))
     if kind == "features":
-        return loss.encode(c.maps(), c.mask() if how.masked else None)
+        return loss.encode(c.maps(), drawn_mask(c, how))
     dense = c.maps().to(how.dtypes[0])
     if kind == "resized":
         size = (max(1, h - 1 - c.seed % 5), max(1, (w * 3) // 2 - c.seed % 7))
@@ -145,12 +145,29 @@ def drawn_target(kind: str, c: Case, how: How, loss: GenericPerceptualLoss) -> A
     return LAYOUTS[how.layout](dense)
 
 
+def weights_of(mask: Tensor) -> Tensor:
+    """A mask of numbers that counts the same pixels: many 1, others anything."""
+    m = torch.where(torch.rand(mask.shape) < 0.5, 1.0, 3 * torch.rand(mask.shape))
+    return m * mask
+
+
+def drawn_mask(c: Case, how: How) -> Tensor | None:
+    if how.masked == "weights":
+        return weights_of(c.mask())
+    return c.mask() if how.masked else None
+
+
+def among(mask: Tensor | None, counted: Tensor) -> Tensor:
+    """The mask where pixels are counted too."""
+    return counted if mask is None else torch.where(counted, mask, 0).to(mask.dtype)
+
+
 def valid_pixels(kind: str, target: Any, mask: Tensor | None, ignore: int | None) -> Tensor | None:
     if kind == "features":
         return target.valid
     if kind != "labels" or ignore is None:
         return mask
-    return (target != ignore) if mask is None else mask & (target != ignore)
+    return among(mask, target != ignore)
 
 
 def truth_and_routed(loss64, value: Tensor, pred: Tensor, target: Any, valid, kind: str):
@@ -185,7 +202,7 @@ def test_against_float64(kind, c: Case, how: How, wide):
     loss64 = c.loss(compute_dtype=torch.float64, backend="reference", **options)
     pred = LAYOUTS[how.layout](c.maps().to(how.dtypes[0]))
     target = drawn_target(kind, c, how, c.loss(**activations))
-    mask = c.mask() if how.masked and kind != "features" else None
+    mask = drawn_mask(c, how) if kind != "features" else None
     valid = valid_pixels(kind, target, mask, options["ignore_index"])
     loss64.net = net
 
@@ -216,7 +233,7 @@ def test_against_float64(kind, c: Case, how: How, wide):
     check_value(value.detach(), plain, truth, coarser(dtype))
     check_gradient(grad, routed, walk, coarser(dtype, pred.dtype))
     if valid is not None:
-        assert not grad.masked_select(~valid.unsqueeze(1)).any()
+        assert not grad.masked_select((valid == 0).unsqueeze(1)).any()
 
 
 # -------------------------------------------------------------------------- two ways to the same
@@ -538,7 +555,7 @@ class Total:
     temperature: float
     activation: str
     teacher: str | None
-    masked: bool
+    masked: bool | str  # as of How
     nan: bool
     dtype: torch.dtype
     rows: int | None
@@ -583,9 +600,11 @@ def test_total_against_float64(t: Total):
     labels = torch.randint(c, size)
     labels[:, 3:9, 2:8] = 255
     mask = torch.rand(size) < 0.8 if t.masked else None
-    counted = labels != 255 if mask is None else (labels != 255) & mask
+    if t.masked == "weights":
+        mask = weights_of(mask)
+    counted = labels != 255 if mask is None else (labels != 255) & (mask > 0)
     leaves = t.gpl_ignore is True or (t.gpl_ignore == "auto" and t.teacher is None)
-    valid = counted if leaves else mask
+    valid = among(mask, counted) if leaves else mask
     logits = 2 * torch.randn(size[0], c, *size[1:])
     if t.nan and leaves:
         logits = torch.where(counted.unsqueeze(1), logits, float("nan"))

@@ -46,7 +46,8 @@ REFUSED = {  # a layer that a chain cannot hold, and why
     "overlapping pool": nn.MaxPool2d(2, 1),
     "ceil": nn.MaxPool2d(2, ceil_mode=True),
     "padded pool": nn.AvgPool2d(2, padding=1),
-    "norm": nn.BatchNorm2d(4),
+    "norm": nn.GroupNorm(2, 4),
+    "strided pool": nn.MaxPool2d(3, 2, 1),
     "linear": nn.Linear(4, 4),
 }
 

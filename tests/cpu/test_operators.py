@@ -135,6 +135,7 @@ def opcheck_cases():
         "softmax_pack_fwd": (x, {
             "activation": 1, "target_activation": 1, "temperature": 2.0, "label_smoothing": 0.1,
             "row0": 0, "rows": 4, "core0": 0, "core_rows": 4, "target": t, "from_target": branch,
+            "valid": labels.float(), "ce_mask": lse.abs(),
             "ce_labels": labels, "y": dy.clone(), "delta": dy.clone(), "lse": lse,
             "ce_lse": lse.clone(), "ce_rows": rows,
         }),
@@ -163,7 +164,15 @@ def opcheck_cases():
         "relu_bwd": (dz, {"mask": mask, "dz": z.clone()}),
         "softmax_bwd": (x, {
             "lse": x.logsumexp(1), "dy": dy, "scale": one, "activation": 1, "temperature": 1.0,
+            "valid": labels.float(), "ce_mask": lse.abs(),
             "ce_labels": labels, "ce_scale": one, "row0": 0, "rows": 4, "dx": x.clone(),
+        }),
+        "binary_ce_fwd": (x, {
+            "labels": x.gt(0).byte(), "row0": 0, "rows": 4, "ce_rows": torch.zeros(1, 4, 2).double()
+        }),
+        "binary_ce_bwd": (x, {
+            "labels": x.gt(0).byte(), "ce_scale": one, "row0": 0, "rows": 4, "dx": x.clone(),
+            "clear": True,
         }),
         "winograd_weight": (torch.randn(8, 3, 3, 8), {
             "tile": 2, "transposed": False, "u": torch.zeros(4096)

@@ -1,5 +1,5 @@
-"""Seeds that the forward made, walked back by CUDA's kernels on the CPU: nothing in them has to know
-what was compared."""
+"""Seeds that the forward made, walked back by CUDA's kernels on the CPU: nothing in them has to
+know what was compared."""
 
 from __future__ import annotations
 

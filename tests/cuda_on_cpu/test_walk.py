@@ -98,7 +98,8 @@ def called(value):
     """The node's call, its prediction, what it kept of the target, and what it saved."""
     node, (plan, saved) = fast_node(value), left_by(value)
     x, *rest = node.saved_tensors
-    return plan, x, dict(zip(plan.call.kept, rest, strict=False)), saved
+    kept = dict(zip(plan.call.kept, rest, strict=False))
+    return plan, x, plan.call.with_mask(kept) if plan.call.weighed else kept, saved
 
 
 def by_aten(plan, x, kept, saved, g, dtype=None):
@@ -143,6 +144,35 @@ def test_as_atens_data_gradient(emulated, name, dtype, decide, monkeypatch):
     assert {s.conv for s, how in zip(plan.steps, plan.how, strict=True) if how.block_bwd} == (
         stages.kernels
     )
+    plain = by_aten(plan, *saved, *incoming)
+    truth = by_aten(plan, *saved, *incoming, dtype=FLOAT)
+    assert error(got, truth) <= 2 * error(plain, truth) + (ATOL | TF32)[dtype]
+
+
+@pytest.mark.parametrize("kind", ["dense", "labels", "topk", "features", "teacher"])
+@pytest.mark.parametrize("dtype", [FLOAT, BF16, HALF], ids=["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("option", ["weights-cuda"])
+def test_weights_of_pixels(emulated, option, dtype, kind, decide):
+    loss = SegmentationLoss(C, net="2,1", widths=NARROW, label_smoothing=0.1)
+    loss = loss if kind == "teacher" else generic(net="2,1")
+    inner = getattr(loss, "gpl", loss)
+    inner.options = replace(inner.options, backend="fast", compute_dtype=dtype)
+    decide(kernels=True, backward="emulated", stages={"emulated": emulated})
+    shape = (2, C, *SIZE)
+    m = (3 * torch.rand(2, *SIZE) - 0.5).clamp(min=0)
+    target = make_target("dense" if kind in ("features", "teacher") else kind, shape)
+    given = [loss.encode(target, m)] if kind == "features" else [target, m]
+    if kind == "teacher":
+        given = [torch.randint(C, (2, *SIZE)), *given]
+    x = (2 * torch.randn(shape)).requires_grad_()
+    x.data[(m == 0).unsqueeze(1).expand_as(x)] = float("nan")
+    value = loss(x, *given)
+    plan, *saved = called(value)
+    assert any(how.block_bwd for how in plan.how)
+    incoming = []
+    fast_node(value).register_prehook(lambda grads: incoming.extend(grads))
+    (got,) = torch.autograd.grad(value.sum(), x)
+    assert not got[(m == 0).unsqueeze(1).expand_as(x)].any()
     plain = by_aten(plan, *saved, *incoming)
     truth = by_aten(plan, *saved, *incoming, dtype=FLOAT)
     assert error(got, truth) <= 2 * error(plain, truth) + (ATOL | TF32)[dtype]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import typing
+
 import pytest
 import torch
 
@@ -11,6 +14,7 @@ N, C, SIZE = 2, 5, (48, 40)
 X, T = torch.randn(N, C, *SIZE), torch.randn(N, C, *SIZE)
 Y = torch.randint(0, C, (N, *SIZE))
 MASK = torch.rand(N, *SIZE) > 0.3
+WEIGHTS = MASK * torch.rand(N, *SIZE)
 NET = LossNet.vgg(C, (1, 2), (8, 8))
 SPARSE = TopK(*T.softmax(dim=1).topk(2, dim=1))
 
@@ -21,6 +25,11 @@ CASES = {
     "total": (lambda o: SegmentationLoss(C, net=NET, **o), (X, Y)),
     "total, mask": (lambda o: SegmentationLoss(C, net=NET, ignore_index=2, **o),
                     (X, Y, None, MASK)),
+    "weights": (lambda o: GenericPerceptualLoss(C, NET, **o), (X, T, WEIGHTS)),
+    "total, weights": (lambda o: SegmentationLoss(C, net=NET, ignore_index=2, **o),
+                       (X, Y, None, WEIGHTS)),
+    "total, weights, teacher": (lambda o: SegmentationLoss(C, net=NET, ignore_index=2, **o),
+                                (X, Y, T, WEIGHTS.half())),
     "total, teacher": (lambda o: SegmentationLoss(C, net=NET, **o), (X, Y, T)),
     "total, temperature": (lambda o: SegmentationLoss(C, net=NET, temperature=2.0, **o), (X, Y)),
     "total, small logits": (lambda o: SegmentationLoss(C, net=NET, **o), (X[:, :, ::2, ::2], Y)),
@@ -141,6 +150,62 @@ def test_what_makes_two_losses_differ_is_in_their_repr():
     texts = [repr(loss) for loss in losses]
     assert len(set(texts)) == len(texts)
     assert max(map(len, texts)) < 1000
+
+
+# By keyword: the words without it, and with it.
+WITH = {
+    "net": ({}, {"net": "1,1"}),
+    "widths": ({}, {"widths": (32, 64, 128, 256, 512)}),
+    "kernel_size": ({}, {"kernel_size": 5}),
+    "pool": ({}, {"pool": "avg"}),
+    "init": ({}, {"init": ("uniform", 0.1)}),
+    "seed": ({}, {"seed": 1}),
+    "level_weights": ({}, {"level_weights": [0, 0, 0, 1, 1]}),
+    "activation": ({}, {"activation": "sigmoid"}),
+    "target_activation": ({}, {"target_activation": "none"}),
+    "criterion": ({}, {"criterion": "l1"}),
+    "normalize_features": ({}, {"normalize_features": True}),
+    "temperature": ({}, {"temperature": 2.0}),
+    "ignore_index": ({}, {"ignore_index": (3, 255)}),
+    "reduction": ({}, {"reduction": "sum"}),
+    "compute_dtype": ({}, {"compute_dtype": "bfloat16"}),
+    "backend": ({}, {"backend": "reference"}),
+    "workspace_mb": ({}, {"workspace_mb": 64}),
+    "mode": ({}, {"mode": "multilabel"}),
+    "pos_weight": ({"mode": "multilabel"}, {"mode": "multilabel", "pos_weight": [2.0] * C}),
+    "gpl_weight": ({}, {"gpl_weight": 0.5}),
+    "ce_weight": ({}, {"ce_weight": 0.5}),
+    "class_weight": ({}, {"class_weight": [1, 2, 1, 1, 1]}),
+    "label_smoothing": ({}, {"label_smoothing": 0.1}),
+    "gpl_ignore": ({}, {"gpl_ignore": True}),
+    "return_parts": ({}, {"return_parts": True}),
+    "feature_layers": ({}, {"feature_layers": {"pool1": 1.0}}),
+    "style_layers": ({}, {"style_layers": {"pool1": 1.0}}),
+    "tv_weight": ({}, {"tv_weight": 1.0}),
+}
+
+
+def keywords(function):
+    """Of a signature, with those of a TypedDict that it takes the rest by."""
+    for name, p in inspect.signature(function, eval_str=True).parameters.items():
+        if p.kind is p.VAR_KEYWORD:
+            yield from typing.get_type_hints(*typing.get_args(p.annotation))
+        elif name not in ("self", "in_channels", "num_classes"):
+            yield name
+
+
+@pytest.mark.parametrize(
+    ("taker", "usual"),
+    [
+        (GenericPerceptualLoss, {"in_channels": C}),
+        (SegmentationLoss, {"num_classes": C}),
+        (PerceptualLoss, {"net": NET, "feature_layers": {"relu1_1": 1.0}}),
+    ],
+)
+def test_every_keyword_is_in_the_repr(taker, usual):
+    for name in set(keywords(taker.__init__)) - {"net" if "net" in usual else ""}:
+        without, with_it = WITH[name]
+        assert repr(taker(**usual | with_it)) != repr(taker(**usual | without)), name
 
 
 def test_networks_with_foreign_weights_are_told_apart():

@@ -188,5 +188,5 @@ def test_labels_with_their_channel_last():
 
 
 def test_multi_hot_labels_of_a_segmentation_are_sent_to_the_loss_that_takes_them():
-    with pytest.raises(ValueError, match="to GenericPerceptualLoss, beside a binary cross-entropy"):
+    with pytest.raises(ValueError, match="use mode='multilabel'"):
         SegmentationLoss(5)(X, (torch.rand(2, 5, 32, 40) > 0.5).long())

@@ -23,7 +23,7 @@ from gpl_fast import GenericPerceptualLoss, LossNet, TargetFeatures, TopK
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 N, K, H, W = 3, 2, 9, 10
-KINDS = ["topk", "features", "unmasked"]
+KINDS = ["topk", "features", "unmasked", "weights"]
 
 
 def make(**options):
@@ -35,11 +35,15 @@ def sparse(n=N, k=K, rest="drop"):
 
 
 def stored(n=N, masked=True):
-    return make().encode(torch.randn(n, 4, H, W), torch.rand(n, H, W) < 0.7 if masked else None)
+    mask = torch.rand(n, H, W) < 0.7 if masked else None
+    if masked == "weights":
+        mask = mask * torch.rand(n, H, W)
+    return make().encode(torch.randn(n, 4, H, W), mask)
 
 
 def target(kind, n=N):
-    return sparse(n) if kind == "topk" else stored(n, masked=kind == "features")
+    masked = {"unmasked": False, "features": True, "weights": "weights"}
+    return sparse(n) if kind == "topk" else stored(n, masked[kind])
 
 
 def tensors(x):
@@ -82,17 +86,18 @@ def same(a, b):
         ((torch.float16,), {"memory_format": torch.channels_last}),
     ],
 )
-def test_a_dtype_is_for_the_floating_tensors_alone(kind, args, kwargs):
+def test_a_dtype_is_for_floating_maps_alone(kind, args, kwargs):
+    """Not for masks, whose numbers are the weights of pixels."""
     before = target(kind)
     after = before.to(*args, **kwargs)
     assert type(after) is type(before)
     assert constant(after) == constant(before)
     copied = kwargs.get("copy") or args[2:] in ((True,), (True, True)) or args[3:] == (True,)
     for name, t in tensors(before).items():
-        got = tensors(after)[name]
-        assert torch.equal(got, t.to(torch.float16) if t.is_floating_point() else t)
-        assert got.dtype == (torch.float16 if t.is_floating_point() else t.dtype)
-        if not t.is_floating_point() and "memory_format" not in kwargs:
+        got, changes = tensors(after)[name], t.is_floating_point() and t.dim() == 4
+        assert torch.equal(got, t.to(torch.float16) if changes else t)
+        assert got.dtype == (torch.float16 if changes else t.dtype)
+        if not changes and "memory_format" not in kwargs:
             assert (got.data_ptr() != t.data_ptr()) == bool(copied)
         elif "memory_format" in kwargs and t.dim() == 4:
             assert got.is_contiguous(memory_format=torch.channels_last)
@@ -220,6 +225,15 @@ def test_top_k_that_cannot_be_joined():
     assert TopK.cat([sparse(k=0), sparse(k=0)]).values.shape == (2 * N, 0, H, W)
 
 
+def test_masks_of_both_kinds_are_joined():
+    """True, and no mask at all, are the weight 1."""
+    x = [stored(masked=masked) for masked in (True, "weights", False)]
+    got = TargetFeatures.cat(x)
+    for name in ("mask", "valid"):
+        want = [x[0].valid.float(), x[1].valid, torch.ones(N, H, W)]
+        assert torch.equal(getattr(got, name), torch.cat(want))
+
+
 def test_features_that_cannot_be_joined():
     x = stored()
     smaller = {name: t[:, :1] for name, t in x.features.items()}
@@ -343,7 +357,17 @@ def test_trees_that_differ_in_what_is_constant_differ():
 def test_a_sharded_models_cast_of_inputs(kind):
     x = target(kind)
     (got,), _ = _cast_forward_inputs(torch.bfloat16, x)
-    same(got, x.to(torch.bfloat16))
+    if kind != "weights":
+        same(got, x.to(torch.bfloat16))
+        return
+    # Weights too, unasked: they count as rounded, beside the mask as it was.
+    for name, t in tensors(x).items():
+        assert torch.equal(tensors(got)[name], t.to(torch.bfloat16))
+    loss, pred = make(), torch.randn(N, 4, H, W)
+    rounded = TargetFeatures(
+        got.features, x.settings, *(t.bfloat16().float() for t in (x.mask, x.valid))
+    )
+    assert torch.equal(loss(pred, got, x.mask), loss(pred, rounded))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -494,7 +518,7 @@ SETTINGS = {"fingerprint": "ab", "activation": "softmax", "temperature": 1.0, "s
         ({"settings": {**SETTINGS, "size": [True, 9]}}, ValueError, "got True, expected an int"),
         ({"settings": {**SETTINGS, "size": [9.0, 9]}}, ValueError, "no input size"),
         ({"settings": {**SETTINGS, "size": "99"}}, ValueError, "no input size"),
-        ({"valid": torch.ones(1, H, W)}, TypeError, "valid: got torch.float32"),
+        ({"valid": torch.ones(1, H, W).int()}, TypeError, "valid: got torch.int32"),
         ({"valid": np.ones((1, H, W), bool)}, TypeError, "valid: got ndarray"),
         ({"valid": torch.ones(2, H, W).bool()}, ValueError, r"valid: got \(2, 9, 10\).*\(1, 9, 1"),
         ({"valid": torch.ones(1, 1, H, W).bool()}, ValueError, "valid: got"),
@@ -650,7 +674,7 @@ def crafted(path, header=None, settings=None, **more):
         ({"feature.a": torch.rand(1, 2, 3, 4).to(torch.float8_e5m2)}, "a: got torch.float8"),
         ({"feature.a": None, "feature.b": torch.rand(1, 2, 3, 4)}, "got 0 of the layers"),
         ({"feature.b": torch.rand(1, 2, 3, 4)}, r"tensors of no layer, \['feature.b'\]"),
-        ({"valid": torch.ones(1, H, W)}, "valid: got torch.float32"),
+        ({"valid": torch.ones(1, H, W).int()}, "valid: got torch.int32"),
         ({"valid": torch.ones(1, H, W).to(torch.uint8)}, "valid: got torch.uint8"),
         ({"valid": torch.ones(1, W, H).bool()}, r"valid: got \(1, 10, 9\)"),
         ({"valid": torch.ones(2, H, W).bool()}, r"valid: got \(2, 9, 10\)"),

@@ -23,7 +23,7 @@ CSRC = ROOT / "csrc"
 KEPT = ROOT / "build" / "gpuless"
 CONVOLUTIONS = ("conv_block/conv_block_bwd.cu", "conv_block/conv_block_bwd_sm90.cu")
 FORWARD = ("conv_block/conv_block_fwd_sm90.cu",)
-ELEMENTWISE = ("relu.cu", "relu_pool.cu", "softmax_bwd.cu")
+ELEMENTWISE = ("relu.cu", "relu_pool.cu", "softmax_bwd.cu", "binary_ce.cu")
 MACHINE = ("-mavx2", "-mfma", "-mf16c")
 FLAGS = ("-O2", *MACHINE)
 SANITIZED = ("-O1", *MACHINE, "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1")

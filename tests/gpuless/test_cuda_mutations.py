@@ -38,6 +38,7 @@ SM80, SM90 = "conv_block/conv_block_bwd", "conv_block/conv_block_bwd_sm90"
 PIXEL, GRADIENT = "conv_block/logits_pixel", "logits_gradient"
 SOFTMAX, CHANNELS = "softmax_bwd", "channel_tile"
 SUMS = "tests/stages/test_softmax_bwd.py::test_"
+BINARY = "tests/stages/test_binary_ce.py::test_"
 FORWARD, HALO = "conv_block/conv_block_fwd_sm90", f"{STAGES}_halo.py::test_"
 PUT = "in_place ? px.put_dy(n0 + c, dy(c))"
 # fmt: off
@@ -91,6 +92,11 @@ MUTATIONS = [
     Mutation("what is put out read before it is there", FORWARD, "  ptx::barrier_sync(1, kHaloConsumers);\n", "", HALO + "orders_agree_bit_for_bit[cuda-90-64]"),  # noqa: E501
     Mutation("no pitch of what is put out", FORWARD, "kPitch = 64 * 2 + 16", "kPitch = 64 * 2", HALO + "no_bank_conflicts_and_no_product_twice[cuda-90-64]"),  # noqa: E501
     Mutation("sums of unrounded values of delta", FORWARD, "squares = fmaf(widen(delta), widen(delta), squares)", "squares = fmaf(w.delta, w.delta, squares)", HALO + "against_float64[cuda-90-64 channels]"),  # noqa: E501
+    Mutation("what does not count is not cleared", "binary_ce", "if (a.clear) *dx = narrow<X>(0.0f);", "", BINARY + "what_does_not_count_is_left_or_cleared[cuda]"),  # noqa: E501
+    Mutation("labels of positives as of negatives", "binary_ce", "label == 1, c", "label == 0, c", BINARY + "infinite_logits_have_gradients_of_zero_and_one[cuda]"),  # noqa: E501
+    Mutation("labels read before they are there", "binary_ce", "      }\n    }\n    __syncthreads();", "      }\n    }", BINARY + "orders_of_the_gradient_agree_bit_for_bit[cuda]"),  # noqa: E501
+    Mutation("the next labels over these", "binary_ce", "    }\n    __syncthreads();\n  }\n}", "    }\n  }\n}", BINARY + "orders_of_the_gradient_agree_bit_for_bit[cuda]"),  # noqa: E501
+    Mutation("a strip's first row at the image's", "binary_ce", "h = a.strip.row0 + r, w", "h = r, w", BINARY + "strips_of_the_gradient[cuda]"),  # noqa: E501
 ]
 # fmt: on
 
@@ -178,7 +184,7 @@ def outcomes(unchanged, tmp_path_factory):
         mutated(csrc, m)
         # The named test tells which kernel has to be compiled again.
         again = emulate.CONVOLUTIONS["[cuda-90" in m.test]
-        again = {SUMS: "softmax_bwd.cu", HALO: emulate.FORWARD[0]}.get(
+        again = {SUMS: "softmax_bwd.cu", BINARY: "binary_ce.cu", HALO: emulate.FORWARD[0]}.get(
             f"{m.test.partition('::')[0]}::test_", again
         )
         (objects[again],) = emulate.kernels([again], FLAGS, csrc, folder)

@@ -98,8 +98,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def drawn(
     kind: str, compute: torch.dtype | None, *, c: int = 5, pred: torch.dtype = FLOAT,
     net: str = "1,1", kernel: int = 3, pool: str = "max", levels=None, activation: str = "softmax",
-    temperature: float = 1.0, rows=None, masked: bool = False, ignore=None, rest: str = "uniform",
-    layout: str = "contiguous", target_activation: str = "same", n: int = 2, size=(9, 26),
+    temperature: float = 1.0, rows=None, masked: bool | str = False, ignore=None,
+    rest: str = "uniform", layout: str = "contiguous", target_activation: str = "same", n: int = 2,
+    size=(9, 26),
 ):  # fmt: skip
     """Arguments of `test_against_float64` in tests/cpu/test_fast.py."""
     case = Case(
@@ -147,6 +148,24 @@ DRAWN = {
     "topk, drop, strips": drawn("topk", BF16, rest="drop", rows=4),
     "features": drawn("features", BF16, masked=True),
     "features, levels, strips": drawn("features", HALF, levels=(1.0, 1.0), rows=4),
+    **{
+        f"weights-triton-{name}": drawn(kind, compute, masked="weights", **how)
+        for name, kind, compute, how in [
+            ("float32-dense", "dense", None, {"layout": "channels_last"}),
+            ("bfloat16-dense", "dense", BF16, {"rows": 4}),
+            ("float16-dense", "dense", HALF, {"activation": "sigmoid"}),
+            ("bfloat16-dense-resized", "resized", BF16, {}),
+            ("float32-labels", "labels", None, {"ignore": 0}),
+            ("bfloat16-labels", "labels", BF16, {"ignore": 255, "rows": 4}),
+            ("float16-labels", "labels", HALF, {"c": 19}),
+            ("float32-topk", "topk", None, {}),
+            ("bfloat16-topk", "topk", BF16, {"rest": "renormalize"}),
+            ("float16-topk", "topk", HALF, {"rows": 4, "temperature": 2.0}),
+            ("float32-features", "features", None, {}),
+            ("bfloat16-features", "features", BF16, {}),
+            ("float16-features", "features", HALF, {}),
+        ]
+    },
 }
 
 
@@ -178,10 +197,21 @@ TOTALS = [
     Total(False, 0.1, "sum", True, 1.0, "softmax", "topk", False, False, FLOAT, None, 19, 2),
     Total(True, 0.0, "mean", False, 1.0, "sigmoid", None, True, False, BF16, None, 2, 3),
     Total(False, 0.0, "mean", "auto", 1.0, "softmax", "features", False, False, FLOAT, 4, 5, 4),
+    Total(True, 0.1, "mean", "auto", 1.0, "softmax", None, "weights", True, BF16, None, 5, 5),
+    Total(True, 0.1, "sum", "auto", 1.0, "softmax", "dense", "weights", False, BF16, 4, 5, 6),
+    Total(False, 0.1, "none", True, 2.5, "softmax", "topk", "weights", False, FLOAT, None, 5, 7),
+    Total(False, 0.0, "mean", "auto", 1.0, "sigmoid", "dense", "weights", True, HALF, None, 5, 8),
 ]
 
 
-@pytest.mark.parametrize("total", TOTALS, ids=lambda t: f"{t.teacher}-{t.activation}-{t.dtype}")
+def total_id(t) -> str:
+    dtype = str(t.dtype).removeprefix("torch.")
+    kind = "labels" if t.teacher is None else f"teacher-{t.teacher}"
+    weights = "weights-" if t.masked == "weights" else ""
+    return f"{weights}triton-{dtype}-{kind}-{t.activation}"
+
+
+@pytest.mark.parametrize("total", TOTALS, ids=total_id)
 def test_total_against_float64(total):
     fast_tests.test_total_against_float64.hypothesis.inner_test(total)
 

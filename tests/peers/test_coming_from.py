@@ -58,6 +58,11 @@ def images(names: Names) -> tuple[Tensor, Tensor]:
     return (target + 0.2 * torch.randn_like(target)).clamp(0, 1), target
 
 
+def signed_images(names: Names) -> tuple[Tensor, Tensor]:
+    pred, target = images(names)
+    return 2 * pred - 1, 2 * target - 1
+
+
 def bytes_of_images(names: Names) -> tuple[Tensor, Tensor]:
     pred, target = images(names)
     return 255 * pred, 255 * target
@@ -74,12 +79,27 @@ def ignoring(names: Names) -> tuple[Tensor, Tensor]:
     return logits, labels.masked_fill(torch.rand(labels.shape) < 0.2, 255)
 
 
+def elements(names: Names) -> tuple[Tensor, Tensor]:
+    """Labels of 0 and 1 for each of three classes."""
+    logits, _ = segmentation(names)
+    return logits, torch.randint(0, 2, logits.shape)
+
+
+def binary(names: Names) -> tuple[Tensor, Tensor]:
+    logits, labels = ignoring(names)
+    return logits[:, :1], labels.where(labels == 255, labels % 2)
+
+
 INPUTS: dict[str, Callable[[Names], tuple[Tensor, Tensor]]] = {
     "torch.nn 1": ignoring,
+    "torch.nn 3": elements,
+    "lpips, torchmetrics 1": signed_images,
+    "MONAI 1": signed_images,
     "MONAI 2": segmentation,
     "mmsegmentation 1": ignoring,
     "mmsegmentation 2": ignoring,
     "mmsegmentation 3": segmentation,
+    "mmsegmentation 4": binary,
     "pytorch/examples, Johnson's Lua 1": bytes_of_images,
 }
 
@@ -153,8 +173,9 @@ def test_theirs_and_ours_are_one_loss(title, number, basicsr, mmseg):
     to(torch.float64, names)
     value, grad = step(theirs, pred, target)
     exact_value, exact_grad = step(names["ours"], pred, target)
-    # What is written as a number there is not rounded as theirs are.
-    rounded = 1e-6 if "mean=" in BLOCKS[title][number] else 1e-10
+    # A mean that is written there is not rounded as theirs is, whose sigmoids are float32's.
+    single_inside = any(word in BLOCKS[title][number] for word in ("mean=", "use_sigmoid"))
+    rounded = 1e-6 if single_inside else 1e-10
     assert float(value) > 0
     assert float(exact_value) == pytest.approx(float(value), rel=rounded)
     assert (exact_grad - grad).norm() <= rounded * grad.norm()
@@ -165,5 +186,6 @@ def test_theirs_and_ours_are_one_loss(title, number, basicsr, mmseg):
             1 - F.cosine_similarity(found[1].double().flatten(), grad.flatten(), dim=0)
         )
 
-    for ours, peers, least in zip(errors(fast), errors(single), (1e-6, 1e-5), strict=True):
+    # A gradient may take another way through a max pool whose winners differ by rounding alone.
+    for ours, peers, least in zip(errors(fast), errors(single), (1e-6, 1e-4), strict=True):
         assert ours <= 2 * peers + least

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import lpips
 import monai
 import piq
 import pytest
@@ -55,6 +56,16 @@ def test_the_ignored_label_and_what_a_mean_of_nothing_is():
     labels[:] = -100
     assert theirs(logits, labels).isnan()
     assert ours(logits, labels) == 0
+
+
+def test_weights_of_pixels_divide_too():
+    logits, labels = maps()
+    m = torch.rand(2, 32, 40, dtype=torch.float64)
+    each = F.cross_entropy(logits, labels, reduction="none")
+    equal(
+        gpl_fast.SegmentationLoss(3, gpl_weight=0)(logits, labels, mask=m),
+        (m * each).sum() / m.sum(),
+    )
 
 
 # --------------------------------------------------------------------------------------------- piq
@@ -134,7 +145,49 @@ def test_total_variation_of_the_lua_code():
     assert math.isclose(1e-6 * 4 * 3 * 256 * 256 / 2, 0.39, rel_tol=0.01)
 
 
+# ----------------------------------------------------------------------------- lpips, torchmetrics
+
+LAYERS = ("relu1_2", "relu2_2", "relu3_3", "relu4_3", "relu5_3")
+
+
+def test_heads_of_lpips_as_weights_of_channels():
+    theirs = lpips.LPIPS(net="vgg", verbose=False)
+    trunk = nn.Sequential(*(m for part in theirs.net.children() for m in part))
+    shift, scale = (t.flatten().tolist() for t in theirs.scaling_layer.buffers())
+    net = gpl_fast.LossNet.from_sequential(trunk, mean=shift, std=scale)
+    heads = {
+        layer: lin.model[-1].weight.detach().flatten()
+        for layer, lin in zip(LAYERS, theirs.lins, strict=True)
+    }
+    weights = {layer: len(h) * h for layer, h in heads.items()}
+    ours = gpl_fast.PerceptualLoss(net, weights, normalize_features=True)
+    equal(ours(*(both := images())), theirs.double()(*both).mean().detach())
+
+
+def test_lpips_is_told_the_range_at_each_call_ours_once():
+    theirs = lpips.LPIPS(net="vgg", verbose=False)
+    ours = gpl_fast.LPIPS.from_module(theirs, normalize=True, reduction="none")
+    value = theirs.double()(*(both := images()), normalize=True)
+    assert value.shape == (2, 1, 1, 1)
+    equal(ours(*both), value.detach().flatten())
+
+
+@pytest.mark.parametrize("net", ["vgg", "alex", "squeeze"])
+def test_who_takes_the_fast_path(net):
+    loss = gpl_fast.LPIPS.from_module(lpips.LPIPS(net=net, verbose=False))
+    x = torch.empty(1, 3, 64, 64, device="meta")
+    assert loss.explain(x, x).backend == ("fast" if net == "vgg" else "reference")
+
+
 # ------------------------------------------------------------------------------------------- MONAI
+
+
+def test_one_channel_is_spread_over_three():
+    theirs = monai.losses.PerceptualLoss(spatial_dims=2, network_type="vgg")
+    ours = gpl_fast.LPIPS.from_module(theirs.perceptual_function)
+    pred, target = images(channels=1)
+    spread = (x.expand(-1, 3, -1, -1) for x in (pred, target))
+    equal(ours(*spread), theirs.double()(pred, target).detach())
 
 
 @pytest.mark.parametrize("one_hot", [False, True])
@@ -177,3 +230,24 @@ def test_several_ignored_labels_against_one(mmseg):
     theirs = mmseg.CrossEntropyLoss(avg_non_ignore=True)
     ours = gpl_fast.SegmentationLoss(3, ignore_index=(254, 255), gpl_weight=0)
     equal(ours(logits, labels), theirs(logits, labels.clamp(max=254), ignore_index=254))
+
+
+@pytest.mark.parametrize("avg_non_ignore", [True, False])
+def test_sigmoids_of_several_classes(avg_non_ignore, mmseg):
+    logits, labels = maps()
+    labels[0, 0] = 255
+    theirs = mmseg.CrossEntropyLoss(use_sigmoid=True, avg_non_ignore=avg_non_ignore)
+    one_hot = F.one_hot(labels.clamp(max=2), 3).movedim(-1, 1)
+    one_hot = one_hot.where((labels != 255).unsqueeze(1), 255)
+    ours = gpl_fast.SegmentationLoss(3, mode="multilabel", gpl_weight=0)
+    value = ours(logits, one_hot, normalizer=None if avg_non_ignore else one_hot.numel())
+    single = theirs(logits, labels, ignore_index=255)
+    torch.testing.assert_close(value.float(), single, rtol=1e-6, atol=0)
+
+
+def test_weights_of_pixels_of_mmsegmentation(mmseg):
+    logits, labels = maps()
+    weight = torch.rand(2, 32, 40)
+    theirs = mmseg.CrossEntropyLoss()(logits, labels, weight=weight)
+    ours = gpl_fast.SegmentationLoss(3, gpl_weight=0)
+    equal(ours(logits, labels, mask=weight, normalizer=labels.numel()), theirs)

@@ -114,6 +114,7 @@ class Logits:
     channels_last: bool = False
     peak: float = 0.0  # raises one class of each pixel
     masked: bool = False
+    weighted: bool = False  # by a mask of numbers, the cross-entropy too
     cross_entropy: bool = False
     class_weight: bool = False
     label_smoothing: float = 0.0
@@ -127,6 +128,10 @@ class Logits:
         self.x = x.to(self.dtype).contiguous(memory_format=layout)
         self.scale = torch.rand(b.n) + 0.5
         self.valid = torch.rand(b.n, b.h, b.w) < 0.8 if self.masked else None
+        self.ce_mask = None
+        if self.weighted:
+            self.ce_mask = 3 * torch.rand(b.n, b.h, b.w)
+            self.valid = torch.where(self.valid, self.ce_mask, 0)
         self.labels = self.weight = None
         if self.cross_entropy:
             # Outside of the classes: not counted.
@@ -134,7 +139,7 @@ class Logits:
             self.weight = torch.rand(b.c_in) + 0.5 if self.class_weight else None
             self.ce_scale = torch.rand(b.n) + 0.5
         if self.masked:
-            self.x.masked_fill_(~self.valid[:, None] & (self.labels is None), float("nan"))
+            self.x.masked_fill_((self.valid == 0)[:, None] & (self.labels is None), float("nan"))
 
     def dx(self, dy: Tensor) -> Tensor:
         """Eq. (5) and the cross-entropy's gradient by autograd, in dy's dtype."""
@@ -143,7 +148,7 @@ class Logits:
         seed = self.scale.to(dy.dtype).view(-1, 1, 1, 1) * dy
         (dx,) = torch.autograd.grad(y, x, seed)
         if self.valid is not None:
-            dx = dx.where(self.valid[:, None], 0)
+            dx = torch.where(self.valid[:, None] > 0, dx * self.valid[:, None], 0)
         if self.labels is None:
             return dx
         weight = None if self.weight is None else self.weight.to(dy.dtype)
@@ -152,6 +157,7 @@ class Logits:
             x, self.labels.where(counted, -100), weight, ignore_index=-100, reduction="none",
             label_smoothing=self.label_smoothing,
         )  # fmt: skip
+        each = each if self.ce_mask is None else each * self.ce_mask
         total = (each * self.ce_scale.to(dy.dtype).view(-1, 1, 1)).sum()
         return dx + torch.autograd.grad(total, x)[0]
 
@@ -165,7 +171,7 @@ class Logits:
             options |= {
                 "ce_labels": self.labels, "ce_lse": ce_lse if own_lse else None,
                 "ce_scale": self.ce_scale, "class_weight": self.weight,
-                "label_smoothing": self.label_smoothing,
+                "label_smoothing": self.label_smoothing, "ce_mask": self.ce_mask,
             }  # fmt: skip
         stages.conv_block_logits_bwd(
             nhwc(self.block.dy), **self.block.arguments(), x=self.x, scale=self.scale,

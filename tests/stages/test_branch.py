@@ -114,6 +114,30 @@ def test_activations_temperatures_layouts(stages, words, temperature, layout):
     assert torch.equal(decided(stages, call, x, {"dense": target}), want)
 
 
+@pytest.mark.parametrize("leave", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_labels_of_elements(stages, masked, leave):
+    """Where single ones leave, NaN is not looked at."""
+    n, c, h, w = shape = (8, 7, 40, 33)
+    labels = torch.nn.functional.one_hot(regions(n, c, h, w, 9), c).permute(0, 3, 1, 2).byte()
+    labels = labels.contiguous()
+    labels[:, 2, 5:20] = 2
+    raised = torch.linspace(0, 9, n).view(-1, 1, 1, 1)
+    x = torch.randn(shape) + raised * (2 * (labels == 1) - 1)
+    target = {"dense": labels}
+    if leave:
+        target["elements"] = labels
+        x[labels == 2] = float("nan")
+    if masked:
+        target["valid"] = torch.rand(n, h, w) < 0.7
+        x.masked_fill_(~target["valid"].unsqueeze(1), float("nan"))
+    call = call_of(LossNet.vgg(c, (1,)), dtype=BF16, activation="sigmoid",
+                   target_activation="none")  # fmt: skip
+    want = wanted(call, x, target)
+    assert 0 < want.sum() < n
+    assert torch.equal(decided(stages, call, x, target), want)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, BF16, torch.float64])
 def test_dtypes_of_logits_and_targets(stages, dtype):
     x, target = inputs("dense", (10, 19, 30, 41), False)

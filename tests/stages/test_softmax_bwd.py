@@ -33,7 +33,8 @@ SIZES = [
 
 
 def gradient(stages, x, dy, *, activation=SOFTMAX, temperature=1.0, valid=None, labels=None,
-             weight=None, smoothing=0.0, strip=None, dx=None, ce_scale=None):  # fmt: skip
+             weight=None, smoothing=0.0, strip=None, dx=None, ce_scale=None,
+             ce_mask=None):  # fmt: skip
     """dx in x's dtype; each image has its own scale."""
     n, _, h, _ = x.shape
     row0, rows = strip or (0, h)
@@ -44,7 +45,7 @@ def gradient(stages, x, dy, *, activation=SOFTMAX, temperature=1.0, valid=None, 
     if labels is not None:
         options |= {
             "ce_labels": labels, "class_weight": weight, "label_smoothing": smoothing,
-            "ce_scale": scales(n)[1] if ce_scale is None else ce_scale,
+            "ce_scale": scales(n)[1] if ce_scale is None else ce_scale, "ce_mask": ce_mask,
         }  # fmt: skip
         if activation != SOFTMAX or temperature != 1.0:
             options["ce_lse"] = log_sum_exp(x).float()
@@ -60,7 +61,7 @@ def scales(n):
 
 
 def definition(work, x, dy, *, activation=SOFTMAX, temperature=1.0, valid=None, labels=None,
-               weight=None, smoothing=0.0):  # fmt: skip
+               weight=None, smoothing=0.0, ce_mask=None):  # fmt: skip
     """By autograd, in the dtype `work`."""
     v = x.to(work).nan_to_num().requires_grad_()
     scale, ce_scale = (s.to(work) for s in scales(len(x)))
@@ -76,6 +77,7 @@ def definition(work, x, dy, *, activation=SOFTMAX, temperature=1.0, valid=None, 
             v, known, None if weight is None else weight.to(work), ignore_index=-1,
             reduction="none", label_smoothing=smoothing,
         )  # fmt: skip
+        ce = ce if ce_mask is None else ce * ce_mask
         total = total + (ce * ce_scale.view(-1, 1, 1)).sum()
     return torch.autograd.grad(total, v)[0]
 

@@ -33,9 +33,9 @@ SIZES = ((13, 27), (1, 5), (7, 33), (2, 300))
 MANY = 1300  # more than Triton's kernel holds
 
 
-def pack(stages, x, *, target=None, labels=None, topk=None, valid=None, activation=SOFTMAX,
-         target_activation=None, temperature=1.0, ce=None, strip=None, core=None, c_pad=None,
-         dtype=FLOAT):  # fmt: skip
+def pack(stages, x, *, target=None, elements=None, labels=None, topk=None, valid=None,
+         activation=SOFTMAX, target_activation=None, temperature=1.0, ce=None, ce_mask=None,
+         strip=None, core=None, c_pad=None, dtype=FLOAT):  # fmt: skip
     """(y, delta, lse, ce_lse, ce_rows), the maps (N, rows, W, c_pad).
 
     A listed target leaves `taken` in delta's place, no target nothing.
@@ -51,14 +51,16 @@ def pack(stages, x, *, target=None, labels=None, topk=None, valid=None, activati
     lse, ce_lse = poisoned(n, h, w), poisoned(n, h, w)
     ce_rows = poisoned(n, h, 2, dtype=torch.float64)
     options = dict(zip(("topk_values", "topk_indices", "topk_rest"), topk or (), strict=False))
+    options["ce_mask"] = ce_mask
     if ce is not None:
         options |= dict(zip(("ce_labels", "class_weight", "label_smoothing"), ce, strict=True))
     stages.softmax_pack_fwd(
         x, activation=activation,
         target_activation=activation if target_activation is None else target_activation,
         temperature=temperature, row0=row0, rows=rows, core0=core0, core_rows=core_rows,
-        valid=valid, target=target, from_target=odd_images(n), labels=labels, y=y, delta=delta,
-        taken=taken, lse=lse, ce_lse=ce_lse if own_lse else None, ce_rows=ce_rows, **options,
+        valid=valid, target=target, elements=elements, from_target=odd_images(n), labels=labels,
+        y=y, delta=delta, taken=taken, lse=lse, ce_lse=ce_lse if own_lse else None,
+        ce_rows=ce_rows, **options,
     )  # fmt: skip
     return y, delta if taken is None else taken, lse, ce_lse, ce_rows
 
@@ -130,6 +132,47 @@ def test_a_target_that_is_taken_as_it_is_has_no_temperature(stages):
     # without activations both are divided
     _, delta, *_ = pack(stages, x, target=t, activation=NONE, temperature=3.0)
     check(delta, nhwc((x - t) / 3), nhwc((x.double() - t) / 3), FLOAT)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("classes", "size"), [(19, (13, 27)), (1, (7, 33)), (3, (2, 300)), (MANY, (1, 5))]
+)
+def test_labels_of_elements(stages, classes, size, dtype):
+    """Of uint8: 1 where they are 1, and both maps 0 where `elements` are 2, whatever is there."""
+    rows, columns = size
+    whole = torch.randint(3, (2, classes, rows + 3, columns)).byte()
+    labels = whole[:, :, 2 : rows + 2]  # a strip of taller images
+    valid = torch.rand(2, *size) < 0.8
+    how = {"activation": SIGMOID, "target_activation": NONE, "dtype": dtype, "c_pad": classes + 5}
+    for kind, temperature in (("nchw", 1.0), ("channels_last", 2.5), ("sliced", 0.5)):
+        x = layout(3 * torch.randn(labels.shape), kind)
+        p64, y64 = activate(x.double(), SIGMOID, temperature), (labels == 1).double()
+        for mask in (None, valid):
+            keep = torch.ones_like(p64)
+            keep = keep if mask is None else keep * mask[:, None]
+            for elements in (None, labels):
+                kept = keep if elements is None else keep * (elements != 2)
+                hidden = x.masked_fill(kept == 0, float("nan"))
+                y, delta, *_ = pack(stages, hidden, target=labels, elements=elements, valid=mask,
+                                    temperature=temperature, **how)  # fmt: skip
+                p, t = nhwc(p64 * kept), nhwc(y64 * kept)
+                check(y[..., :classes], carried(p, t).to(dtype), carried(p, t), dtype)
+                check(delta[..., :classes], (p - t).to(dtype), p - t, dtype)
+                assert not y[..., classes:].any()
+                assert not delta[..., classes:].any()
+                assert not delta[..., :classes][nhwc(kept) == 0].any()
+
+
+def test_elements_beside_a_floating_target(stages):
+    x, t = torch.randn(2, 5, 7, 33), torch.randn(2, 5, 7, 33)
+    elements = torch.randint(3, x.shape).byte()
+    ignored = elements == 2
+    hidden = (v.masked_fill(ignored, float("nan")) for v in (x, t))
+    found = pack(stages, next(hidden), target=next(hidden), elements=elements, activation=SIGMOID)
+    wanted = pack(stages, x, target=t, activation=SIGMOID)
+    for a, b in zip(found[:2], wanted[:2], strict=True):
+        assert torch.equal(a, b.masked_fill(nhwc(ignored), 0))
 
 
 def test_without_target_it_is_the_activation(stages):

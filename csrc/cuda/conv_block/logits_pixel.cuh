@@ -32,9 +32,10 @@ class LogitsPixel {
     const int64_t at = ((int64_t)n * a.H + h) * a.W + w;
     x_ = n * a.x_strides.n + h * a.x_strides.h + w * a.x_strides.w;
     dx_ = n * a.dx_strides.n + h * a.dx_strides.h + w * a.dx_strides.w;
-    activation_ = {a.activation, a.inv_t, a.scale[n]};
+    const float weight = weight_of(a.valid, at);
+    valid_ = weight > 0.0f;
+    activation_ = {a.activation, a.inv_t, a.scale[n] * weight};
     lse_ = a.activation == Activation::kSoftmax ? a.lse[at] : 0.0f;
-    valid_ = !a.valid || a.valid[at];
     if (!a.ce.labels) return;
     cross_entropy_ = {a, n, at, weights};
     ce_lse_ = a.ce_lse[at];

@@ -23,7 +23,7 @@ class Batch:
         raise NotImplementedError
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """The same elsewhere, called as ``Tensor.to``; a dtype is for the floating tensors alone.
+        """The same elsewhere, called as ``Tensor.to``; a dtype is for floating maps alone.
 
         Raises:
             TypeError: a dtype that is not float16, bfloat16, float32 or float64.
@@ -61,13 +61,14 @@ class Batch:
 
 
 def _moved(t: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """``t.to(*args, **kwargs)``; what is not floating keeps its dtype, what is not 4-d its strides.
+    """``t.to(*args, **kwargs)``; what is no floating map (N, C, H, W) keeps its dtype, what is not
+    4-d its strides.
 
     `Tensor.to` takes (dtype, ...), (device, dtype, ...) or (tensor, ...).
     """
     if t.dim() != 4:
         kwargs = {k: v for k, v in kwargs.items() if k != "memory_format"}
-    if t.is_floating_point():
+    if t.is_floating_point() and t.dim() == 4:
         return t.to(*args, **kwargs)
     own: list[Any] = []
     for a in args:

@@ -18,6 +18,7 @@ from gpl_fast.input_checks import FLOAT_DTYPES, as_int, check_tensor, describe
 from gpl_fast.targets.data.batch import Batch, as_items, brief, check_same, joined, register
 
 KEY = "gpl_fast.features"
+MASK_DTYPES = (torch.bool, *FLOAT_DTYPES)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -39,11 +40,11 @@ class TargetFeatures(Batch):
         features: ``{layer: (N, C_b, H_b, W_b)}`` floating.
         settings: fingerprint, target activation, temperature and input size ``[H, W]`` they were
             made with: a loss compares them with its own.
-        mask: (N, H, W) bool as given to `encode`, or None.
-        valid: (N, H, W) bool, `mask` without ignored labels, or None; used for the prediction too.
+        mask: (N, H, W) bool or float32 as given to `encode`, or None.
+        valid: (N, H, W) as `mask`, without ignored labels, or None; used for the prediction too.
 
     Raises:
-        TypeError: features are no mapping of names to floating tensors, masks not bool.
+        TypeError: features are no mapping of names to floating tensors, masks of another dtype.
         ValueError: no features or no size; batch sizes, shapes or devices that do not agree.
     """
 
@@ -188,8 +189,8 @@ def _check_masks(f: TargetFeatures, shape: tuple[int, int, int]) -> None:
     for name, t in (("mask", f.mask), ("valid", f.valid)):
         if t is None:
             continue
-        if not isinstance(t, Tensor) or t.dtype != torch.bool:
-            raise TypeError(f"TargetFeatures: {name}: got {describe(t)}, expected torch.bool")
+        if not isinstance(t, Tensor) or t.dtype not in MASK_DTYPES:
+            raise TypeError(f"TargetFeatures: {name}: got {describe(t)}, expected {MASK_DTYPES}")
         if tuple(t.shape) != shape:
             raise ValueError(
                 f"TargetFeatures: {name}: got {tuple(t.shape)}, expected (N, H, W) = {shape}"
@@ -205,13 +206,15 @@ def _check_masks(f: TargetFeatures, shape: tuple[int, int, int]) -> None:
 
 
 def _cat_masks(items: Sequence[tuple[TargetFeatures, Tensor | None]]) -> Tensor | None:
-    """Masks (N_i, H, W) -> (N, H, W), True where there is none; None if none has any."""
+    """Masks (N_i, H, W) -> (N, H, W), True or 1 where there is none; None if none has any."""
     if all(mask is None for _, mask in items):
         return None
     device = next(iter(items[0][0].features.values())).device
+    weights = any(mask is not None and mask.is_floating_point() for _, mask in items)
+    dtype = torch.float32 if weights else torch.bool
     return torch.cat([
-        torch.ones(len(x), *x.settings["size"], dtype=torch.bool, device=device)
-        if mask is None else mask
+        torch.ones(len(x), *x.settings["size"], dtype=dtype, device=device)
+        if mask is None else mask.to(dtype)
         for x, mask in items
     ])  # fmt: skip
 
