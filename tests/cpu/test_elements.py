@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from cases import NARROW, agree, error, value_and_grad
 from elements import CHANNELS, DTYPES, TARGETS, against_float64, drawn
+from inside import step
 from policies import decided
 from saved import fast_node
 
@@ -293,6 +294,15 @@ def test_what_is_saved_besides_the_perceptual_terms(kind):
     assert said.bytes_saved == size(tensors[1:])
     assert ("binary_ce_fwd" in str(said)) == (kind not in ("no ce", "no ce, all stay"))
     assert ("binary_ce_bwd" in str(said)) == (kind != "no ce, all stay")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_memory_of_a_step_is_what_is_planned(mode):
+    c = CHANNELS[mode]
+    loss = SegmentationLoss(c, mode=mode, net="1,1", widths=(16, 16), backend="fast")
+    x = torch.randn(2, c, 96, 128)
+    for taken in step(loss, x, torch.randint(2, x.shape)):
+        assert taken.peak <= taken.plan.bytes_transient()
 
 
 def test_explained_and_printed():
