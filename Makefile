@@ -25,7 +25,7 @@ BUILD   := $(CSRC) $(wildcard csrc/*.py) setup.py gpl_fast/environment.py gpl_fa
 .PHONY: help venv build demo check check-cpu check-interpreter
 .PHONY: test test-cpu test-edges test-stages test-interpreter test-compile test-compile-all test-cuda
 .PHONY: test-peers
-.PHONY: sanitize lint
+.PHONY: sanitize lint matrix
 .PHONY: bench bench-gpu gpu-report toy wheel clean
 .DELETE_ON_ERROR:
 
@@ -42,6 +42,7 @@ help:
 	@echo "make test-peers  against the packages whose losses ours replace, which it installs"
 	@echo "make test-compile-all  what every Triton from 3.6 on made of them: minutes each, the network"
 	@echo "make sanitize  the CPU kernels under AddressSanitizer and UBSan"
+	@echo "make matrix which option is tested by whom, in which dtype, against which target"
 	@echo "make lint   ruff, mypy, clang-format"
 	@echo "make bench  time and memory on this machine, ten minutes on two cores (twenty with lpips)"
 	@echo "make bench-gpu  the same of a GPU's workloads, with PYTHON and its torch"
@@ -154,6 +155,9 @@ sanitize: | $(READY)
 	LD_PRELOAD="$(foreach l,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(l).so))" \
 	$(PY) -m pytest -s tests/stages tests/cpu/test_fast.py tests/cpu/test_invariants.py \
 	  --implementation cpu -k "stages or float64 or (test_invariants and fast)"
+
+matrix: $(LIBRARY)
+	$(PY) tests/matrix.py
 
 lint: | $(READY)
 	$(PY) -m ruff check .

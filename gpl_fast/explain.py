@@ -104,7 +104,7 @@ def explain_segmentation(
     inputs = {"logits": logits, "labels": labels, "teacher": teacher, "mask": mask}
     shared = s.label_smoothing if s.ce_weight and s.gpl_weight else None
     kept = s.by_element and (shared is not None or target.elements is not None)
-    ce_mask = None if shared is None or given is None else weights_of_pixels(target, given)
+    ce_mask = None if shared is None or given is None else weights_of_pixels(target, checked, given)
     found = Planned(
         loss, net, o, full, target, mask, inputs, taps if s.gpl_weight else Weights({}, {}),
         shared, multi_hot=checked if kept else None, ce_mask=ce_mask,

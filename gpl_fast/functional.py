@@ -37,8 +37,9 @@ def generic_perceptual_loss(
         target: floating (N, C, h, w), integer labels (N, H, W) or (N, 1, H, W), `TopK`, or
             `TargetFeatures`. Never gets a gradient.
         net: the frozen network, ``net.in_channels == C``.
-        mask: (N, H, W) or (N, 1, H, W) bool, True = valid; of a dense target of another size also
-            (N, h, w): that target is then resized with what is valid alone.
+        mask: (N, H, W) or (N, 1, H, W): bool, True = valid, or floating, the weight m >= 0 of each
+            pixel, by which both maps are multiplied (the squared distance grows as m²); of a dense
+            target of another size also (N, h, w): that is then resized with what is valid alone.
         level_weights: one for each block, a number or one for each of its channels; None = the
             last block only, weight 1.
         **options: see `OptionWords`. A dense target that holds probabilities is refused under
@@ -84,7 +85,7 @@ def segmentation_loss(
         labels: (N, H, W) or (N, 1, H, W) integer; in mode "multilabel" (N, C, H, W).
         net: the frozen network, ``net.in_channels == C``.
         teacher: what `generic_perceptual_loss` takes as a target; None = the labels.
-        mask: (N, H, W) or (N, 1, H, W) bool, True = valid, for both terms.
+        mask: (N, H, W) or (N, 1, H, W), bool or weights m, for both terms: ``Σ m w ℓ / Σ m w``.
         gpl_weight, ce_weight: of the two terms; a term of weight 0 is not computed.
         class_weight: (C,) of the cross-entropy, as ``F.cross_entropy(weight=)``. Where the weights
             of all counted pixels are 0, so is the cross-entropy.
@@ -95,10 +96,9 @@ def segmentation_loss(
             when the labels are its target; True; False (such a label is then a zero map).
         level_weights: see `generic_perceptual_loss`.
         return_parts: return ``{"loss_ce", "loss_gpl"}``, weighted, instead of their sum.
-        normalizer: what the sums are divided by, of a batch that goes through in pieces: the number
-            of its pixels that count (with class weights the sum of their weights), or that and its
-            number of images: numbers, 0-dim tensors, or what `SegmentationLoss.count` returns.
-            Without images the perceptual term is a mean over this call. For ``reduction="mean"``.
+        normalizer: of a batch in pieces, what the sums are divided by: its pixels that count (with
+            class weights the sum of these), or (pixels, images): numbers, 0-dim tensors, or what
+            `SegmentationLoss.count` adds up to. Without images the perceptual term stays a mean.
         **options: see `OptionWords`.
 
     Raises:
@@ -185,7 +185,7 @@ def encode(
         target: floating (N, C, H, W), integer labels or `TopK`.
         net: the frozen network.
         layers: whose outputs are kept.
-        mask: (N, H, W) or (N, 1, H, W) bool, True = valid; a copy is kept with the features.
+        mask: (N, H, W) or (N, 1, H, W), bool or floating; a copy is kept with the features.
         **options: see `OptionWords`.
 
     Raises:

@@ -70,7 +70,7 @@ def segmentation_parts(
     with no_autocast(logits):
         logits = reference.resize(logits, checked.shape[-2:])
     target = compared(teacher, checked, given, logits, o, s.gpl_ignore)
-    mask = None if given is None else weights_of_pixels(target, given)
+    mask = None if given is None else weights_of_pixels(target, checked, given)
     classified = _classified(checked, mask, s) if s.ce_weight else None
     weights = taps if s.gpl_weight else Weights({}, {})
     terms = engine.weighted_terms(logits, target, net, o, weights, cross_entropy=classified)
@@ -132,7 +132,7 @@ def count(
         if s.class_weight is not None:
             counted *= s.class_weight.to(counted)[checked.clamp_min(0)]
     if given is not None:
-        counted *= given
+        counted *= torch.where(reference.counted(given), given, 0)
     pixels = counted.sum()
     return torch.stack([pixels, torch.full_like(pixels, checked.shape[0])])
 

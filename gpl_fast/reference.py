@@ -242,14 +242,17 @@ def weighted_difference(
 def unit_difference(e_pred: Tensor, e_target: Tensor, distance: Distance) -> Tensor:
     """``n(φ') - n(φ)``, features over their norm ``R`` (`norm`) plus an eps that stands outside.
 
-    From the difference, ``(δ - n(φ) (R' - R)) / (R' + eps)``: nothing cancels where both agree.
-    Where ``R' = 0``, n(φ') is 0 and so is the gradient.
+    From the difference, and over the larger norm, so that nothing cancels:
+    ``(δ - n(φ) (R' - R)) / (R' + eps)``, or ``(δ - n(φ') (R' - R)) / (R + eps)``. Where
+    ``R' = 0``, n(φ') is 0 and so is the gradient.
     """
     delta, outside = e_pred - e_target, 0.0 if distance.eps_inside else distance.eps
     (r_pred, alive), (r, seen) = norm(e_pred, distance), norm(e_target, distance)
-    n = torch.where(seen, e_target / (r + outside), 0)
+    n_pred, n = e_pred / (r_pred + outside), torch.where(seen, e_target / (r + outside), 0)
     change = (delta * (e_pred + e_target)).sum(dim=1, keepdim=True) / (r_pred + r * seen)
-    return torch.where(alive, (delta - n * change) / (r_pred + outside), -n)
+    by_pred = (delta - n * change) / (r_pred + outside)
+    by_target = (delta - n_pred * change) / (r + outside)
+    return torch.where(alive, torch.where(r_pred >= r * seen, by_pred, by_target), -n)
 
 
 def norm(e: Tensor, distance: Distance) -> tuple[Tensor, Tensor]:
@@ -584,7 +587,7 @@ def binary_cross_entropy(
         class_weight: (C,) by which a class' losses are multiplied, or None.
         pos_weight: (C,) by which a class' losses of label 1 are, or None.
         label_smoothing: in [0, 1]: a label y is y (1 - e) + e / 2.
-        mask: (N, H, W) by which a pixel's losses and elements are multiplied, or None.
+        mask: (N, H, W) floating, the weight m of each pixel's elements, or None = 1.
     """
     counts = (labels != 2).to(logits.dtype)
     y = multi_hot(labels, logits.dtype) * (1 - label_smoothing) + label_smoothing / 2
@@ -596,5 +599,6 @@ def binary_cross_entropy(
     if class_weight is not None:
         element = class_weight.view(-1, 1, 1) * element
     if mask is not None:
-        counts = counts * mask.to(logits.dtype).unsqueeze(1)
+        m = torch.where(counted(mask), mask.to(logits.dtype), 0)
+        counts = counts * m.unsqueeze(1)
     return (element * counts).sum(dim=(1, 2, 3)), counts.sum(dim=(1, 2, 3))

@@ -60,7 +60,7 @@ def wide(x: Any) -> Any:
     return x.double() if x.is_floating_point() else x
 
 
-def errors(
+def results(
     words: dict[str, Any],
     kind: str,
     dtype: torch.dtype,
@@ -69,10 +69,10 @@ def errors(
     mask: Tensor | None = None,
     backend: str = "fast",
     **options: Any,
-) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Of value and gradient against float64: the backend's, PyTorch's in the same dtype."""
+) -> list[tuple[Tensor, Tensor]]:
+    """Value and gradient: of the reference in float64 and in `dtype`, and of the backend."""
     target = target_of(kind, tuple(pred.shape), seed)
-    results = []
+    found = []
     for by, computed in (("reference", torch.float64), ("reference", dtype), (backend, dtype)):
         loss = loss_of(words, kind, by, computed, **options)
         exact = computed == torch.float64
@@ -80,11 +80,24 @@ def errors(
         named = {"mask": mask}
         if kind == "features":
             given, named = (loss.encode(given[0], mask),), {}
-        results.append(value_and_grad(loss, x, *given, **named))
-    truth, plain, got = results
-    return tuple(  # type: ignore[return-value]
-        tuple(error(a, b) for a, b in zip(one, truth, strict=True)) for one in (got, plain)
-    )
+        found.append(value_and_grad(loss, x, *given, **named))
+    return found
+
+
+def errors(*args: Any, **options: Any) -> list[tuple[float, ...]]:
+    """Of value and gradient against float64: the backend's, PyTorch's in the same dtype."""
+    truth, plain, got = results(*args, **options)
+    return [tuple(map(error, one, truth)) for one in (got, plain)]
+
+
+def errors_by_image(*args: Any, **options: Any) -> list[list[tuple[float, ...]]]:
+    """The same of each image, of losses that are not reduced."""
+    truth, plain, got = results(*args, **options)
+    images = range(len(truth[0]))
+    return [
+        [tuple(error(a[i], b[i]) for a, b in zip(one, truth, strict=True)) for one in (got, plain)]
+        for i in images
+    ]
 
 
 def agree_in_median(draws: list[Any], dtype: torch.dtype, factor: float = 2.0) -> None:

@@ -67,11 +67,12 @@ def drawn(mode: str, kind: str, dtype: torch.dtype, seed: int, size=(2, 17, 14))
     labels = torch.randint(2, (n, c, h, w))
     labels[:, 0, 3:9, 2:8] = IGNORED[0]
     labels[torch.rand(labels.shape) < 0.1] = IGNORED[1]
-    mask = pick.choice([None, torch.rand(n, h, w) < 0.8])
+    some = torch.rand(n, h, w) < 0.8
+    mask = pick.choice([None, some, some * torch.rand(n, h, w) * 1.5])
     counted = labels >= 0
     counted[:, 0, 3:9, 2:8] = False
     if mask is not None:
-        counted &= mask.unsqueeze(1)
+        counted &= mask.unsqueeze(1) > 0
     leaves = gpl_ignore is True or (gpl_ignore == "auto" and kind == "labels")
     logits = 2 * torch.randn(n, c, h, w)
     if leaves and pick.random() < 0.5:  # nobody looks at those
@@ -96,7 +97,9 @@ def _teacher(kind, shape, options, counted, mask, leaves):
     dense = torch.randn(shape)
     if kind == "features":
         loss = SegmentationLoss(c, backend="reference", **options)
-        return loss.encode(dense, counted[:, 0] if leaves else mask)
+        if not leaves or mask is None or mask.dtype == torch.bool:
+            return loss.encode(dense, counted[:, 0] if leaves else mask)
+        return loss.encode(dense, mask * counted[:, 0])
     return dense
 
 
@@ -115,15 +118,15 @@ def target_map(d: Drawn) -> Tensor:
 def hand_made(d: Drawn, x: Tensor, walk: Walk) -> tuple[Tensor, Tensor]:
     """Both weighted terms of x (N, C, H, W) float64, reduced."""
     o, zero = d.options, torch.zeros((), dtype=torch.float64)
-    keep = torch.ones_like(d.counted) if d.mask is None else d.mask.unsqueeze(1)
-    keep = keep & d.counted if d.leaves else keep.expand_as(d.counted)
+    m = torch.ones_like(x[:, :1]) if d.mask is None else d.mask.double().unsqueeze(1)
+    keep = d.counted if d.leaves else (m > 0).expand_as(d.counted)
     y = torch.where(keep, (torch.where(keep, x, zero) / o["temperature"]).sigmoid(), zero)
-    e_pred = walk(walk.net.network_input(y, d.mask))
+    e_pred = walk(m * y)
     if isinstance(d.teacher, TargetFeatures):
         e_target = {tap: e.double() for tap, e in d.teacher.features.items()}
     else:
         target = torch.where(keep, target_map(d), zero)
-        e_target = Walk(walk.plan, walk.net)(walk.net.network_input(target, d.mask))
+        e_target = Walk(walk.plan, walk.net)(m * target)
     gpl = terms(walk.plan, e_pred, e_target)
     smooth = o["label_smoothing"]
     weights = [None if w is None else w.double().view(-1, 1, 1)
@@ -132,7 +135,8 @@ def hand_made(d: Drawn, x: Tensor, walk: Walk) -> tuple[Tensor, Tensor]:
         torch.where(d.counted, x, zero), d.ones.double() * (1 - smooth) + smooth / 2,
         weight=weights[0], pos_weight=weights[1], reduction="none",
     )  # fmt: skip
-    total, count = (t.sum(dim=(1, 2, 3)) for t in (each * d.counted, d.counted.double()))
+    total, count = (m * t * d.counted for t in (each, torch.ones_like(each)))
+    total, count = total.sum(dim=(1, 2, 3)), count.sum(dim=(1, 2, 3))
     if o["reduction"] == "mean":
         return total.sum() / count.sum(), 0.7 * gpl.mean()
     ce, gpl = total / count, 0.7 * gpl
@@ -173,4 +177,4 @@ def against_float64(mode: str, kind: str, dtype: torch.dtype, seed: int = 0, **s
     if d.leaves:
         assert not grad[~d.counted].any()
     if d.mask is not None:
-        assert not grad.masked_select(~d.mask.unsqueeze(1)).any()
+        assert not grad.masked_select(d.mask.unsqueeze(1) == 0).any()

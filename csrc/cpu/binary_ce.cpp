@@ -1,5 +1,6 @@
 // The binary cross-entropy of logits with labels of single elements: its sums by row, and its
 // gradient, which is added to the perceptual one.
+#include "activation.h"
 #include "elements.h"
 
 namespace gpl_fast {
@@ -98,7 +99,7 @@ void group_bwd(const BinaryCeBwd& a, const float* scale, Vf mask, const float* x
 }
 
 Vf mask_of(const BinaryCe& a, int64_t px, int64_t n) {
-  return a.mask ? load_upto(a.mask + px, n) : fill(1.0f);
+  return a.mask ? weight_lanes(a.mask, px, n) : fill(1.0f);
 }
 
 void rows_fwd(const BinaryCeFwd& a, const Tiling& tiling, Items& rows) {

@@ -60,31 +60,34 @@ GPL_INLINE void load_pixel(const UnitDiffFwd& a, int64_t n, int64_t px, const Pi
   }
 }
 
-// n(p) - n(t) = (d - n(t) (R' - R)) / (R' + eps): nothing cancels where both agree.
+// n(p) - n(t) = (d - n(t) (R' - R)) / (R' + eps) = (d - n(p) (R' - R)) / (R + eps): over the larger
+// norm, so that nothing cancels.
 template <Criterion kCriterion>
 double pixel_sum(const UnitDiffFwd& a, int64_t n, int64_t px, const Pixel& pixel) {
   Vf pp = fill(0.0f), tt = fill(0.0f), change = fill(0.0f);
   load_pixel(a, n, px, pixel, pp, tt, change);
   const Norm prediction(a, pp), target(a, tt);
   const double both = prediction.root + target.root;
-  const Vf of_target = fill((float)target.inverse);
-  const Vf moved = fill(both != 0.0 ? (float)(sum_of(change) / both) : 0.0f);
-  const bool alive = prediction.root != 0.0;
-  const Vf over = fill((float)prediction.inverse);
+  const double moved = both != 0.0 ? sum_of(change) / both : 0.0;
+  const bool larger = prediction.root >= target.root;
+  const Vf of_target = fill(larger ? (float)(target.inverse * moved) : 0.0f);
+  const Vf of_prediction = fill(larger ? 0.0f : (float)(prediction.inverse * moved));
+  const Vf over_larger = fill((float)(larger ? prediction.inverse : target.inverse));
   Vf value = fill(0.0f), along = fill(0.0f);
   for (int64_t c = 0; c < a.C; c += 16) {
-    const Vf unit = load(pixel.target + c) * of_target;
-    const Vf u = alive ? (load(pixel.delta + c) - unit * moved) * over : fill(0.0f) - unit;
+    const Vf p = load(pixel.prediction + c), t = load(pixel.target + c);
+    const Vf u = (load(pixel.delta + c) - t * of_target - p * of_prediction) * over_larger;
     const Vf w = a.weight ? load_upto(a.weight + c, a.C - c) : fill(1.0f);
     const Vf s = w * slope<kCriterion>(u);
     value = fma(s, u, value);
-    along = fma(s, load(pixel.prediction + c), along);
+    along = fma(s, p, along);
     store(pixel.delta + c, s);
   }
   if (a.seed) {
     // What of s points along the prediction's features does not change them over their norm.
+    const bool alive = prediction.root != 0.0;
     const double share = alive ? sum_of(along) * prediction.inverse / prediction.root : 0.0;
-    const Vf length = fill((float)share);
+    const Vf over = fill((float)prediction.inverse), length = fill((float)share);
     for (int64_t c = 0; c < a.C; c += 16) {
       const Vf s = load(pixel.delta + c) - load(pixel.prediction + c) * length;
       write(a.seed_dtype, a.seed, n * a.seed_image_stride + px * a.C + c, s * over, a.C - c);

@@ -78,7 +78,7 @@ class Logits {
         keep_(dense_ && pixel_.inside && (!a.valid.flags || a.valid.flags[pixel_.index])),
         rate_(a.inv_t * kLog2E),
         scale_(dense_ ? a.scale[pixel_.n] : 0.0f) {
-    if (keep_ && a.valid.weights) {
+    if (a.valid.weights && keep_) {
       scale_ *= a.valid.weights[pixel_.index];
       keep_ = a.valid.weights[pixel_.index] > 0.0f;
     }

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpl_fast.kernels.class_maps import load_elements
+from gpl_fast.kernels.class_maps import load_elements, weight_of
 from gpl_fast.kernels.launch import cdiv, launch
 from gpl_fast.kernels.logits import layout_of, row_of
 from gpl_fast.kernels.row_sums import row_sums
@@ -83,7 +83,7 @@ def _binary_ce_fwd_kernel(
     labels_row = labels_ptr + n * labels_n + h.to(tl.int64) * W
     mask = tl.full((BLOCK_W,), 1.0, tl.float32)
     if mask_ptr is not None:
-        mask = tl.load(mask_ptr + (n * H + h) * W + w, mask=on_map, other=0.0)
+        _, mask = weight_of(mask_ptr, (n * H + h) * W + w, on_map)
     losses, count = tl.zeros((), tl.float64), tl.zeros((), tl.float64)
     for c0 in range(0, C, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)
@@ -126,7 +126,8 @@ def _binary_ce_bwd_kernel(
     if scale_ptr is not None:
         scale += tl.load(scale_ptr + n)
         if mask_ptr is not None:
-            scale *= tl.load(mask_ptr + (n * H + h) * W + w, mask=on_map, other=0.0)
+            _, mask = weight_of(mask_ptr, (n * H + h) * W + w, on_map)
+            scale *= mask
     for c0 in range(0, C, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)
         inside = (c[:, None] < C) & on_map[None, :]

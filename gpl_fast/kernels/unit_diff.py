@@ -20,12 +20,16 @@ from gpl_fast.kernels.launch import CRITERION_NAMES, blocks_of_maps, cdiv, image
 @triton.jit
 def _features(y_ptr, delta_ptr, target_ptr, from_target, at, inside):
     """(the prediction's, the target's, their difference)."""
-    y = load(y_ptr, at, inside)
+    p = load(y_ptr, at, inside)
+    t = p
     if target_ptr is not None:
         t = load(target_ptr, at, inside)
-        return y, t, y - t
-    d = load(delta_ptr, at, inside)
-    return tl.where(from_target, y + d, y), tl.where(from_target, y, y - d), d
+        d = p - t
+    else:
+        d = load(delta_ptr, at, inside)
+        t = tl.where(from_target, p, p - d)
+        p = tl.where(from_target, p + d, p)
+    return p, t, d
 
 
 @triton.jit
@@ -35,11 +39,10 @@ def _over(root, eps):
 
 
 @triton.jit
-def _seed_of(p, t, d, w, of_target, moved, over, alive, CRITERION: tl.constexpr):
-    """(weight times the slope at u, u), u = n(p) − n(t) = (d − n(t) (R' − R)) / (R' + eps): nothing
-    cancels where both agree."""
-    unit = t * of_target[None, :]
-    u = tl.where(alive[None, :], (d - unit * moved[None, :]) * over[None, :], 0.0 - unit)
+def _seed_of(p, t, d, w, of_target, of_prediction, over_larger, CRITERION: tl.constexpr):
+    """(weight times the slope at u, u), u = n(p) − n(t) = (d − n(t) (R' − R)) / (R' + eps) =
+    (d − n(p) (R' − R)) / (R + eps): over the larger norm, so that nothing cancels."""
+    u = (d - t * of_target[None, :] - p * of_prediction[None, :]) * over_larger[None, :]
     return w[:, None] * slope(u, CRITERION), u
 
 
@@ -71,10 +74,13 @@ def _unit_diff_fwd_kernel(
         tt += tl.sum(t * t, axis=0)
         change += tl.sum(d * (p + t), axis=0)
     root, other = tl.sqrt_rn(pp + eps_inside), tl.sqrt_rn(tt + eps_inside)
-    over, of_target = _over(root, eps_outside), _over(other, eps_outside)
+    over, over_other = _over(root, eps_outside), _over(other, eps_outside)
     both = root + other
     moved = tl.where(both == 0, 0.0, change / tl.where(both == 0, 1.0, both))
-    alive = root != 0
+    larger = root >= other
+    of_target = tl.where(larger, over_other * moved, 0.0)
+    of_prediction = tl.where(larger, 0.0, over * moved)
+    over_larger = tl.where(larger, over, over_other)
     value = tl.zeros((BLOCK_P,), tl.float32)
     along = tl.zeros((BLOCK_P,), tl.float32)
     for c0 in range(0, C, BLOCK_C):
@@ -84,13 +90,13 @@ def _unit_diff_fwd_kernel(
         w = tl.full((BLOCK_C,), 1.0, tl.float32)
         if weight_ptr is not None:
             w = load(weight_ptr, c0 + channel, c0 + channel < C)
-        s, u = _seed_of(p, t, d, w, of_target, moved, over, alive, CRITERION)
+        s, u = _seed_of(p, t, d, w, of_target, of_prediction, over_larger, CRITERION)
         value += tl.sum(s * u, axis=0)
         along += tl.sum(s * p, axis=0)
     if seed_ptr is not None:
         seed_ptr += n * seed_image
         # What of s points along the prediction's features does not change them over their norm.
-        share = tl.where(alive, along * over / tl.where(alive, root, 1.0), 0.0)
+        share = along * over / tl.where(root == 0, 1.0, root)
         for c0 in range(0, C, BLOCK_C):
             inside = (px[None, :] < pixels) & (c0 + channel[:, None] < C)
             at = px[None, :] * C + c0 + channel[:, None]
@@ -98,7 +104,7 @@ def _unit_diff_fwd_kernel(
             w = tl.full((BLOCK_C,), 1.0, tl.float32)
             if weight_ptr is not None:
                 w = load(weight_ptr, c0 + channel, c0 + channel < C)
-            s, u = _seed_of(p, t, d, w, of_target, moved, over, alive, CRITERION)
+            s, u = _seed_of(p, t, d, w, of_target, of_prediction, over_larger, CRITERION)
             seed = (s - p * share[None, :]) * over[None, :]
             tl.store(seed_ptr + at, seed.to(seed_ptr.dtype.element_ty), mask=inside)
     tl.store(partial_ptr + n * tl.num_programs(0) + tl.program_id(0), tl.sum(value))

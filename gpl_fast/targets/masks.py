@@ -42,7 +42,7 @@ def normalise_mask(
     mask = savable(mask)
     seen = check_weights(mask, torch.float32)
     mask = mask if seen is None else mask + seen
-    return mask.reshape(batch, *size)
+    return mask if mask.dim() == 3 else mask.squeeze(1)  # what was one already stays the same
 
 
 def restricted(mask: Tensor | None, counted: Tensor) -> Tensor:
@@ -79,7 +79,8 @@ def has_size(mask: Tensor | None, size: tuple[int, ...]) -> TypeGuard[Tensor]:
 def savable(mask: Tensor) -> Tensor:
     """A mask as a graph may save it, bool or float32: a copy of one made under
     `torch.inference_mode`."""
-    mask = mask if mask.dtype == torch.bool else mask.detach().float()
+    if mask.dtype != torch.bool:
+        mask = (mask.detach() if mask.requires_grad else mask).float()
     if torch.compiler.is_compiling() or not mask.is_inference():
         return mask
     return mask.clone()

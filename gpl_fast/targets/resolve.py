@@ -159,13 +159,14 @@ def _features_without_ignored(
     return replace(target, seen=check_same_mask(counted, teacher.valid, message))
 
 
-def weights_of_pixels(target: Target, mask: Tensor) -> Tensor | None:
-    """The weights that a cross-entropy takes of a mask as `resolve_labels` gives it, or None = 1.
+def weights_of_pixels(target: Target, labels: Tensor, mask: Tensor) -> Tensor | None:
+    """The weights that a cross-entropy takes of labels and mask as `resolve_labels` gives them, or
+    None = 1.
 
-    The target's own where they say the same, so that one map serves both: they differ at pixels
-    without a label alone.
+    The target's own where they differ at pixels without a label alone, so that one map serves both:
+    not those of a teacher that leaves out pixels of its own.
     """
     if mask.dtype == torch.bool:
         return None
-    own = target.valid
-    return mask if target.stored is not None or own is None else own
+    alike = target.kind == "dense" or target.data is labels
+    return target.valid if alike and target.valid is not None else mask

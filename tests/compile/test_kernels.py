@@ -80,10 +80,15 @@ def excluded(case: pairwise.Case) -> bool:
 COVERING = pairwise.covering(FACTORS, excluded, lambda case: 0.0)
 
 
-def listed(form: str, dtype: torch.dtype, kernel: int, c_out: int, masked: bool):
+def mask(masked: bool | str) -> Tensor | None:
+    """Of pixels, by "weights" of numbers; test_weighted_kernels.py asks for those."""
+    return meta(N, H, W, dtype=FLOAT if masked == "weights" else torch.bool) if masked else None
+
+
+def listed(form: str, dtype: torch.dtype, kernel: int, c_out: int, masked: bool | str):
     taps, grid = kernel**2, (N, H, W)
     table, taken = meta(taps, CLASSES, c_out, dtype=dtype), meta(*grid, dtype=BYTE)
-    valid = meta(*grid, dtype=torch.bool) if masked else None
+    valid = mask(masked)
     if form == "labels":
         labels, interior = meta(*grid, dtype=LABEL_DTYPE), meta(CLASSES, c_out, dtype=FLOAT)
         return Listed(table, taken, 0, labels=labels, interior=interior, valid=valid)
@@ -106,7 +111,7 @@ def tile_of(
 def conv_block(
     capability: int, *, form: str, dtype: torch.dtype, kernel: int = 3, pool: str = "max",
     c_in: int = 64, c_out: int = 128, bias: bool = False, reduce: bool = False,
-    masked: bool = False, tile: tiles.Tile | None = None, allow_tf32: bool = True,
+    masked: bool | str = False, tile: tiles.Tile | None = None, allow_tf32: bool = True,
 ) -> None:  # fmt: skip
     """With the tile that the table has for the architecture, unless one is given."""
     stride = 2 if pool == "stride" else 1
@@ -260,7 +265,7 @@ def no_extra(case: pairwise.Case) -> bool:
 
 def softmax_pack(
     *, kind: str, layout: str, dtype: torch.dtype, maps: torch.dtype, channels: int,
-    activation: int, cross_entropy: str, masked: bool,
+    activation: int, cross_entropy: str, masked: bool | str,
 ) -> None:  # fmt: skip
     x, grid = logits(layout, dtype, channels), (N, H, W)
     y = meta(*grid, padded_channels(channels), dtype=maps)
@@ -270,7 +275,7 @@ def softmax_pack(
     kernels.softmax_pack_fwd(
         x, activation=activation, target_activation=activation, temperature=temperature,
         label_smoothing=0.1 if own else 0.0, row0=0, rows=H, core0=0, core_rows=H,
-        valid=meta(*grid, dtype=torch.bool) if masked else None,
+        valid=mask(masked),
         target=x if kind == "dense" else None,
         from_target=meta(N, dtype=torch.bool) if kind == "dense" else None,
         labels=target.labels if target else None,
@@ -278,6 +283,7 @@ def softmax_pack(
         topk_indices=target.indices if target else None,
         topk_rest=target.rest if target else None,
         ce_labels=meta(*grid, dtype=LABEL_DTYPE) if cross_entropy != "none" else None,
+        ce_mask=mask(masked) if masked == "weights" and cross_entropy != "none" else None,
         class_weight=meta(channels, dtype=FLOAT) if own else None,
         y=y, delta=y if kind == "dense" else None,
         taken=meta(*grid, dtype=BYTE) if target else None,
@@ -302,7 +308,7 @@ BWD = {key: PACK[key] for key in PACK if key != "kind"}
 
 def softmax_bwd(
     *, layout: str, dtype: torch.dtype, maps: torch.dtype, channels: int, activation: int,
-    cross_entropy: str, masked: bool,
+    cross_entropy: str, masked: bool | str,
 ) -> None:  # fmt: skip
     x, grid, counted = logits(layout, dtype, channels), (N, H, W), cross_entropy != "none"
     own = cross_entropy == "own"
@@ -312,8 +318,9 @@ def softmax_bwd(
         lse=meta(*grid, dtype=FLOAT) if activation == 1 else None,
         dy=meta(*grid, padded_channels(channels), dtype=maps),
         scale=meta(N, dtype=FLOAT),
-        valid=meta(*grid, dtype=torch.bool) if masked else None,
+        valid=mask(masked),
         ce_labels=meta(*grid, dtype=LABEL_DTYPE) if counted else None,
+        ce_mask=mask(masked) if masked == "weights" and counted else None,
         ce_lse=meta(*grid, dtype=FLOAT) if own else None,
         ce_scale=meta(N, dtype=FLOAT) if counted else None,
         class_weight=meta(channels, dtype=FLOAT) if own else None,
@@ -328,19 +335,32 @@ def test_softmax_bwd(case):
     check(compiled, tensor_core=None, pipelined=False)
 
 
-def small_stages(dtype: torch.dtype, c: int) -> dict:
+def small_stages(dtype: torch.dtype, c: int, weighted: bool = False) -> dict:
     """Launches of the elementwise stages, the look-ups and the reduction."""
     z, branch = meta(N, H, W, c, dtype=dtype), meta(N, dtype=torch.bool)
     y = meta(N, H // 2, W // 2, c, dtype=dtype)
-    mask = meta(N, H, W, -(-c // 8), dtype=BYTE)
-    code = {0: meta(N, H // 2, W // 2, -(-c // 2), dtype=BYTE), 1: mask}
+    bits = meta(N, H, W, -(-c // 8), dtype=BYTE)
+    code = {0: meta(N, H // 2, W // 2, -(-c // 2), dtype=BYTE), 1: bits}
     both = {"dz": z, "from_target": branch}
     stages = {
-        "relu": lambda: kernels.relu_fwd(z, y=z, mask=mask),
-        "relu_diff": lambda: kernels.relu_diff_fwd(z, **both, y=z, delta=z, mask=mask),
-        "relu_bwd": lambda: kernels.relu_bwd(z, mask=mask, dz=z),
+        "relu": lambda: kernels.relu_fwd(z, y=z, mask=bits),
+        "relu_diff": lambda: kernels.relu_diff_fwd(z, **both, y=z, delta=z, mask=bits),
+        "relu_bwd": lambda: kernels.relu_bwd(z, mask=bits, dz=z),
         "diff_reduce": lambda: kernels.diff_reduce_fwd(y),
     }
+    weight, wide = meta(c, dtype=FLOAT), meta(N, H // 2, W // 2, c, dtype=FLOAT)
+    seeds = {"l1": {"criterion": 1, "seed": y}, "l2 weighted": {"weight": weight, "seed": y}}
+    for form, given in seeds.items():
+        stages |= {
+            f"seed {form}": lambda g=given: kernels.diff_reduce_fwd(y, **g),
+            f"unit_diff {form}": lambda g=given: kernels.unit_diff_fwd(
+                y, **{"criterion": 0, **g, "seed": wide}, eps=1e-10, eps_inside=False, delta=y,
+                from_target=branch,
+            ),
+        }  # fmt: skip
+    stages["unit_diff stored"] = lambda: kernels.unit_diff_fwd(
+        y, criterion=0, eps=1e-8, eps_inside=True, target=wide, weight=weight, seed=y
+    )
     for pool in (0, 1):
         made = {"pool": pool, "code": code[pool]}
         stages |= {
@@ -353,7 +373,7 @@ def small_stages(dtype: torch.dtype, c: int) -> dict:
             ),
         }
     for form in LISTED:
-        t = listed(form, dtype, 3, c, form != "labels")
+        t = listed(form, dtype, 3, c, "weights" if weighted else form != "labels")
         given = {"table": t.table, "from_target": branch, "taken": t.taken, "valid": t.valid}
         given |= {"taken_row0": 0, "row0": 0, "z": z, "dz": z}
         if form == "labels":

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from cases import NARROW, agree, error, value_and_grad
 from elements import CHANNELS, DTYPES, TARGETS, against_float64, drawn
+from inside import step
 from policies import decided
 from saved import fast_node
 
@@ -42,13 +43,9 @@ def test_gradcheck(mode, backend, dtype, kind):
         CHANNELS[mode], compute_dtype=torch.float64, backend=backend, activation="sigmoid",
         **{k: d.options[k] for k in ("temperature", "reduction", "ignore_index")}, **SMALL,
     ).options  # fmt: skip
-    d.labels[..., 3:9, 2:8] = 1  # of what is ignored nothing but noise would be left
     x = torch.where(d.counted, d.logits, torch.zeros((), dtype=torch.float64))
-    teacher = d.teacher
-    if kind == "features":
-        pytest.skip("stored with the labels of another mask") if d.leaves else None
     assert torch.autograd.gradcheck(
-        lambda x: loss(x, d.labels, teacher, d.mask), x.requires_grad_(), eps=1e-6
+        lambda x: loss(x, d.labels, d.teacher, d.mask), x.requires_grad_(), eps=1e-6
     )
 
 
@@ -191,6 +188,29 @@ def test_a_mask_takes_all_classes_of_a_pixel(mode, backend):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_a_floating_mask_of_zeros_and_ones_is_the_bool_one(mode, backend):
+    c = CHANNELS[mode]
+    x, y = torch.randn(2, c, 9, 8), torch.randint(2, (2, c, 9, 8))
+    mask = torch.rand(2, 9, 8) < 0.7
+    loss = SegmentationLoss(c, mode=mode, backend=backend, **SMALL)
+    found, wanted = (value_and_grad(loss, x, y, mask=m) for m in (mask.float(), mask))
+    assert all(map(torch.equal, found, wanted))
+    assert torch.equal(loss.count(y, mask.float()), loss.count(y, mask))
+
+
+def test_weights_of_pixels_weigh_all_classes(backend):
+    x, y = torch.randn(2, 3, 9, 8), torch.randint(2, (2, 3, 9, 8))
+    m = torch.rand(2, 9, 8)
+    y[0, 1, :4] = 255
+    loss = SegmentationLoss(3, mode="multilabel", backend=backend, gpl_weight=0.2, **SMALL)
+    each = F.binary_cross_entropy_with_logits(x, (y == 1).float(), reduction="none")
+    counted = (y != 255) * m.unsqueeze(1)
+    ce = loss(x, y, mask=m, return_parts=True)["loss_ce"]
+    torch.testing.assert_close(ce, (each * counted).sum() / counted.sum())
+    torch.testing.assert_close(loss.count(y, m), torch.tensor([counted.double().sum(), 2.0]))
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_small_logits_are_resized(mode, backend):
     c = CHANNELS[mode]
     x, y = torch.randn(2, c, 5, 4), torch.randint(2, (2, c, 10, 9))
@@ -274,6 +294,15 @@ def test_what_is_saved_besides_the_perceptual_terms(kind):
     assert said.bytes_saved == size(tensors[1:])
     assert ("binary_ce_fwd" in str(said)) == (kind not in ("no ce", "no ce, all stay"))
     assert ("binary_ce_bwd" in str(said)) == (kind != "no ce, all stay")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_memory_of_a_step_is_what_is_planned(mode):
+    c = CHANNELS[mode]
+    loss = SegmentationLoss(c, mode=mode, net="1,1", widths=(16, 16), backend="fast")
+    x = torch.randn(2, c, 96, 128)
+    for taken in step(loss, x, torch.randint(2, x.shape)):
+        assert taken.peak <= taken.plan.bytes_transient()
 
 
 def test_explained_and_printed():

@@ -124,6 +124,7 @@ def opcheck_cases():
     z, dz, half = torch.randn(1, 4, 6, 8), torch.randn(1, 4, 6, 8), torch.randn(1, 2, 3, 8)
     code, mask = torch.zeros(1, 2, 3, 4).byte(), torch.zeros(1, 4, 6, 1).byte()
     table, one, branch = torch.randn(9, 3, 8), torch.ones(1), odd_images(1)
+    weight = torch.rand(8)
     rows = torch.zeros(1, 4, 2, dtype=torch.float64)
     values, indices = torch.rand(1, 2, 4, 6), torch.randint(0, 3, (1, 2, 4, 6))
     into = {
@@ -152,7 +153,11 @@ def opcheck_cases():
             "dz": dz, "from_target": branch, "pool": 1, "y": half.clone(), "delta": half.clone(),
             "code": mask,
         }),
-        "diff_reduce_fwd": (half, {}),
+        "diff_reduce_fwd": (half, {"criterion": 1, "weight": weight, "seed": half.clone()}),
+        "unit_diff_fwd": (z, {
+            "criterion": 0, "eps": 1e-10, "eps_inside": False, "delta": dz, "from_target": branch,
+            "weight": weight, "seed": z.clone(),
+        }),
         "relu_pool_bwd": (half, {
             "code": code, "pool": 0, "height": 4, "width": 6, "row0": 0, "dz": z.clone()
         }),
@@ -195,7 +200,7 @@ def test_every_operator_has_a_test():
     """Those of a block's backward are CUDA's; texts say what the library is."""
     assert {*STAGES, *CPU_ALONE, "populate"} == set(opcheck_cases())
     of_cuda = {"conv_block_bwd", "conv_block_logits_bwd"}
-    assert {*ops._MUTATING, "diff_reduce_fwd"} == set(opcheck_cases()) | of_cuda
+    assert {*ops._MUTATING, *ops._REDUCING} == set(opcheck_cases()) | of_cuda
 
 
 # --------------------------------------------------------------------------------- builds, memory

@@ -30,7 +30,12 @@ def methods(*protocols: type) -> dict[str, inspect.Signature]:
 
 
 @pytest.mark.parametrize(
-    ("enum", "codes"), [("Activation", stages.ACTIVATIONS), ("Pool", stages.POOLS)]
+    ("enum", "codes"),
+    [
+        ("Activation", stages.ACTIVATIONS),
+        ("Pool", stages.POOLS),
+        ("Criterion", stages.CRITERIA),
+    ],
 )
 def test_codes_are_those_of_csrc(enum, codes):
     text = "\n".join(path.read_text() for path in sorted(CSRC.rglob("*.h")))

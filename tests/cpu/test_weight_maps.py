@@ -197,11 +197,13 @@ def test_a_resized_target_is_its_weighted_mean(backend):
 # ---------------------------------------------------------------------------------- cross-entropy
 
 
+@pytest.mark.parametrize("teacher", [None, "dense", "labels", "topk", "features"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("gpl_weight", [0.0, 0.1])
 @pytest.mark.parametrize("backend", ["reference", "fast"])
-def test_cross_entropy_by_hand(backend, gpl_weight, reduction):
-    """``Σ m w ℓ / Σ m w``, with label smoothing as PyTorch has it."""
+def test_cross_entropy_by_hand(backend, gpl_weight, reduction, teacher):
+    """``Σ m w ℓ / Σ m w``, with label smoothing as PyTorch has it, whatever the teacher leaves
+    out."""
     logits, labels, m = 2 * torch.randn(SHAPE), torch.randint(C, (N, H, W)), weights(N, H, W)
     labels[:, 3:6] = 255
     logits[(m == 0).unsqueeze(1).expand_as(logits)] = float("nan")
@@ -212,7 +214,12 @@ def test_cross_entropy_by_hand(backend, gpl_weight, reduction):
             backend=backend if gpl_weight else "auto",
         )  # fmt: skip
         x = logits.clone().requires_grad_()
-        got = loss(x, labels, mask=m, return_parts=True)["loss_ce"]
+        target = None if teacher is None else make_target(teacher, SHAPE, loss)
+        if teacher == "labels":
+            target[:, 9:] = 255
+        if teacher == "features":
+            target = loss.encode(torch.randn(SHAPE), m)
+        got = loss(x, labels, target, m, return_parts=True)["loss_ce"]
         y = logits.nan_to_num().double().requires_grad_()
         each = m * F.cross_entropy(
             y, labels, None if weight is None else weight.double(), ignore_index=255,

@@ -276,6 +276,36 @@ def test_a_device_that_is_not_the_current_one(second_device, cuda):
         torch.testing.assert_close(a.cpu(), b.cpu())
 
 
+@pytest.mark.parametrize("kind", ["dense", "labels", "topk"])
+def test_weights_of_pixels(device, kind):
+    """0 and 1 have the bits of a bool mask; others multiply both maps."""
+    x, target = torch.randn(SMALL, device=device), make_target(kind, SMALL)
+    target = moved(target, device, torch.float32)
+    mask = torch.rand(2, 37, 45, device=device) > 0.3
+    mask[:, :20, :20] = True
+    of_bool, of_ones = (run(loss_of(), x, target, mask=m) for m in (mask, mask.float()))
+    assert all(torch.equal(a, b) for a, b in zip(of_bool, of_ones, strict=True))
+    m = mask * (3 * torch.rand(2, 37, 45, device=device))
+    got, want = (run(loss_of(backend=b), x, target, mask=m) for b in ("fast", "reference"))
+    torch.testing.assert_close(got[0], want[0], rtol=1e-2, atol=0)
+    cosine = torch.nn.functional.cosine_similarity(*(g.flatten() for g in (got[1], want[1])), dim=0)
+    assert cosine > 0.99
+
+
+def test_weights_that_nobody_looks_at(cuda, monkeypatch):
+    x, target = torch.randn(SMALL, device=cuda), torch.randn(SMALL, device=cuda)
+    m = torch.rand(2, 37, 45, device=cuda)
+    wild = m.clone()
+    wild[0, 3:6, 5] = torch.tensor([-1.0, float("nan"), -float("inf")], device=cuda)
+    zero = torch.where(wild > 0, wild, 0)
+    monkeypatch.delenv("GPL_FAST_CHECK", raising=False)
+    got, wanted = (run(loss_of(), x, target, mask=each) for each in (wild, zero))
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    monkeypatch.setenv("GPL_FAST_CHECK", "1")
+    with pytest.raises(ValueError, match="finite ones >= 0"):
+        loss_of()(x, target, wild)
+
+
 def test_labels_out_of_range_are_ignored(cuda, monkeypatch):
     x, labels = torch.randn(SMALL, device=cuda), make_target("labels", SMALL).to(cuda)
     wrong = labels.clone()

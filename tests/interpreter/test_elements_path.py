@@ -21,7 +21,7 @@ def triton_path(decide, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-@pytest.mark.parametrize("kind", ["labels", "dense", "resized", "features"])
+@pytest.mark.parametrize("kind", ["labels", "dense", "resized", "topk", "features"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", ["triton"])
 @pytest.mark.parametrize("mode", CHANNELS)

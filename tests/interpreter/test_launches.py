@@ -41,6 +41,7 @@ STAGES = [
         "relu_pool",
         "softmax_bwd",
         "softmax_pack",
+        "unit_diff",
     )
 ]
 BLOCK, PACK = "_conv_block_fwd_kernel", "_softmax_pack_fwd_kernel"

@@ -23,7 +23,8 @@ ELEMENTWISE = ("relu_bwd", "relu_pool_bwd", "softmax_bwd", "binary_ce_bwd")
 BLOCKS = ("conv_block_bwd", "conv_block_logits_bwd")
 STAGES = (
     "softmax_pack_fwd", "label_conv_fwd", "topk_conv_fwd", "relu_fwd", "relu_diff_fwd",
-    "relu_pool_fwd", "relu_pool_diff_fwd", "diff_reduce_fwd", "binary_ce_fwd", *ELEMENTWISE,
+    "relu_pool_fwd", "relu_pool_diff_fwd", "diff_reduce_fwd", "unit_diff_fwd", "binary_ce_fwd",
+    *ELEMENTWISE,
 )  # fmt: skip
 CPU_ALONE = ("winograd_weight", "winograd", "direct_weight", "direct_conv")
 OF_TRITON = (*STAGES, "conv_block_fwd", "carry_target_fwd")
