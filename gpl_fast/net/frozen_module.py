@@ -120,7 +120,7 @@ def first_channels(module: nn.Module) -> int:
 
 def in_dtype(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """A copy on `device`: floating tensors in `dtype`, complex ones in the complex dtype of it."""
-    copied = copy.deepcopy(module)
+    copied = copy.deepcopy(module).eval()  # copies of torch.fx's modules may be in training mode
     if not any(t.is_complex() for t in (*copied.parameters(), *copied.buffers())):
         return copied.to(device=device, dtype=dtype)
 

@@ -384,10 +384,10 @@ def test_walks_write_all_that_they_read(name, rows, decide, monkeypatch):
 # ------------------------------------------------------------------------------------- operators
 
 
-OPCHECKED = ["dense", "labels", "topk", "l1", "normalized", "family", "total", "weights, total"]
-
-
-@pytest.mark.parametrize("name", OPCHECKED)
+@pytest.mark.parametrize(
+    "name",
+    ["dense", "labels", "topk", "l1", "normalized", "family", "total", "weights, total"],
+)
 def test_opcheck(name, monkeypatch):
     """Schema, fake kernels and tracing of the two operators on the arguments of a real call."""
     make, kind, args = POISONED[name]

@@ -595,3 +595,27 @@ def test_weights_that_are_packed_away_count():
 
     a, b, c = (network(value).fingerprint() for value in (1.0, 1.0, 2.0))
     assert a == b != c
+
+
+class MadeAnew(nn.Module):
+    """Its copies are in training mode, as those of torchvision's feature extractors are."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(self.conv(x))
+
+    def __deepcopy__(self, memo):
+        new = MadeAnew()
+        new.load_state_dict(self.state_dict())
+        return new
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_copies_that_train_are_in_eval_mode(dtype, x):
+    module = MadeAnew()
+    module(x.float())  # running statistics of its own
+    expected = copy.deepcopy(module).eval().to(dtype)(x.to(dtype))
+    torch.testing.assert_close(features(module, x.to(dtype), "norm"), expected)

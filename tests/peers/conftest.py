@@ -26,7 +26,7 @@ if missing := [
     )
 
 declare_operators()  # before anything imports torchvision
-from torchvision.models import _api, alexnet, squeezenet1_1, vgg  # noqa: E402
+from torchvision.models import _api, alexnet, resnet50, squeezenet1_1, vgg  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -51,7 +51,9 @@ def drawn_vgg(cfg: str, batch_norm: bool, *_: object, **__: object) -> SimpleNam
 
 
 def drawn_weights(enum: _api.WeightsEnum, *_: object, **__: object) -> dict[str, torch.Tensor]:
-    """In the place of a download, for the other trunks of LPIPS."""
+    """In the place of a download, for the other trunks."""
+    if type(enum).__name__ == "ResNet50_Weights":
+        return resnet50(weights=None).state_dict()
     makers = {"AlexNet_Weights": alexnet, "SqueezeNet1_1_Weights": squeezenet1_1}
     model = makers[type(enum).__name__](weights=None)
     draw(model.features)
