@@ -27,10 +27,10 @@ void softmax_pack_fwd(const Tensor& x, int64_t activation, int64_t target_activa
                       const MaybeTensor& from_target, const MaybeTensor& labels,
                       const MaybeTensor& topk_values, const MaybeTensor& topk_indices,
                       const MaybeTensor& topk_rest, const MaybeTensor& ce_labels,
-                      const MaybeTensor& ce_mask,
-                      const MaybeTensor& class_weight, const MaybeTensor& y,
-                      const MaybeTensor& delta, const MaybeTensor& taken, const MaybeTensor& lse,
-                      const MaybeTensor& ce_lse, const MaybeTensor& ce_rows) {
+                      const MaybeTensor& ce_mask, const MaybeTensor& class_weight,
+                      const MaybeTensor& y, const MaybeTensor& delta, const MaybeTensor& taken,
+                      const MaybeTensor& lse, const MaybeTensor& ce_lse,
+                      const MaybeTensor& ce_rows) {
   STD_TORCH_CHECK(x.dim() == 4, "gpl_fast: x must be [N, C, H, W], got ", text(x.sizes()));
   SoftmaxPackFwd a = {};
   a.N = x.size(0), a.C = x.size(1), a.H = x.size(2), a.W = x.size(3);
