@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from gpl_fast import backend as backends
-from gpl_fast import engine, reference
+from gpl_fast import engine, parts, reference
 from gpl_fast.input_checks import check_prediction
 from gpl_fast.layer_weights import check_channels
 from gpl_fast.net.lossnet import LossNet
 from gpl_fast.options import Options
 from gpl_fast.precision import accumulation_dtype, no_autocast
-from gpl_fast.targets import Target, TargetLike, resolve_labels, resolve_target, resolve_teacher
-from gpl_fast.terms import Weights
+from gpl_fast.targets import Target, TargetLike, resolve_target
+from gpl_fast.terms import Segmentation, Weights
 
 NO_KERNELS = "spatial=True runs on the reference: the fast kernels sum over an image's pixels"
 
@@ -63,23 +63,24 @@ def distance_map(
 def segmentation_map(
     logits: Tensor,
     labels: Tensor,
-    teacher: TargetLike | None,
-    mask: Tensor | None,
     net: LossNet,
     weights: Weights,
     o: Options,
+    s: Segmentation,
     *,
-    gpl_ignore: bool | str,
+    teacher: TargetLike | None,
+    mask: Tensor | None,
 ) -> Tensor:
     """`distance_map` of a segmentation's perceptual term, without its weight.
 
     Raises:
         TypeError, ValueError: bad input.
     """
-    checked, given = resolve_labels(labels, mask, logits, net, o)
+    resolve, compared = parts.segmentation_resolvers(s)
+    checked, given = resolve(labels, mask, logits, net, o)
     with no_autocast(logits):
-        logits = reference.resize(logits, checked.shape[1:])
-    target = resolve_teacher(teacher, checked, given, logits, o, gpl_ignore)
+        logits = reference.resize(logits, checked.shape[-2:])
+    target = compared(teacher, checked, given, logits, o, s.gpl_ignore)
     return _map_of(logits, target, net, weights, o)
 
 
@@ -106,9 +107,7 @@ def _map_of(pred: Tensor, target: Target, net: LossNet, weights: Weights, o: Opt
     dtype, acc = engine.compute_dtype(pred, target, o), accumulation_dtype(pred.dtype)
     with no_autocast(pred):
         e_target = engine.target_features(target, net, tuple(weights.features), o, dtype)
-        wide = pred.to(torch.promote_types(acc, dtype))
-        y = reference.prediction_map(wide, o.activation, o.constant_temperature, target.valid)
-        y = net.network_input(y, target.valid)
+        y = engine.reference_input(pred, target, net, o, dtype)
         check_channels(weights, e_target)
         found = reference.distance_map(
             y, net.features, e_target, weights.features, dtype,

@@ -119,11 +119,7 @@ def _reference(
     with no_autocast(pred):
         e_target = target_features(target, net, tuple(weights.features), o, dtype)
         e_style = target_features(style_target or target, net, tuple(weights.styles), o, dtype)
-        wide = pred.to(torch.promote_types(acc, dtype))
-        wide = reference.zero_ignored(wide, target.elements)  # before and after, as `valid`
-        y = reference.prediction_map(wide, o.activation, o.constant_temperature, target.valid)
-        y = reference.zero_ignored(y, target.elements)
-        y = net.network_input(y, target.valid)
+        y = reference_input(pred, target, net, o, dtype)
         check_channels(weights, e_target)
         channels = {name: c.to(pred.device) for name, c in weights.channels.items()}
         parts = reference.perceptual_terms(
@@ -132,6 +128,16 @@ def _reference(
         )  # fmt: skip
     seen = _seen(target, style_target)
     return parts["feature"].to(acc) + seen, parts["style"].to(acc) + seen
+
+
+def reference_input(
+    pred: Tensor, target: Target, net: LossNet, o: Options, dtype: torch.dtype
+) -> Tensor:
+    """What of `pred` (N, C, H, W) enters the first convolution, by definition."""
+    wide = pred.to(torch.promote_types(accumulation_dtype(pred.dtype), dtype))
+    wide = reference.zero_ignored(wide, target.elements)  # before and after, as `valid`
+    y = reference.prediction_map(wide, o.activation, o.constant_temperature, target.valid)
+    return net.network_input(reference.zero_ignored(y, target.elements), target.valid)
 
 
 def _cross_entropy(

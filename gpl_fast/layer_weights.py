@@ -29,8 +29,9 @@ class HeldWeights:
         self._given, self.distance = weights, weights.distance
         self._features = {name: repr(w) for name, w in weights.features.items()}
         self._styles = {name: repr(w) for name, w in weights.styles.items()}
-        self.channels = dict(weights.channels)
-        self._single = {name: c.float() for name, c in weights.channels.items()}
+        with torch.inference_mode(False):  # copies that a graph may save, wherever a loss is made
+            self.channels = {name: c.clone() for name, c in weights.channels.items()}
+            self._single = {name: c.float() for name, c in self.channels.items()}
         self._copies = DeviceCopies()
 
     @property

@@ -206,15 +206,9 @@ class SegmentationLoss(nn.Module):
         size, without `gpl_weight`."""
         weights = distance_maps.last_layer(self.gpl.weights.on(logits), self.net)
         return distance_maps.segmentation_map(
-            logits,
-            labels,
-            teacher,
-            mask,
-            self.net,
-            weights,
-            self.gpl.options,
-            gpl_ignore=self.gpl_ignore,
-        )
+            logits, labels, self.net, weights, self.gpl.options, self._terms(logits),
+            teacher=teacher, mask=mask,
+        )  # fmt: skip
 
     def fingerprint(self) -> str:
         """Hex digest of the network's structure and weights: the same on every machine."""

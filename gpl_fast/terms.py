@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from types import MappingProxyType
 from typing import NamedTuple, Self, SupportsFloat
 
 import torch
@@ -28,7 +27,7 @@ class Weights(NamedTuple):
     features: Mapping[str, float]
     styles: Mapping[str, float]
     distance: Distance = Distance()
-    channels: Mapping[str, Tensor] = MappingProxyType({})
+    channels: Mapping[str, Tensor] = {}
 
 
 class CrossEntropy(NamedTuple):

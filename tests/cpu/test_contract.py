@@ -345,6 +345,9 @@ POISONED = {
     "avg": (lambda: gpl(pool="avg", kernel_size=5), "labels 0", ()),
     "stride": (lambda: gpl(pool="stride", level_weights=(1, 1)), "topk", ()),
     "bfloat16": (lambda: gpl(compute_dtype=BF16), "dense", ()),
+    "l1": (lambda: gpl(criterion="l1", level_weights=(1, [1] * 8)), "dense", ()),
+    "normalized": (lambda: gpl(normalize_features=True, compute_dtype=HALF), "topk", (MASK,)),
+    "normalized, features": (lambda: gpl(normalize_features=True), "features", ()),
     "family": (family, "dense", (None, MASK)),
     "weights": (gpl, "topk", (WEIGHTS,)),
     "weights, total": (total, "labels", (None, WEIGHTS)),
@@ -381,7 +384,10 @@ def test_walks_write_all_that_they_read(name, rows, decide, monkeypatch):
 # ------------------------------------------------------------------------------------- operators
 
 
-@pytest.mark.parametrize("name", ["dense", "labels", "topk", "family", "total", "weights, total"])
+@pytest.mark.parametrize(
+    "name",
+    ["dense", "labels", "topk", "l1", "normalized", "family", "total", "weights, total"],
+)
 def test_opcheck(name, monkeypatch):
     """Schema, fake kernels and tracing of the two operators on the arguments of a real call."""
     make, kind, args = POISONED[name]

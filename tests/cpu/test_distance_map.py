@@ -78,6 +78,31 @@ def test_of_a_segmentation(backend, teacher):
     assert error(found, own) < 1e-5
 
 
+@pytest.mark.parametrize("mode", ["binary", "multilabel"])
+def test_of_labels_of_elements(backend, mode):
+    """An ignored element is 0 in both maps."""
+    classes = 1 if mode == "binary" else C
+    total = SegmentationLoss(classes, mode=mode, widths=NARROW, backend=backend)
+    logits, labels = torch.randn(N, classes, H, W), torch.randint(2, (N, classes, H, W))
+    ignored = torch.rand(N, classes, H, W) < 0.2
+    found = total.distance_map(logits, labels.masked_fill(ignored, 255))
+    y, t = (torch.where(ignored, 0, m) for m in (logits.sigmoid(), labels.float()))
+    assert error(found, resized(at_last_level(total, y, t))) < 1e-4
+    nothing = total.distance_map(logits, torch.full_like(labels, 255))
+    assert torch.equal(nothing, torch.zeros(N, 1, H, W))
+
+
+def test_weights_of_pixels(backend):
+    """Both maps are multiplied with them: twice the weights of a network without biases are four
+    times the distance."""
+    loss = GenericPerceptualLoss(C, widths=NARROW, backend=backend)
+    x, y, mask = torch.randn(N, C, H, W), torch.randn(N, C, H, W), torch.rand(N, H, W)
+    once, twice = loss.distance_map(x, y, mask), loss.distance_map(x, y, 2 * mask)
+    assert error(twice, 4 * once) < 1e-5
+    a, b = (mask.unsqueeze(1) * torch.softmax(t, dim=1) for t in (x, y))
+    assert error(once, resized(at_last_level(loss, a, b))) < 1e-4
+
+
 def test_of_a_perceptual_loss(backend):
     net = LossNet.vgg(C, (2, 2), widths=(4, 8))
     layers = {"feature_layers": {"relu2_2": 1.0, "relu1_1": 1.0}, "style_layers": {"pool2": 1.0}}

@@ -54,6 +54,11 @@ def calls():
     labels, mask = torch.randint(5, (2, 19, 22)), torch.rand(2, 19, 22) < 0.8
     labels[:, 2:5, 3:9] = 255
     out = {kind: (gpl(), *inputs(kind, gpl())) for kind in KINDS}
+    by_channel = gpl(criterion="l1", level_weights=[0.5, [1, 2, 0, 4, 5, 6, 7, 8]])
+    over_norms = gpl(normalize_features=True, level_weights=[torch.rand(5), 1.0])
+    out["l1, channels"] = (by_channel, *inputs("labels"))
+    out["normalized"] = (over_norms, *inputs("dense"))
+    out["normalized, features"] = (over_norms, *inputs("features", over_norms))
     out["mask"] = (gpl(), *inputs("dense"), mask)
     out["ignore"] = (gpl(ignore_index=255), torch.randn(SHAPE), labels)
     out["resized"] = (gpl(), torch.randn(SHAPE), torch.randn(2, 5, 9, 30))
@@ -67,7 +72,7 @@ def calls():
 
 
 CALLS = calls()
-SOME = ("dense", "ignore", "topk", "features", "total", "family")
+SOME = ("dense", "l1, channels", "normalized", "ignore", "topk", "features", "total", "family")
 
 
 def same(a, b):

@@ -230,6 +230,20 @@ def test_a_mask_is_the_outside_of_the_image(backend):
     assert error(again[0], got[0]) < 1e-4
 
 
+def test_weights_of_pixels(backend):
+    """Multiply both maps behind mean and std; 0 and 1 are the bool mask, bit for bit."""
+    x, y = pictures()
+    mean = torch.tensor(MEAN).view(1, 3, 1, 1)
+    m = torch.rand(N, 1, H, W) * (torch.rand(N, 1, H, W) > 0.2)
+    loss = LPIPS(chain(), heads(), backend=backend)
+    weighed = (mean + m * (t - mean) for t in (x, y))
+    want = value_and_grad(loss, *weighed)
+    got = value_and_grad(loss, x, y, m)
+    assert error(got[0], want[0]) < 1e-5
+    assert error(got[1], m * want[1]) < 1e-4
+    assert all_equal(value_and_grad(loss, x, y, (m > 0).float()), value_and_grad(loss, x, y, m > 0))
+
+
 # ------------------------------------------------------------------------------ ranges, reductions
 
 
@@ -353,6 +367,22 @@ def test_changes_of_what_was_given_change_nothing(backend):
     loss.heads["relu1_2"].zero_()
     assert torch.equal(loss(*x_y), before)
     assert torch.equal(loss.heads["relu1_2"], heads()["relu1_2"].double())
+
+
+@pytest.mark.parametrize("net", [chain, module])
+def test_made_anywhere(backend, net):
+    """Under inference mode, or where another device is the default one."""
+    net, x_y = net(), pictures()
+    backend = backend if net.is_chain else "auto"
+    want = value_and_grad(LPIPS(net, heads(), backend=backend), *x_y)
+    with torch.inference_mode():
+        loss = LPIPS(net, {k: h.clone() for k, h in heads().items()}, backend=backend)
+    assert all_equal(value_and_grad(loss, *x_y), want)
+    numbers = {k: h.tolist() for k, h in heads().items()}
+    with torch.device("meta"):
+        loss, plain = (LPIPS(net, h, backend=backend) for h in (numbers, None))
+    assert all_equal(value_and_grad(loss, *x_y), want)
+    assert plain(*x_y) > 0
 
 
 def test_what_makes_two_differ():

@@ -84,6 +84,11 @@ TAPS = {
     ),
 }
 KINDS = ("dense", "resized", "labels", "topk", "features", "total", "total, teacher")
+COMPARED = {
+    "l1": {"criterion": "l1"},
+    "normalized": {"normalize_features": True},
+    "l1, normalized": {"criterion": "l1", "normalize_features": True},
+}
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,7 @@ class Drawn:
     k: int
     source: float  # size of a resized target
     rest: str
+    compared: str  # of `COMPARED`, or "channels"
 
     def network(self) -> LossNet:
         torch.manual_seed(0)
@@ -112,9 +118,13 @@ class Drawn:
 
     def loss(self, **options: Any) -> Any:
         net, options = self.network(), {"backend": "fast", "compute_dtype": self.way[0], **options}
+        options |= COMPARED.get(self.compared, {})
         if self.kind.startswith("total"):
             return SegmentationLoss(self.shape[1], net=net, temperature=2.0, **options)
         features, styles = TAPS["all" if self.kind == "features" else self.taps](net)
+        if self.compared == "channels":
+            widths = {layer.name: layer.out_channels for layer in net.layers}
+            features = {name: torch.full((widths[name],), w) for name, w in features.items()}
         return PerceptualLoss(net, features, styles, activation=self.activation, **options)
 
     def inputs(self, loss: Any) -> tuple[Tensor, list[Any]]:
@@ -152,6 +162,7 @@ def drawn(draw: st.DrawFn) -> Drawn:
         k=draw(st.integers(1, 4)),
         source=draw(st.sampled_from([0.5, 0.8, 3.0])),
         rest=draw(st.sampled_from(["renormalize", "uniform", "drop"])),
+        compared=draw(st.sampled_from(["l2", "l2", *COMPARED, "channels"])),
     )
 
 

@@ -167,6 +167,9 @@ def test_who_runs_it(net):
     explained = loss.explain(x, y)
     if net == "vgg":
         assert explained.backend == "fast"
+        assert explained.bytes_saved / x[:, 0].numel() <= 2439 / 4  # lpips: 2,439 bytes a pixel
+        half = LPIPS.from_module(peer(net), compute_dtype="bfloat16")
+        assert half.explain(x, y).bytes_saved / x[:, 0].numel() <= 2439 / 8
         return
     assert explained.backend == "reference"
     assert "from_module" in explained.reason

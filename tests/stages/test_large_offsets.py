@@ -197,6 +197,27 @@ def test_diff_reduce_of_a_long_image(stages, sparse, monkeypatch):
     assert partials[0][0, -1] == 55
 
 
+def test_seeds_of_a_long_image(stages, sparse):
+    delta, seed = (sparse(1, FAR // 32 + 9000, 32, dtype=BF16) for _ in range(2))
+    delta[0, -1, -5:] = torch.arange(1, 6)
+    weight = torch.arange(32, dtype=FLOAT)
+    stages.diff_reduce_fwd(delta, criterion=1, weight=weight, seed=seed)
+    assert seed[0, -1, -5:].tolist() == [27, 28, 29, 30, 31]
+
+
+def test_unit_diff_within_an_image(stages, sparse):
+    y, delta, seed = (sparse(1, LONG, WIDE, DEEP, dtype=BF16) for _ in range(3))
+    assert y.numel() > FAR
+    y[0, -1, -1, -4:], delta[0, -1, -1, -4:] = torch.randn(2, 4).to(BF16)
+    given = {"criterion": 0, "eps": 1e-10, "eps_inside": False, "from_target": BRANCH}
+    stages.unit_diff_fwd(y, delta=delta, seed=seed, **given)
+    p, d = y[0, -1, -1, -4:].double(), delta[0, -1, -1, -4:].double()
+    n = p / p.norm()
+    v = n - (p - d) / (p - d).norm()
+    want = (v - n * (n @ v)) / p.norm()
+    torch.testing.assert_close(seed[0, -1, -1, -4:].double(), want, rtol=0.01, atol=1e-3)
+
+
 # ------------------------------------------------------------------------------ image to image
 
 
