@@ -283,6 +283,27 @@ def test_logits_whose_images_and_channels_are_far_apart(stages, sparse):
     torch.testing.assert_close(dx[1, :, 0].float(), row.grad, rtol=0.02, atol=1e-3)
 
 
+def test_labels_of_elements_whose_channels_are_far_apart(stages, sparse):
+    def planes(dtype: torch.dtype) -> Tensor:
+        whole = sparse(2, 3, 1, 8, dtype=dtype, image_stride=3 * FAR // 2)
+        return whole.as_strided((2, 3, 1, 8), (8, FAR // 2, 8, 1))
+
+    x, dx, labels = planes(BF16), planes(BF16), planes(BYTE)
+    x[1], labels[1] = torch.randn(3, 1, 8).to(BF16), torch.randint(3, (3, 1, 8)).byte()
+    rows = torch.zeros(2, 1, 2, dtype=torch.float64)
+    stages.binary_ce_fwd(x, labels=labels, row0=0, rows=1, ce_rows=rows)
+    stages.binary_ce_bwd(
+        x, labels=labels, row0=0, rows=1, dx=dx, clear=True, ce_scale=torch.ones(2)
+    )
+    y, counts = (labels[1] == 1).float(), labels[1] != 2
+    leaf = x[1].float().requires_grad_()
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(leaf, y, reduction="none")
+    loss = (loss * counts).sum()
+    loss.backward()
+    torch.testing.assert_close(rows[1, 0], torch.stack([loss.detach(), counts.sum()]).double())
+    torch.testing.assert_close(dx[1].float(), leaf.grad, rtol=0.01, atol=1e-3)
+
+
 def test_look_ups_into_images_that_are_far_apart(stages, sparse):
     z, dz = (far_images(sparse, 2, 2, 8, dtype=BF16) for _ in range(2))
     table, taken = torch.randn(1, 3, 8), torch.zeros(3, 2, 2, dtype=BYTE)
