@@ -4,6 +4,7 @@ one gradient, in float64 and on the fast path."""
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from torch.nn import functional as F
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "coming_from.md").read_text()
 Names = dict[str, Any]
+Step = tuple[Tensor, Tensor]  # value and gradient
+DRAWS = 3
 
 
 def blocks() -> dict[str, list[str]]:
@@ -140,7 +143,7 @@ FORMULAS = {"pytorch/examples, Johnson's Lua": fast_neural_style}
 # -------------------------------------------------------------------------------------- the page
 
 
-def step(loss: Callable[..., Any], pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def step(loss: Callable[..., Any], pred: Tensor, target: Tensor) -> Step:
     """Value and gradient; a pair of parts, one of which may be None, is a sum."""
     x = pred.clone().requires_grad_()
     value = loss(x, target)
@@ -167,12 +170,14 @@ def as_given(target: Tensor, dtype: torch.dtype) -> Tensor:
 def test_theirs_and_ours_are_one_loss(title, number, basicsr, mmseg):
     names = run(title, number)
     theirs = names.get("theirs") or FORMULAS[title](names)
-    pred, target = INPUTS.get(f"{title} {number + 1}", images)(names)
-    single = step(theirs, pred.float(), as_given(target, torch.float32))
-    fast = step(names["ours"], pred.float(), as_given(target, torch.float32))
+    draw = INPUTS.get(f"{title} {number + 1}", images)
+    inputs = [draw(names) for _ in range(DRAWS)]
+    single = [step(theirs, p.float(), as_given(t, torch.float32)) for p, t in inputs]
+    fast = [step(names["ours"], p.float(), as_given(t, torch.float32)) for p, t in inputs]
     to(torch.float64, names)
-    value, grad = step(theirs, pred, target)
-    exact_value, exact_grad = step(names["ours"], pred, target)
+    truth = [step(theirs, *pair) for pair in inputs]
+    value, grad = truth[0]
+    exact_value, exact_grad = step(names["ours"], *inputs[0])
     # Some means are not rounded to float32 on both sides, and their sigmoids are float32's.
     words = ("mean=", "resnet50", "use_sigmoid")
     single_inside = any(word in BLOCKS[title][number] for word in words)
@@ -180,13 +185,18 @@ def test_theirs_and_ours_are_one_loss(title, number, basicsr, mmseg):
     assert float(value) > 0
     assert float(exact_value) == pytest.approx(float(value), rel=rounded)
     assert (exact_grad - grad).norm() <= rounded * grad.norm()
-
-    def errors(found: tuple[Tensor, Tensor]) -> tuple[float, float]:
-        off = (found[0].double() - value).abs() / value
-        return float(off), float(
-            1 - F.cosine_similarity(found[1].double().flatten(), grad.flatten(), dim=0)
-        )
-
-    # A gradient may take another way through a max pool whose winners differ by rounding alone.
-    for ours, peers, least in zip(errors(fast), errors(single), (1e-6, 1e-4), strict=True):
+    for ours, peers, least in zip(
+        errors(fast, truth), errors(single, truth), (1e-6, 1e-5), strict=True
+    ):
         assert ours <= 2 * peers + least
+
+
+def errors(found: list[Step], truth: list[Step]) -> tuple[float, float]:
+    """Of the value, relative, and 1 - cosine of the gradient: medians of the draws, since a winner
+    of a max pool that rounding decides moves a draw's gradient at once."""
+    values = [abs(float(v.double() / t) - 1) for (v, _), (t, _) in zip(found, truth, strict=True)]
+    angles = [
+        1 - float(F.cosine_similarity(g.double().flatten(), t.flatten(), dim=0))
+        for (_, g), (_, t) in zip(found, truth, strict=True)
+    ]
+    return statistics.median(values), statistics.median(angles)
