@@ -68,6 +68,15 @@ def test_weights_of_pixels_divide_too():
     )
 
 
+def test_weights_of_classes_of_a_binary_cross_entropy_do_not_divide():
+    logits, _ = maps()
+    labels = torch.randint(0, 2, logits.shape)
+    weight = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
+    theirs = nn.BCEWithLogitsLoss(weight=weight.view(3, 1, 1))
+    ours = gpl_fast.SegmentationLoss(3, mode="multilabel", class_weight=weight, gpl_weight=0)
+    equal(ours(logits, labels), theirs(logits, labels.double()))
+
+
 # --------------------------------------------------------------------------------------------- piq
 
 
