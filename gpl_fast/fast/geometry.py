@@ -79,7 +79,9 @@ class Geometry:
         """Views (N, H_b, W_b) of `values_shape`'s maps, or of their gradient."""
         shapes = [self.tap_shape(tap)[1:3] for tap in self.call.taps]
         parts = torch.split(maps, [h * w for h, w in shapes], dim=1)
-        views = (part.view(part.shape[0], *shape) for part, shape in zip(parts, shapes, strict=True))
+        views = (
+            part.view(part.shape[0], *shape) for part, shape in zip(parts, shapes, strict=True)
+        )
         return dict(zip(self.call.taps, views, strict=True))
 
     def needs_mask(self, step: Step) -> bool:
