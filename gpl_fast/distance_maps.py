@@ -37,7 +37,9 @@ def spatial_value(
     pred, dtype = reference.input_edge(pred), engine.compute_dtype(pred, resolved, o)
     if engine.choose_backend(pred, dtype, net, o).name == "fast":
         fitted = resolved.fitted(dtype) if dtype == torch.float16 else resolved
-        return engine.fast_map(pred, fitted, net, o, weights, dtype)
+        maps = engine.fast_maps(pred, fitted, net, o, weights, dtype)
+        found = _sum_of(maps, net, weights, pred)
+        return found + (0 if resolved.seen is None else resolved.seen)
     return _map_of(pred, resolved, net, weights, o)
 
 
@@ -100,6 +102,21 @@ def last_layer(weights: Weights, net: LossNet) -> Weights:
     last = compared[-1]
     channels = {name: c for name, c in weights.channels.items() if name == last}
     return Weights({last: weights.features[last]}, {}, weights.distance, channels)
+
+
+def _sum_of(maps: Tensor, net: LossNet, weights: Weights, pred: Tensor) -> Tensor:
+    """`engine.fast_maps`, weighted, resized and added: (N, 1, H, W) float32."""
+    n, _, *size = pred.shape
+    shapes = net.shapes(*size)
+    of_layers = [shapes[name] for name in weights.features]
+    parts = torch.split(maps, [h * w for _, h, w in of_layers], dim=1)
+    total = maps.new_zeros(n, 1, *size)
+    with no_autocast(pred):
+        for part, (c, h, w), weight in zip(
+            parts, of_layers, weights.features.values(), strict=True
+        ):
+            total = total + weight / c * reference.resize(part.view(n, 1, h, w), size)
+    return total
 
 
 def _map_of(pred: Tensor, target: Target, net: LossNet, weights: Weights, o: Options) -> Tensor:

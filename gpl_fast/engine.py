@@ -114,23 +114,13 @@ def _fast_tensors(
     return {**target.tensors(dtype), **channels}
 
 
-def fast_map(
+def fast_maps(
     pred: Tensor, target: Target, net: LossNet, o: Options, weights: Weights, dtype: torch.dtype
 ) -> Tensor:
-    """`reference.distance_map` of normalised features, (N, 1, H, W) float32, on the fast path."""
+    """Of normalised features the distance of each pixel, layer by layer, (N, Σ H_b W_b) float32."""
     tensors = _fast_tensors(pred, target, net, o, weights, dtype)
     call = describe(net, o, target, weights, pred.device, dtype, tuple(tensors), spatial=True)
-    height, width = pred.shape[2:]
-    shapes = net.shapes(height, width)
-    of_taps = [shapes[tap] for tap in weights.features]
-    maps = operator.perceptual_terms(pred, tensors, call, False)
-    total = maps.new_zeros(pred.shape[0], 1, height, width)
-    parts = torch.split(maps, [h * w for _, h, w in of_taps], dim=1)
-    with no_autocast(pred):
-        for part, (c, h, w), weight in zip(parts, of_taps, weights.features.values(), strict=True):
-            part = part.view(part.shape[0], 1, h, w)
-            total = total + weight / c * reference.resize(part, (height, width))
-    return total + _seen(target)
+    return operator.perceptual_terms(pred, tensors, call, False)
 
 
 def _reference(

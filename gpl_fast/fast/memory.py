@@ -141,10 +141,9 @@ def backward(plan: Segments, i: int, images: Images, rows: Rows) -> Buffers:
     )
     if call.cross_entropy and not call.binary and i == 0:
         out.need("labels", (n, plan.h, plan.w), torch.int64)
-    if call.spatial:  # of each pixel, over the largest; what finds what float16 holds not
-        out.need(
-            "factors", (7 if dtype == torch.float16 else 1, *plan.values_shape()), torch.float32
-        )
+    if call.spatial:  # its gradient over the largest; what fits float16 to it
+        count = 7 if dtype == torch.float16 else 1
+        out.need("map", (count, *plan.values_shape()), torch.float32)
     out.need("level.out", s.level_out(0), dtype)
     if s.ends and (call.spatial or len(plan.coefficients) > 1):
         _seed(out, "seed", plan, s.level_out(0))
@@ -220,17 +219,7 @@ def segment_peak(plan: Segments, i: int, images: Images, rows: Rows) -> int:
 
 def strip_peak(plan: Segments, i: int, rows: Rows) -> int:
     """Bytes of one image's strip alone, without what is of its whole height."""
-    whole = (
-        "weights",
-        "table",
-        "ce",
-        "level.in",
-        "level.out",
-        "seed",
-        "labels",
-        "grams",
-        "factors",
-    )
+    whole = ("weights", "table", "ce", "level.in", "level.out", "seed", "labels", "grams", "map")
     one = (1,) * len(plan.segments)
 
     def of(buffers: Buffers) -> int:
