@@ -17,8 +17,8 @@ namespace {
 
 Tensor unit_diff_fwd(const Tensor& y, int64_t criterion, double eps, bool eps_inside,
                      const MaybeTensor& delta, const MaybeTensor& from_target,
-                     const MaybeTensor& target, const MaybeTensor& weight,
-                     const MaybeTensor& seed, const MaybeTensor& distances) {
+                     const MaybeTensor& target, const MaybeTensor& weight, const MaybeTensor& seed,
+                     const MaybeTensor& distances) {
   STD_TORCH_CHECK(y.dim() == 4, "gpl_fast: y must be [N, H, W, C], got ", text(y.sizes()));
   STD_TORCH_CHECK(delta.has_value() != target.has_value(), "gpl_fast: give delta or target");
   STD_TORCH_CHECK(delta.has_value() == from_target.has_value(),
