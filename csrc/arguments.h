@@ -205,8 +205,10 @@ struct UnitDiffFwd {
   const uint8_t* from_target;  // [N], with delta
   const float* weight;         // [C] or null
   void* seed;                  // [N, pixels, C] or null
+  float* distances;            // [N, pixels] or null
   double* sum;                 // [N]
   int64_t y_image_stride, delta_image_stride, target_image_stride, seed_image_stride;
+  int64_t distances_image_stride;
 };
 
 struct ReluPoolBwd {

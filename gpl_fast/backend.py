@@ -78,16 +78,9 @@ def _triton_obstacle(device: torch.device) -> str | None:
 
 
 def choose(
-    backend: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    net: LossNet | None = None,
-    obstacle: str | None = None,
+    backend: str, device: torch.device, dtype: torch.dtype, net: LossNet | None = None
 ) -> Choice:
     """The backend that runs.
-
-    Args:
-        obstacle: why the fast path cannot, whatever there is.
 
     Raises:
         BackendUnavailable: "fast" was asked for and cannot run.
@@ -96,7 +89,7 @@ def choose(
     word = requested_backend(backend)
     if word == "reference":
         return Choice("reference", "it was asked for")
-    obstacle = obstacle or fast_obstacle(device, dtype, net)
+    obstacle = fast_obstacle(device, dtype, net)
     if obstacle is None:
         if device.type == "cuda" and (why := _broken_library() or _old_driver(device)) is not None:
             _warn_once(f"Triton's kernels run instead of the compiled ones: {why}")
@@ -109,9 +102,7 @@ def choose(
     return Choice("reference", obstacle)
 
 
-def choose_anywhere(
-    backend: str, dtype: torch.dtype, net: LossNet, obstacle: str | None = None
-) -> Choice:
+def choose_anywhere(backend: str, dtype: torch.dtype, net: LossNet) -> Choice:
     """The backend that would run where everything that the fast path needs is there.
 
     Raises:
@@ -119,7 +110,7 @@ def choose_anywhere(
     """
     if (word := requested_backend(backend)) == "reference":
         return Choice("reference", "it was asked for")
-    if (obstacle := obstacle or _chain_obstacle(dtype, net)) is None:
+    if (obstacle := _chain_obstacle(dtype, net)) is None:
         return Choice("fast", "supposing everything it needs is there")
     if word == "fast":
         raise BackendUnavailable(f"backend='fast' cannot run: {obstacle}; use backend='auto'")

@@ -23,6 +23,7 @@ def describe(
     *,
     weighed: bool = False,
     encode: bool = False,
+    spatial: bool = False,
     by: str | None = None,
 ) -> str:
     """The text of the fast path's `Call`, a constant in graphs.
@@ -32,6 +33,7 @@ def describe(
         tensors: names of the target's.
         label_smoothing: of the cross-entropy that shares the passes, None without one.
         weighed: by a mask of its own, or by the target's.
+        spatial: the distance of each pixel is asked for.
         by: who decides, None = `device`'s own; see `gpl_fast.fast.policy.named`.
     """
     workspace = o.constant_workspace
@@ -55,4 +57,5 @@ def describe(
         elements=target.elements is not None,
         label_smoothing=label_smoothing or 0.0,
         weighed=weighed,
+        spatial=spatial,
     )

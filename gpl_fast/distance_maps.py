@@ -1,4 +1,4 @@
-"""Where prediction and target differ: maps (N, 1, H, W), in the reference's arithmetic."""
+"""Where prediction and target differ: maps (N, 1, H, W)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gpl_fast import backend as backends
 from gpl_fast import engine, parts, reference
 from gpl_fast.input_checks import check_prediction
 from gpl_fast.layer_weights import check_channels
@@ -16,8 +15,6 @@ from gpl_fast.options import Options
 from gpl_fast.precision import accumulation_dtype, no_autocast
 from gpl_fast.targets import Target, TargetLike, resolve_target
 from gpl_fast.terms import Segmentation, Weights
-
-NO_KERNELS = "spatial=True runs on the reference: the fast kernels sum over an image's pixels"
 
 
 def spatial_value(
@@ -28,7 +25,8 @@ def spatial_value(
     weights: Weights,
     o: Options,
 ) -> Tensor:
-    """The weighted distances of all layers at each pixel, resized bilinearly and added.
+    """The weighted distances of all layers at each pixel, of normalised features, resized
+    bilinearly and added.
 
     Raises:
         TypeError, ValueError: bad input.
@@ -36,8 +34,13 @@ def spatial_value(
     """
     check_prediction(pred, net)
     resolved = resolve_target(target, net.in_channels, o, mask=mask, pred=pred)
-    backends.choose(o.backend, pred.device, pred.dtype, net, NO_KERNELS)
-    return _map_of(reference.input_edge(pred), resolved, net, weights, o)
+    pred, dtype = reference.input_edge(pred), engine.compute_dtype(pred, resolved, o)
+    if engine.choose_backend(pred, dtype, net, o).name == "fast":
+        fitted = resolved.fitted(dtype) if dtype == torch.float16 else resolved
+        maps = engine.fast_maps(pred, fitted, net, o, weights, dtype)
+        found = _sum_of(maps, net, weights, pred)
+        return found + (0 if resolved.seen is None else resolved.seen)
+    return _map_of(pred, resolved, net, weights, o)
 
 
 @torch.no_grad()
@@ -49,7 +52,7 @@ def distance_map(
     weights: Weights,
     o: Options,
 ) -> Tensor:
-    """`spatial_value` without gradient, whatever the backend.
+    """`spatial_value` without gradient, by the reference whatever the backend.
 
     Raises:
         TypeError, ValueError: bad input.
@@ -99,6 +102,21 @@ def last_layer(weights: Weights, net: LossNet) -> Weights:
     last = compared[-1]
     channels = {name: c for name, c in weights.channels.items() if name == last}
     return Weights({last: weights.features[last]}, {}, weights.distance, channels)
+
+
+def _sum_of(maps: Tensor, net: LossNet, weights: Weights, pred: Tensor) -> Tensor:
+    """`engine.fast_maps`, weighted, resized and added: (N, 1, H, W) float32."""
+    n, _, *size = pred.shape
+    shapes = net.shapes(*size)
+    of_layers = [shapes[name] for name in weights.features]
+    parts = torch.split(maps, [h * w for _, h, w in of_layers], dim=1)
+    total = maps.new_zeros(n, 1, *size)
+    with no_autocast(pred):
+        for part, (c, h, w), weight in zip(
+            parts, of_layers, weights.features.values(), strict=True
+        ):
+            total = total + weight / c * reference.resize(part.view(n, 1, h, w), size)
+    return total
 
 
 def _map_of(pred: Tensor, target: Target, net: LossNet, weights: Weights, o: Options) -> Tensor:

@@ -67,18 +67,14 @@ def _fast(
     dtype: torch.dtype,
     cross_entropy: CrossEntropy | BinaryCrossEntropy | None,
 ) -> Terms:
-    if target.stored is not None:
-        target.check(net, o, (*weights.features, *weights.styles))
+    tensors = _fast_tensors(pred, target, net, o, weights, dtype)
     if style_target is None:
         style_features = target.stored or {}
     else:
         style_features = target_features(style_target, net, tuple(weights.styles), o, dtype)
-    tensors = target.tensors(dtype)
     for name in weights.styles:
         if name in style_features:
             tensors[f"gram.{name}"] = reference.gram(style_features[name].detach().float())
-    for name, c in weights.channels.items():
-        tensors[f"weight.{name}"] = c.to(pred.device, torch.float32)
     smoothing = None
     if cross_entropy is not None:
         smoothing = cross_entropy.label_smoothing
@@ -104,6 +100,27 @@ def _fast(
     terms = terms if isinstance(seen, int) else terms + seen
     classified = () if cross_entropy is None else (terms[2], terms[3])
     return Terms(terms[0], terms[1], *classified)
+
+
+def _fast_tensors(
+    pred: Tensor, target: Target, net: LossNet, o: Options, weights: Weights, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The target's tensors and the weights of channels, by name."""
+    if target.stored is not None:
+        target.check(net, o, (*weights.features, *weights.styles))
+    channels = {
+        f"weight.{name}": c.to(pred.device, torch.float32) for name, c in weights.channels.items()
+    }
+    return {**target.tensors(dtype), **channels}
+
+
+def fast_maps(
+    pred: Tensor, target: Target, net: LossNet, o: Options, weights: Weights, dtype: torch.dtype
+) -> Tensor:
+    """Of normalised features the distance of each pixel, layer by layer, (N, Σ H_b W_b) float32."""
+    tensors = _fast_tensors(pred, target, net, o, weights, dtype)
+    call = describe(net, o, target, weights, pred.device, dtype, tuple(tensors), spatial=True)
+    return operator.perceptual_terms(pred, tensors, call, False)
 
 
 def _reference(

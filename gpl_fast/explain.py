@@ -43,7 +43,7 @@ def explain(
     style_target: TargetLike | None = None,
     tv_weight: float = 0.0,
     architecture: str | None = None,
-    obstacle: str | None = None,
+    spatial: bool = False,
 ) -> Explanation:
     """Plan the call and count: nothing is computed, and of a target only what is checked is read.
 
@@ -56,7 +56,7 @@ def explain(
         weights, tv_weight: its own.
         architecture: who computes there, instead of on the prediction's device: "sm_90", "avx2",
             "avx512", "avx512_bf16", "amx" and so on.
-        obstacle: why the fast path cannot run.
+        spatial: the loss gives a map.
 
     Raises:
         ValueError: an unknown architecture, and what the loss raises.
@@ -67,7 +67,7 @@ def explain(
         inputs["style_target"] = style_target
     planned = Planned(
         loss, net, o, pred, resolved, mask, inputs, weights,
-        architecture=architecture, obstacle=obstacle,
+        architecture=architecture, spatial=spatial,
     )  # fmt: skip
     found = planned.explain()
     if tv_weight and found.backend == "fast":  # which leaves the total variation to PyTorch
@@ -123,7 +123,7 @@ class Planned:
     ``label_smoothing``: of the cross-entropy that shares the fast path's passes, or None;
     ``multi_hot``: labels of elements (N, C, H, W) uint8 that the fast path keeps, or None;
     ``ce_mask``: the cross-entropy's weights of pixels, or None; ``resized``: the prediction is a
-    map that the loss makes; ``architecture``, ``obstacle``: see `explain`.
+    map that the loss makes; ``architecture``, ``spatial``: see `explain`.
     """
 
     loss: nn.Module
@@ -139,7 +139,7 @@ class Planned:
     ce_mask: Tensor | None = None
     resized: bool = False
     architecture: str | None = None
-    obstacle: str | None = None
+    spatial: bool = False
 
     def explain(self) -> Explanation:
         dtype = engine.compute_dtype(self.pred, self.target, self.o)
@@ -156,9 +156,9 @@ class Planned:
 
     def _choice(self, dtype: torch.dtype) -> Choice:
         if self.architecture is None:
-            return backends.choose(self.o.backend, self.device, dtype, self.net, self.obstacle)
+            return backends.choose(self.o.backend, self.device, dtype, self.net)
         named(self.architecture)
-        return backends.choose_anywhere(self.o.backend, dtype, self.net, self.obstacle)
+        return backends.choose_anywhere(self.o.backend, dtype, self.net)
 
     @property
     def device(self) -> torch.device:
@@ -192,7 +192,7 @@ class Planned:
             names += ("ce_labels",)
         text = describe(
             self.net, o, target, self.weights, self.device, dtype, names, self.label_smoothing,
-            by=self.architecture,
+            by=self.architecture, spatial=self.spatial,
         )  # fmt: skip
         n, c, height, width = self.pred.shape
         planned = Plan(read(text), n, height, width)

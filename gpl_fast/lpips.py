@@ -43,8 +43,7 @@ class LPIPS(nn.Module):
             taps.
         eps, eps_inside: of the norm; inside it is ``sqrt(‖φ‖² + eps)`` (torchmetrics: 1e-8, True).
         normalize: inputs are in [0, 1] instead of [-1, 1].
-        spatial: the map (N, 1, H, W) instead of its mean, each layer's resized bilinearly; on the
-            reference.
+        spatial: the map (N, 1, H, W) instead of its mean, each layer's resized bilinearly.
         reduction: "mean", "sum", or "none" -> (N,). None: "mean", of a map "none", the only one.
         compute_dtype, backend, workspace_mb: see `GenericPerceptualLoss`.
 
@@ -127,7 +126,7 @@ class LPIPS(nn.Module):
         return value(pred, target, mask, self.net, self.weights.on(pred), self.options)
 
     def distance_map(self, pred: Tensor, target: TargetLike, mask: Tensor | None = None) -> Tensor:
-        """The map (N, 1, H, W) that `spatial` gives, without gradient."""
+        """The map (N, 1, H, W) that `spatial` gives, without gradient, by the reference."""
         return distance_maps.distance_map(
             pred, target, mask, self.net, self.weights.on(pred), self.options
         )
@@ -160,7 +159,7 @@ class LPIPS(nn.Module):
             mask,
             weights=self.weights.on(pred),
             architecture=architecture,
-            obstacle=distance_maps.NO_KERNELS if self.spatial else None,
+            spatial=self.spatial,
         )
 
     def fingerprint(self) -> str:

@@ -36,6 +36,8 @@ class TapStages(Protocol):
         target: Tensor | None = None,  # (N, H, W, C) of any of the three dtypes, in delta's place
         weight: Tensor | None = None,  # as above
         seed: Tensor | None = None,  # (N, H, W, C) of any of the three dtypes
+        distances: Tensor | None = None,  # (N, H, W) float32
     ) -> Tensor:  # fmt: skip
         """The same of u, the difference of both branches' features over their norms; the seed is
-        the gradient by the prediction's features themselves, 0 where their norm is."""
+        the gradient by the prediction's features themselves, 0 where their norm is.
+        ``distances`` are the sums over the channels of each pixel alone."""

@@ -63,7 +63,7 @@ class Measured(TorchDispatchMode):
         operator._packs(call, args[0])
         peak, out = peak_bytes(lambda: func(*args))
         forward = func is torch.ops.gpl_fast.perceptual_fwd.default
-        kept = sum(t.nbytes for t in out[1]) if forward else out.nbytes
+        kept = sum(t.nbytes for t in ((out[0], *out[1]) if forward else (out,)))
         plan = operator._plan(call, args[0])
         self.taken.append(Taken("forward" if forward else "backward", plan, peak - kept))
         return out

@@ -100,8 +100,11 @@ double block_sum(const UnitDiffFwd& a, int64_t n, int64_t first, const Pixel& pi
   const int64_t last = min_of(first + kBlock, a.pixels);
   double sum = 0.0;
   for (int64_t px = first; px < last; ++px) {
-    sum += a.criterion == Criterion::kL2 ? pixel_sum<Criterion::kL2>(a, n, px, pixel)
-                                         : pixel_sum<Criterion::kL1>(a, n, px, pixel);
+    const double distance = a.criterion == Criterion::kL2
+                                ? pixel_sum<Criterion::kL2>(a, n, px, pixel)
+                                : pixel_sum<Criterion::kL1>(a, n, px, pixel);
+    if (a.distances) a.distances[n * a.distances_image_stride + px] = (float)distance;
+    sum += distance;
   }
   return sum;
 }

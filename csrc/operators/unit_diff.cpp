@@ -1,5 +1,5 @@
 // The sum of each image's squares or absolute values of the difference of two branches' features
-// over their norms, and its gradient by the prediction's.
+// over their norms, each pixel's part of it, and its gradient by the prediction's.
 #include <torch/csrc/stable/ops.h>
 
 #include "dispatch.h"
@@ -10,15 +10,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gpl_fast, m) {
   m.def(
       "unit_diff_fwd(Tensor y, int criterion, float eps, bool eps_inside, Tensor? delta=None, "
       "Tensor? from_target=None, Tensor? target=None, Tensor? weight=None, "
-      "Tensor(a!)? seed=None) -> Tensor");
+      "Tensor(a!)? seed=None, Tensor(b!)? distances=None) -> Tensor");
 }
 
 namespace {
 
 Tensor unit_diff_fwd(const Tensor& y, int64_t criterion, double eps, bool eps_inside,
                      const MaybeTensor& delta, const MaybeTensor& from_target,
-                     const MaybeTensor& target, const MaybeTensor& weight,
-                     const MaybeTensor& seed) {
+                     const MaybeTensor& target, const MaybeTensor& weight, const MaybeTensor& seed,
+                     const MaybeTensor& distances) {
   STD_TORCH_CHECK(y.dim() == 4, "gpl_fast: y must be [N, H, W, C], got ", text(y.sizes()));
   STD_TORCH_CHECK(delta.has_value() != target.has_value(), "gpl_fast: give delta or target");
   STD_TORCH_CHECK(delta.has_value() == from_target.has_value(),
@@ -46,6 +46,8 @@ Tensor unit_diff_fwd(const Tensor& y, int64_t criterion, double eps, bool eps_in
     a.seed = seed->data_ptr();
     a.seed_image_stride = image_stride(*seed, "seed", seed->scalar_type(), shape);
   }
+  a.distances = (float*)data(distances);
+  a.distances_image_stride = image_stride(distances, "distances", ScalarType::Float, {N, H, W});
   Tensor sum = torch::stable::new_empty(y, {N}, ScalarType::Double);
   a.sum = (double*)sum.data_ptr();
   if (N > 0) cpu::unit_diff_fwd(a);

@@ -11,8 +11,8 @@ from gpl_fast.fast import memory, policy
 from gpl_fast.fast.chunk import Chunk, Rows
 from gpl_fast.fast.logits import LogitsBackward, empty_gradient
 from gpl_fast.fast.plan import Plan
+from gpl_fast.fast.seeds import Seeds
 from gpl_fast.fast.steps_bwd import StepBackward
-from gpl_fast.fast.taps import Seeds
 from gpl_fast.net.weights import padded_channels
 from gpl_fast.stages import CudaStages
 
@@ -23,7 +23,7 @@ class Backward:
     Args:
         plan, x, target, packs: as `Chunk`.
         saved: what the forward left.
-        g: (4, N) float32, the gradients of its terms.
+        g: the gradients of its terms, (4, N) float32, or of its maps.
         stages: whose stages; None = the policy's.
     """
 
@@ -41,7 +41,8 @@ class Backward:
         stages = stages or policy.implementation(plan.call.policy, "backward")
         self.chunk = Chunk(plan, x, target=target, packs=packs, saved=saved, stages=stages)
         self.seeds = Seeds(plan, saved, g)
-        ce_scale = g[2].float().contiguous()
+        # Beside maps there is no cross-entropy that would read it.
+        ce_scale = self.seeds.scale if plan.call.spatial else g[2].float().contiguous()
         self.logits = LogitsBackward(self.chunk, self.seeds.scale, ce_scale, self.dx)
         self.steps = StepBackward(self.chunk, self.seeds, self.logits)
 

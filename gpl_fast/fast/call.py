@@ -41,6 +41,7 @@ class Call:
             there are labels of single elements, `multi_hot`.
         elements: those that these do not count leave the perceptual terms too.
         weighed: the cross-entropy, by a mask; where it has no ``ce_mask`` of its own, by `valid`.
+        spatial: the distance of each pixel is asked for, at taps of normalised features.
         dtype: of the network's maps.
         workspace_mb: bound on transient memory, in 2^20 bytes; None = "auto".
         tensors: names of the target's tensors, in the operators' order.
@@ -65,6 +66,7 @@ class Call:
     distance: Distance = field(default_factory=Distance)
     elements: bool = False
     weighed: bool = False
+    spatial: bool = False
 
     @functools.cached_property
     def text(self) -> str:

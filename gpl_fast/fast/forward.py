@@ -47,13 +47,17 @@ class Forward:
         self.terms = x.new_zeros((4, plan.n), dtype=torch.float64)
         stages = stages or policy.implementation(plan.call.policy, "forward")
         self.chunk = Chunk(plan, x, target=target, packs=packs, saved=saved, stages=stages)
-        self.taps = TapsForward(self.chunk, self.terms, keep)
+        self.maps: Tensor | None = None  # in the terms' place
+        if plan.call.spatial:
+            self.maps = x.new_empty(plan.values_shape(), dtype=torch.float32)
+        self.taps = TapsForward(self.chunk, self.terms, keep, self.maps)
         self.look_up = LookUp(self.chunk)
         self.logits = LogitsForward(self.chunk, self.look_up)
         self.steps = StepForward(self.chunk, self.taps, self.look_up)
 
     def run(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Terms (4, N) float64 (feature, style, Σ cross-entropy, Σ its weights), and `saved`."""
+        """Terms (4, N) float64 (feature, style, Σ cross-entropy, Σ its weights), or the maps of
+        `Plan.values_shape` float32, and `saved`."""
         plan, chunk = self.plan, self.chunk
         if not plan.call.plain:
             by = None if plan.on_cpu else chunk.stages
@@ -63,7 +67,7 @@ class Forward:
         self._level(len(plan.segments) - 1, slice(0, plan.n))
         if self.ce is not None:
             self.terms[2:] = self.ce.sum(dim=1).t()
-        return self.terms, chunk.saved
+        return self.terms if self.maps is None else self.maps, chunk.saved
 
     def _level(self, i: int, images: slice) -> Tensor | None:
         """What segment i puts out of these images, (count, n, halo + h + halo, w, C): y' and δ with

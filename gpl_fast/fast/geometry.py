@@ -6,6 +6,7 @@ import functools
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from gpl_fast.fast.call import Call
 from gpl_fast.fast.policy import How, Policy
@@ -66,6 +67,22 @@ class Geometry:
             if tap == step.pool:
                 return self.n, size.out_h, size.out_w, step.out_channels
         raise KeyError(tap)
+
+    def values_shape(self) -> tuple[int, int]:
+        """Of what the forward gives: four terms by image, or `Call.spatial`, all taps' maps."""
+        if not self.call.spatial:
+            return 4, self.n
+        areas = (h * w for _, h, w, _ in map(self.tap_shape, self.call.taps))
+        return self.n, sum(areas)
+
+    def by_tap(self, maps: Tensor) -> dict[str, Tensor]:
+        """Views (N, H_b, W_b) of `values_shape`'s maps, or of their gradient."""
+        shapes = [self.tap_shape(tap)[1:3] for tap in self.call.taps]
+        parts = torch.split(maps, [h * w for h, w in shapes], dim=1)
+        views = (
+            part.view(part.shape[0], *shape) for part, shape in zip(parts, shapes, strict=True)
+        )
+        return dict(zip(self.call.taps, views, strict=True))
 
     def needs_mask(self, step: Step) -> bool:
         """Whether the ReLU's full-resolution sign is needed: 1 bit an element."""

@@ -141,8 +141,11 @@ def backward(plan: Segments, i: int, images: Images, rows: Rows) -> Buffers:
     )
     if call.cross_entropy and not call.binary and i == 0:
         out.need("labels", (n, plan.h, plan.w), torch.int64)
+    if call.spatial:  # its gradient over the largest; what fits float16 to it
+        count = 7 if dtype == torch.float16 else 1
+        out.need("map", (count, *plan.values_shape()), torch.float32)
     out.need("level.out", s.level_out(0), dtype)
-    if s.ends and len(plan.coefficients) > 1:
+    if s.ends and (call.spatial or len(plan.coefficients) > 1):
         _seed(out, "seed", plan, s.level_out(0))
     if i:
         out.need("level.in", s.level_in(0), dtype)
@@ -188,9 +191,10 @@ def backward(plan: Segments, i: int, images: Images, rows: Rows) -> Buffers:
 
 def _seed(out: Buffers, name: str, plan: Segments, level: Shape) -> None:
     """What is added to a gradient at a tap: in float32 until it is whole, or in place."""
-    if not (plan.policy.on_cpu or plan.call.styles or plan.dtype == torch.float16):
+    call = plan.call
+    if not (plan.policy.on_cpu or call.styles or call.spatial or plan.dtype == torch.float16):
         return
-    count = 2 + (plan.dtype != torch.float32) + 2 * bool(plan.call.styles)
+    count = 2 + (plan.dtype != torch.float32) + 2 * bool(call.styles)
     out.need(name, (count, *level), torch.float32)
 
 
@@ -215,7 +219,7 @@ def segment_peak(plan: Segments, i: int, images: Images, rows: Rows) -> int:
 
 def strip_peak(plan: Segments, i: int, rows: Rows) -> int:
     """Bytes of one image's strip alone, without what is of its whole height."""
-    whole = ("weights", "table", "ce", "level.in", "level.out", "seed", "labels", "grams")
+    whole = ("weights", "table", "ce", "level.in", "level.out", "seed", "labels", "grams", "map")
     one = (1,) * len(plan.segments)
 
     def of(buffers: Buffers) -> int:

@@ -65,6 +65,9 @@ def perceptual_terms(
 ) -> Tensor:
     """(4, N) float32: feature term, style term, Σ of the pixels' cross-entropy, Σ of its weights.
 
+    Of `Call.spatial` instead the distance of each pixel at each tap, its weight and mean over
+    channels left to the caller: (N, Σ H_b W_b) float32, tap by tap.
+
     Args:
         x: (N, C, H, W) float32, bfloat16 or float16, any strides.
         target: as `chunk.Chunk`, in the order of `Call.tensors`.
@@ -205,9 +208,10 @@ def _perceptual_fwd_fake(
     x: Tensor, target: list[Tensor], text: str, keep: bool
 ) -> tuple[Tensor, list[Tensor]]:
     n, _, h, w = x.shape
-    shapes = Geometry(read(text), n, h, w).saved().values() if keep else ()
+    geometry = Geometry(read(text), n, h, w)
+    shapes = geometry.saved().values() if keep else ()
     saved = [x.new_empty(shape, dtype=dtype) for shape, dtype in shapes]
-    return x.new_empty((4, n), dtype=torch.float32), saved
+    return x.new_empty(geometry.values_shape(), dtype=torch.float32), saved
 
 
 def _perceptual_bwd(

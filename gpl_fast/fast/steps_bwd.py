@@ -10,7 +10,7 @@ from torch import Tensor
 from gpl_fast.fast.chunk import Chunk, Rows
 from gpl_fast.fast.convolution import Convolutions
 from gpl_fast.fast.logits import LogitsBackward
-from gpl_fast.fast.taps import Seeds
+from gpl_fast.fast.seeds import Seeds
 from gpl_fast.net.steps import Step
 from gpl_fast.stages import POOLS, CudaStages
 

@@ -48,8 +48,8 @@ def _seed_of(p, t, d, w, of_target, of_prediction, over_larger, CRITERION: tl.co
 
 @triton.jit(do_not_specialize_on_alignment=["from_target_ptr"])
 def _unit_diff_fwd_kernel(
-    y_ptr, delta_ptr, target_ptr, from_target_ptr, weight_ptr, seed_ptr, partial_ptr,
-    y_image, delta_image, target_image, seed_image,  # strides
+    y_ptr, delta_ptr, target_ptr, from_target_ptr, weight_ptr, seed_ptr, distances_ptr, partial_ptr,
+    y_image, delta_image, target_image, seed_image, distances_image,  # strides
     pixels, C, eps_inside, eps_outside,
     CRITERION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -107,13 +107,15 @@ def _unit_diff_fwd_kernel(
             s, u = _seed_of(p, t, d, w, of_target, of_prediction, over_larger, CRITERION)
             seed = (s - p * share[None, :]) * over[None, :]
             tl.store(seed_ptr + at, seed.to(seed_ptr.dtype.element_ty), mask=inside)
+    if distances_ptr is not None:
+        tl.store(distances_ptr + n * distances_image + px, value, mask=px < pixels)
     tl.store(partial_ptr + n * tl.num_programs(0) + tl.program_id(0), tl.sum(value))
 
 
 def unit_diff_fwd(
     y: Tensor, *, criterion: int, eps: float, eps_inside: bool, delta: Tensor | None = None,
     from_target: Tensor | None = None, target: Tensor | None = None, weight: Tensor | None = None,
-    seed: Tensor | None = None,
+    seed: Tensor | None = None, distances: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`gpl_fast.tap_stages.TapStages.unit_diff_fwd`."""
     n, h, w, c = y.shape
@@ -123,7 +125,7 @@ def unit_diff_fwd(
     partial = y.new_empty((n, cdiv(h * w, block_p)), dtype=torch.float32)
     launch(
         _unit_diff_fwd_kernel, (partial.shape[1], n), y, delta, target, from_target, weight, seed,
-        partial, *image_strides(y, delta, target, seed), h * w, c,
+        distances, partial, *image_strides(y, delta, target, seed, distances), h * w, c,
         eps if eps_inside else 0.0, 0.0 if eps_inside else eps,
         CRITERION=CRITERION_NAMES[criterion], BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4,
     )  # fmt: skip

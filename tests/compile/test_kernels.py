@@ -361,6 +361,10 @@ def small_stages(dtype: torch.dtype, c: int, weighted: bool = False) -> dict:
     stages["unit_diff stored"] = lambda: kernels.unit_diff_fwd(
         y, criterion=0, eps=1e-8, eps_inside=True, target=wide, weight=weight, seed=y
     )
+    stages["unit_diff pixels"] = lambda: kernels.unit_diff_fwd(
+        y, criterion=0, eps=1e-10, eps_inside=False, delta=y, from_target=branch, seed=wide,
+        distances=meta(N, H // 2, W // 2, dtype=FLOAT),
+    )  # fmt: skip
     for pool in (0, 1):
         made = {"pool": pool, "code": code[pool]}
         stages |= {

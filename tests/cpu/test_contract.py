@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import gpl_fast
 from gpl_fast import (
+    LPIPS,
     GenericPerceptualLoss,
     LossNet,
     PerceptualLoss,
@@ -348,6 +349,12 @@ POISONED = {
     "l1": (lambda: gpl(criterion="l1", level_weights=(1, [1] * 8)), "dense", ()),
     "normalized": (lambda: gpl(normalize_features=True, compute_dtype=HALF), "topk", (MASK,)),
     "normalized, features": (lambda: gpl(normalize_features=True), "features", ()),
+    "spatial": (lambda: LPIPS(LossNet.vgg(C, (2, 1)), spatial=True, backend="fast"), "dense", ()),
+    "spatial, float16": (
+        lambda: LPIPS(LossNet.vgg(C, (2, 1)), spatial=True, backend="fast", compute_dtype=HALF),
+        "dense",
+        (MASK,),
+    ),
     "family": (family, "dense", (None, MASK)),
     "weights": (gpl, "topk", (WEIGHTS,)),
     "weights, total": (total, "labels", (None, WEIGHTS)),
@@ -386,7 +393,7 @@ def test_walks_write_all_that_they_read(name, rows, decide, monkeypatch):
 
 @pytest.mark.parametrize(
     "name",
-    ["dense", "labels", "topk", "l1", "normalized", "family", "total", "weights, total"],
+    ["dense", "labels", "topk", "l1", "normalized", "spatial", "family", "total", "weights, total"],
 )
 def test_opcheck(name, monkeypatch):
     """Schema, fake kernels and tracing of the two operators on the arguments of a real call."""

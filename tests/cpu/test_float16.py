@@ -11,7 +11,7 @@ import torch
 from cases import NARROW, error, make_target, value_and_grad
 
 from gpl_fast import GenericPerceptualLoss, LossNet, PerceptualLoss, SegmentationLoss
-from gpl_fast.fast.taps import Seeds
+from gpl_fast.fast.seeds import Seeds
 from gpl_fast.ops import load
 
 if (reason := load()) is not None:

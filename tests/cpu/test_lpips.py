@@ -67,7 +67,7 @@ def unit(e, eps, inside):
 
 def by_definition(x, y, weights=None, *, eps=1e-10, inside=False, scale=(MEAN, STD), spatial=False):
     """Zhang et al., eq. (1), (N,); with `spatial` the map. Features are in the maps' dtype."""
-    net = trunk().to(x.dtype)
+    net, size = trunk().to(x.dtype), x.shape[2:]
     mean, std = (torch.tensor(t, dtype=x.dtype).view(1, 3, 1, 1) for t in scale)
     x, y = (x - mean) / std, (y - mean) / std
     total = 0
@@ -78,7 +78,7 @@ def by_definition(x, y, weights=None, *, eps=1e-10, inside=False, scale=(MEAN, S
         h = torch.ones(WIDTHS[i]) if weights is None else weights[LAYERS[i]]
         at = (d * h.to(d.dtype).view(1, -1, 1, 1)).sum(dim=1, keepdim=True)
         if spatial:
-            at = F.interpolate(at, size=(H, W), mode="bilinear", align_corners=False)
+            at = F.interpolate(at, size=size, mode="bilinear", align_corners=False)
         total = total + (at if spatial else at.mean(dim=(1, 2, 3)))
     return total
 
@@ -100,11 +100,14 @@ def target_of(kind, loss, y):
 HALVES_AND_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def cells(backend, name, dtypes=HALVES_AND_FLOAT):
+KINDS = ("dense", "labels", "topk", "features")
+
+
+def cells(backend, name, dtypes=HALVES_AND_FLOAT, kinds=KINDS):
     return [
         pytest.param(backend, dtype, kind, id=f"lpips-{name}-{str(dtype)[6:]}-{kind}")
         for dtype in dtypes
-        for kind in ("dense", "labels", "topk", "features")
+        for kind in kinds
     ]
 
 
@@ -125,23 +128,31 @@ def test_value_and_gradient_by_definition(backend, dtype, kind):
         assert_exact(backend, dtype, kind, 9)
 
 
-def assert_exact(backend, dtype, kind, draws, size=(H, W), slack=0.0):
-    errors = torch.tensor([errors_of(backend, dtype, kind, size) for _ in range(draws)])
+@pytest.mark.parametrize(("backend", "dtype", "kind"), cells("fast", "cpu"))
+def test_a_map_and_its_gradient_by_definition(backend, dtype, kind):
+    assert_exact(backend, dtype, kind, 9, spatial=True)
+
+
+def assert_exact(backend, dtype, kind, draws, size=(H, W), slack=0.0, spatial=False):
+    errors = torch.tensor([errors_of(backend, dtype, kind, size, spatial) for _ in range(draws)])
     ours, plain = errors.median(dim=0).values  # of value and gradient
     assert (ours <= 2 * plain + ATOL[dtype] + slack).all(), (ours, plain)
 
 
-def errors_of(backend, dtype, kind, size=(H, W)):
-    """Of value and gradient, relative: ours, and PyTorch's with features in `dtype`."""
+def errors_of(backend, dtype, kind, size=(H, W), spatial=False):
+    """Of value and gradient, relative: ours, and PyTorch's with features in `dtype`. With `spatial`
+    of the map, by a random gradient that comes in."""
     x, y = pictures(dtype=dtype, h=size[0], w=size[1])
-    loss = LPIPS(chain(), heads(False), compute_dtype=dtype, backend=backend)
+    weight = torch.randn(N, 1, *size) if spatial else 1
+    loss = LPIPS(chain(), heads(False), spatial=spatial, compute_dtype=dtype, backend=backend)
     target, shown = target_of(kind, loss, y)
 
     def plain(p):
-        return by_definition(p, shown.to(p.dtype), heads(False)).mean()
+        found = by_definition(p, shown.to(p.dtype), heads(False), spatial=spatial)
+        return found * weight if spatial else found.mean()
 
     truth = value_and_grad(plain, x.double())
-    found = value_and_grad(loss, x, target), value_and_grad(plain, x)
+    found = value_and_grad(lambda p: loss(p, target) * weight, x), value_and_grad(plain, x)
     return [[error(a, b) for a, b in zip(got, truth, strict=True)] for got in found]
 
 
@@ -186,7 +197,7 @@ def test_identical_images_are_0_with_a_finite_gradient(backend, value, spatial):
             layer.bias.data.fill_(-9.0)
     for layers in (dead, trunk()):
         net = LossNet.from_sequential(layers, mean=MEAN, std=STD)
-        loss = LPIPS(net, backend="reference" if spatial else backend, spatial=spatial)
+        loss = LPIPS(net, backend=backend, spatial=spatial)
         x = torch.full((N, 3, H, W), value)
         got, grad = value_and_grad(loss, x, x.clone())
         assert torch.equal(got, torch.zeros_like(got))
@@ -203,22 +214,24 @@ def test_a_position_without_features_against_one_with_some(backend):
     assert torch.equal(grad, torch.zeros_like(x))
 
 
-def test_no_images(backend):
-    x = torch.zeros(0, 3, H, W, requires_grad=True)
-    loss = LPIPS(chain(), heads(), backend=backend)
-    value = loss(x, x.detach())
-    value.backward()
-    assert value == 0
+@pytest.mark.parametrize("spatial", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_no_images(backend, spatial, dtype):
+    x = torch.zeros(0, 3, H, W, requires_grad=True, dtype=dtype)
+    value = LPIPS(chain(), heads(), spatial=spatial, backend=backend)(x, x.detach())
+    assert value.shape == ((0, 1, H, W) if spatial else ())
+    value.sum().backward()
+    assert value.sum() == 0
     assert x.grad.shape == x.shape
-    assert LPIPS(chain(), spatial=True)(x, x.detach()).shape == (0, 1, H, W)
 
 
-def test_a_mask_is_the_outside_of_the_image(backend):
+@pytest.mark.parametrize("spatial", [False, True])
+def test_a_mask_is_the_outside_of_the_image(backend, spatial):
     """Both maps are 0 behind mean and std where a pixel does not count: NaN there is harmless."""
     x, y = pictures()
     mask = torch.rand(N, H, W) > 0.2
     zero = torch.tensor(MEAN).view(1, 3, 1, 1)
-    loss = LPIPS(chain(), heads(), backend=backend)
+    loss = LPIPS(chain(), heads(), spatial=spatial, backend=backend)
     seen = mask.unsqueeze(1)
     want = value_and_grad(loss, torch.where(seen, x, zero), torch.where(seen, y, zero))
     x_holes, y_holes = (torch.where(seen, t, torch.nan) for t in (x, y))
@@ -290,22 +303,69 @@ def test_a_map(net):
     assert not loss.distance_map(x.requires_grad_(), y).requires_grad
 
 
-def test_a_map_runs_on_the_reference_and_says_so():
+def test_who_makes_a_map():
     x, y = pictures()
-    with pytest.raises(BackendUnavailable, match=r"spatial.*backend='auto'"):
-        LPIPS(chain(), spatial=True, backend="fast")(x, y)
     explained = LPIPS(chain(), spatial=True).explain(x, y)
+    assert explained.backend == "fast"
+    assert LPIPS(chain(), spatial=True).explain(x, y, architecture="sm_90").backend == "fast"
+    explained = LPIPS(module(), spatial=True).explain(x, y)
     assert explained.backend == "reference"
-    assert "spatial" in explained.reason
+    assert "from_module" in explained.reason
+    with pytest.raises(BackendUnavailable, match=r"from_module.*backend='auto'"):
+        LPIPS(module(), spatial=True, backend="fast")(x, y)
     with pytest.raises(ValueError, match=r"reduction.*spatial"):
         LPIPS(chain(), spatial=True, reduction="mean")
 
 
+@pytest.mark.parametrize("dtype", HALVES_AND_FLOAT)
+@pytest.mark.parametrize("layer", [None, "relu2_1", "conv1_1"])
+def test_a_map_of_strips_and_of_single_images(dtype, layer):
+    """Of one layer or all, inside of a segment too; one image's gradient is 0, another's tiny."""
+    x, y = pictures(dtype=dtype, n=3, h=65, w=54)
+    words = {"heads": None if layer is None else {layer: None}, "spatial": True, "backend": "fast"}
+    loss = LPIPS(chain(), **words)
+    scale = torch.tensor([1.0, 0.0, 1e-6]).view(3, 1, 1, 1)
+    weight = torch.rand(3, 1, 65, 54) * scale
+    want = value_and_grad(lambda p: loss(p, y.float()) * weight, x.float())
+    shown, whole = loss(x, y), loss.explain(x, y).workspace_bytes
+    little = LPIPS(chain(), workspace_mb=0.4 * whole / 2**20, **words)
+    nhwc = x.contiguous(memory_format=torch.channels_last)
+    for given, made in ((x, little), (nhwc, loss), (x.mT.contiguous().mT, little)):
+        got = value_and_grad(lambda p, made=made: made(p, y) * weight, given)
+        assert error(made(given, y), shown) < (1e-5 if dtype == torch.float32 else 4e-3)
+        for i in (0,) if dtype == torch.float16 else (0, 2):  # which does not hold its gradient
+            assert error(got[1][i], want[1][i]) < (1e-4 if dtype == torch.float32 else 0.15)
+        assert not got[1][1].any()
+
+
+def test_a_map_in_float16_keeps_small_gradients():
+    """At unit scale, pixel by pixel, also where the features' norm is small and seeds are large."""
+    x, y = pictures()
+    weight = 1e-7 * torch.rand(N, 1, H, W)
+    loss = LPIPS(chain(), heads(False), spatial=True, backend="fast")
+    half = LPIPS(chain(), heads(False), spatial=True, compute_dtype="float16", backend="fast")
+    want, got = (value_and_grad(lambda p, f=f: f(p, y) * weight, x)[1] for f in (loss, half))
+    assert error(got, want) < 0.05
+    small = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.ReLU())
+    small[0].weight.data = 1e-4 * torch.randn(
+        4, 3, 3, 3, generator=torch.Generator().manual_seed(0)
+    )
+    net = LossNet.from_sequential(small)
+    words = {"spatial": True, "backend": "fast"}
+    want, got = (
+        value_and_grad(lambda p, d=d: LPIPS(net, compute_dtype=d, **words)(p, y) * weight, x)[1]
+        for d in ("float32", "float16")
+    )
+    assert got.isfinite().all()
+    assert error(got, want) < 0.2
+
+
+@pytest.mark.parametrize("spatial", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_saved_bytes(dtype):
+def test_saved_bytes(dtype, spatial):
     """A seed at each layer, the codes of pools and the masks of ReLUs: no features."""
     x, y = pictures(dtype=dtype)
-    loss = LPIPS(chain(), heads(), backend="fast")
+    loss = LPIPS(chain(), heads(), spatial=spatial, backend="fast")
     kept = {}
 
     def pack(t):
@@ -413,7 +473,6 @@ def test_encoded_targets_serve_every_head_of_their_network(backend):
 @pytest.mark.parametrize("spatial", [False, True])
 def test_compiles(backend, spatial):
     torch._dynamo.reset()
-    backend = "reference" if spatial else backend
     losses = [LPIPS(chain(), h, eps=e, spatial=spatial, backend=backend)
               for h, e in ((heads(), 1e-10), (heads(False), 1e-3), (None, 1e-10))]  # fmt: skip
     for loss in losses:

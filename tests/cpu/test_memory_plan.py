@@ -20,6 +20,7 @@ from saved import left_by
 from torch import Tensor, nn
 
 from gpl_fast import (
+    LPIPS,
     GenericPerceptualLoss,
     LossNet,
     PerceptualLoss,
@@ -411,6 +412,19 @@ def test_transient_memory_of_style_taps_is_planned(taps, dtype):
         transient, planned = transient_bytes(loss, pred, target)
         assert transient <= planned.bytes_transient() + beside(planned)
         assert planned.bytes_transient() <= mb * MIB
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, BF16, torch.float16])
+@pytest.mark.parametrize("heads", [None, {"relu1_2": None}, {"relu1_1": None, "pool2": None}])
+def test_transient_memory_of_maps_is_planned(heads, dtype):
+    """Above all the factor of each pixel of the gradient that comes in."""
+    pred, target = torch.rand(2, 3, 3, 128, 192)
+    for mb in (32, 256):
+        loss = LPIPS(LossNet.vgg(3, (2, 1)), heads, spatial=True, backend="fast",
+                     compute_dtype=dtype, workspace_mb=mb)  # fmt: skip
+        for taken in step(loss, pred, target):
+            assert taken.transient <= taken.plan.bytes_transient() + beside(taken.plan)
+            assert taken.plan.bytes_transient() <= mb * MIB
 
 
 @pytest.mark.parametrize("kind", ["total", "total, teacher"])

@@ -89,6 +89,8 @@ ONES = torch.ones(8, 8, 3, 3)
         (lambda z: pack(z, labels=torch.zeros(1, 4, 8)), "labels must be Long"),
         (lambda z: pack(z, target=z[:, :1], delta=z), "target must have the shape"),
         (lambda z: pack(z, activation=7), "activation must be 0"),
+        (lambda z: stages.unit_diff_fwd(z, criterion=0, eps=0.1, eps_inside=True, target=z,
+                                        distances=z[..., 0]), "distances must be contiguous"),
         (lambda z: look_up(z, taken_rows=3), "taken must hold the rows of the image from 1"),
         (lambda z: ops.populate(z[..., :3]), "t must be dense in memory"),
         (lambda z: winograd_weight(torch.ones(8, 8, 5, 5)), r"w must be \[C_out, 3, 3, C_in\]"),
@@ -156,7 +158,7 @@ def opcheck_cases():
         "diff_reduce_fwd": (half, {"criterion": 1, "weight": weight, "seed": half.clone()}),
         "unit_diff_fwd": (z, {
             "criterion": 0, "eps": 1e-10, "eps_inside": False, "delta": dz, "from_target": branch,
-            "weight": weight, "seed": z.clone(),
+            "weight": weight, "seed": z.clone(), "distances": lse.clone(),
         }),
         "relu_pool_bwd": (half, {
             "code": code, "pool": 0, "height": 4, "width": 6, "row0": 0, "dz": z.clone()

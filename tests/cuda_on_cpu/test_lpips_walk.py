@@ -26,3 +26,14 @@ def test_value_and_gradient_by_definition(emulated, backend, dtype, kind, decide
     decide(kernels=True, backward="emulated", stages={"emulated": emulated})
     slack = TF32 if dtype == torch.float32 else 0.0
     lpips_tests.assert_exact(backend, dtype, kind, 9, slack=slack)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "kind"),
+    lpips_tests.cells("fast", "cuda", (torch.float32, torch.float16), ("dense", "features")),
+)
+def test_a_map_and_its_gradient_by_definition(emulated, backend, dtype, kind, decide, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    decide(kernels=True, backward="emulated", stages={"emulated": emulated})
+    slack = TF32 if dtype == torch.float32 else 0.0
+    lpips_tests.assert_exact(backend, dtype, kind, 9, slack=slack, spatial=True)

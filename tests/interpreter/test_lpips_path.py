@@ -21,3 +21,13 @@ def test_value_and_gradient_by_definition(backend, dtype, kind, decide, monkeypa
     decide(forward="triton", backward="triton", arch=80, tiles=lambda *_: TILE)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     lpips_tests.assert_exact(backend, dtype, kind, DRAWS, SIZE)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "kind"),
+    lpips_tests.cells("fast", "triton", (torch.float32, torch.float16), ("dense", "features")),
+)
+def test_a_map_and_its_gradient_by_definition(backend, dtype, kind, decide, monkeypatch):
+    decide(forward="triton", backward="triton", arch=80, tiles=lambda *_: TILE)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    lpips_tests.assert_exact(backend, dtype, kind, DRAWS, SIZE, spatial=True)

@@ -140,6 +140,21 @@ def test_float32_errs_at_most_twice_what_the_peer_does(apart, metric):
     assert angles[0] <= 2 * angles[1] + 1e-5
 
 
+@pytest.mark.parametrize("headed", [True, False], ids=["heads", "no heads"])
+def test_float32_maps_err_at_most_twice_what_the_peers_do(headed):
+    theirs = peer(spatial=True, lpips=headed)
+    x, y = pictures(0.3)
+    loss = LPIPS.from_module(theirs, backend="fast")
+    weight = torch.randn(N, 1, H, W)
+    single = value_and_grad(lambda p: theirs(p, y) * weight, x)
+    got = value_and_grad(lambda p: loss(p, y) * weight, x)
+    theirs.double()
+    truth = value_and_grad(lambda p: theirs(p, y.double()) * weight, x.double())
+    for ours, plain, true in zip(got, single, truth, strict=True):
+        errors = [float((t - true).norm() / true.norm()) for t in (ours, plain)]
+        assert errors[0] <= 2 * errors[1] + 1e-6
+
+
 def test_float32_of_independent_images():
     theirs = peer()
     x, y = pictures(None)

@@ -42,9 +42,9 @@ def by_definition(p, t, distance, weight):
     return sums.detach(), grad.permute(0, 2, 3, 1) / distance.slope
 
 
-def run(stages, y, given, distance, weight, seed):
+def run(stages, y, given, distance, weight, seed, **more):
     words = {"criterion": int(distance.criterion == "l1"), "eps": distance.eps}
-    words |= {"eps_inside": distance.eps_inside, "weight": weight, "seed": seed}
+    words |= {"eps_inside": distance.eps_inside, "weight": weight, "seed": seed, **more}
     return stages.unit_diff_fwd(y, **given, **words)
 
 
@@ -136,14 +136,43 @@ def test_where_features_are_0(stages, form, criterion, eps):
         assert not seed[0, 0].any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("criterion", ["l2", "l1"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_distances_of_pixels(stages, form, shape, weighted, criterion, dtype):
+    """Rows of taller maps; they add up to the sums, and change no bit of these or of seeds."""
+    distance = Distance(criterion, True)
+    given, y, p, t = branches(form, shape, dtype)
+    n, h, w, c = shape
+    weight = torch.randn(c) if weighted else None
+    seeds = [torch.full(shape, torch.nan) for _ in range(2)]
+    tall = torch.full((n, h + 5, w), torch.nan)
+    sums = run(stages, y, given, distance, weight, seeds[0], distances=tall[:, 2 : 2 + h])
+    leaf = p.permute(0, 3, 1, 2)
+    each = reference.weighted_difference(
+        leaf, t.permute(0, 3, 1, 2), distance, None if weight is None else weight.double()
+    ).sum(dim=1)
+    torch.testing.assert_close(tall[:, 2 : 2 + h].double(), each, rtol=1e-4, atol=1e-6)
+    assert tall[:, :2].isnan().all()
+    assert tall[:, 2 + h :].isnan().all()
+    torch.testing.assert_close(
+        tall[:, 2 : 2 + h].double().sum(dim=(1, 2)), sums, rtol=1e-5, atol=1e-5
+    )
+    assert torch.equal(run(stages, y, given, distance, weight, seeds[1]), sums)
+    assert torch.equal(*seeds)
+
+
 def test_orders_agree_bit_for_bit(stages):
     distance, found = Distance("l2", True), []
     given, y, *_ = branches("either", (3, 20, 23, 40), FLOAT)
     weight = torch.rand(40)
     for order in stages.orders.values():
-        seed = torch.empty_like(y)
+        seed, pixels = torch.empty_like(y), torch.empty(y.shape[:3])
         with order():
-            found.append((run(stages, y, given, distance, weight, seed), seed))
+            sums = run(stages, y, given, distance, weight, seed, distances=pixels)
+        found.append((sums, seed, pixels))
     assert all(torch.equal(a, b) for f in found for a, b in zip(f, found[0], strict=True))
 
 
