@@ -13,6 +13,7 @@ from gpl_fast.layer_weights import check_channels
 from gpl_fast.net.lossnet import LossNet
 from gpl_fast.options import Options
 from gpl_fast.precision import accumulation_dtype, no_autocast
+from gpl_fast.target_features import target_features
 from gpl_fast.targets import Target, TargetLike, resolve_target
 from gpl_fast.terms import Segmentation, Weights
 
@@ -124,7 +125,7 @@ def _map_of(pred: Tensor, target: Target, net: LossNet, weights: Weights, o: Opt
     o = replace(o, backend="reference")  # of the target's features too
     dtype, acc = engine.compute_dtype(pred, target, o), accumulation_dtype(pred.dtype)
     with no_autocast(pred):
-        e_target = engine.target_features(target, net, tuple(weights.features), o, dtype)
+        e_target = target_features(target, net, tuple(weights.features), o, dtype)
         y = engine.reference_input(pred, target, net, o, dtype)
         check_channels(weights, e_target)
         found = reference.distance_map(

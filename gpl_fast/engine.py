@@ -5,8 +5,6 @@ What comes in is checked (`gpl_fast.parts`); what goes out is not reduced yet.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -18,6 +16,7 @@ from gpl_fast.layer_weights import check_channels
 from gpl_fast.net.lossnet import LossNet
 from gpl_fast.options import Options
 from gpl_fast.precision import accumulation_dtype, has_autocast, no_autocast
+from gpl_fast.target_features import encoded, target_features
 from gpl_fast.targets import Target
 from gpl_fast.terms import BinaryCrossEntropy, CrossEntropy, Terms, Weights
 
@@ -67,6 +66,7 @@ def _fast(
     dtype: torch.dtype,
     cross_entropy: CrossEntropy | BinaryCrossEntropy | None,
 ) -> Terms:
+    target = encoded(target, net, o, weights, dtype)
     tensors = _fast_tensors(pred, target, net, o, weights, dtype)
     if style_target is None:
         style_features = target.stored or {}
@@ -118,6 +118,7 @@ def fast_maps(
     pred: Tensor, target: Target, net: LossNet, o: Options, weights: Weights, dtype: torch.dtype
 ) -> Tensor:
     """Of normalised features the distance of each pixel, layer by layer, (N, Σ H_b W_b) float32."""
+    target = encoded(target, net, o, weights, dtype)
     tensors = _fast_tensors(pred, target, net, o, weights, dtype)
     call = describe(net, o, target, weights, pred.device, dtype, tuple(tensors), spatial=True)
     return operator.perceptual_terms(pred, tensors, call, False)
@@ -172,47 +173,6 @@ def _cross_entropy(
             cross_entropy.label_smoothing,
             cross_entropy.mask,
         )
-
-
-def target_features(
-    target: Target, net: LossNet, layers: Sequence[str], o: Options, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """φ(target) at `layers`, (N, C_b, H_b, W_b) in `dtype`, without gradient.
-
-    Raises:
-        ValueError: stored features of other settings.
-        BackendUnavailable: ``backend="fast"`` where it cannot run.
-    """
-    if not layers:
-        return {}
-    if target.stored is not None:
-        target.check(net, o, layers)
-        return {k: target.stored[k].detach().to(dtype) for k in layers}
-    if dtype == torch.float16:
-        target = target.fitted(dtype)
-    wide = torch.float64 in (dtype, target.data.dtype)
-    data = target.data
-    choice = backends.choose(o.backend, data.device, torch.float64 if wide else dtype, net)
-    if choice.name == "fast" and not target.resized and target.elements is None:
-        return _fast_features(target, net, layers, o, dtype)
-    with torch.no_grad():
-        y = target.map(o.target, o.target_temperature, torch.float64 if wide else torch.float32)
-        y = reference.zero_ignored(y, target.elements)
-        with no_autocast(y):
-            return net.features(net.network_input(y, target.valid).to(dtype), layers)
-
-
-def _fast_features(
-    target: Target, net: LossNet, layers: Sequence[str], o: Options, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    tensors, data = target.tensors(dtype), target.data.detach()
-    dense = tensors.pop("dense", None)
-    if dense is None:  # of a list of classes there is no map: a tensor of its shape, without memory
-        shape = (data.shape[0], net.in_channels, *target.size)
-        dense = torch.empty((), device=data.device).expand(shape)
-    weights = Weights(dict.fromkeys(layers, 1.0), {})
-    call = describe(net, o, target, weights, data.device, dtype, tuple(tensors), encode=True)
-    return dict(zip(weights.features, operator.encode(dense, tensors, call), strict=True))
 
 
 def nothing(pred: Tensor) -> Tensor:

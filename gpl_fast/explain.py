@@ -23,6 +23,7 @@ from gpl_fast.fast.who import who_runs
 from gpl_fast.net.lossnet import LossNet
 from gpl_fast.options import Options
 from gpl_fast.targets import (
+    EncodedTarget,
     Target,
     TargetLike,
     resolve_target,
@@ -170,7 +171,7 @@ class Planned:
 
     @property
     def taps(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*self.weights.features, *self.weights.styles)))
+        return self.weights.layers
 
     def _seen_inputs(self) -> dict[str, Any]:
         # On CUDA labels and indices out of range make a mask of their own; meta tensors are like
@@ -181,8 +182,19 @@ class Planned:
             **({"mask": self.target.valid} if made and self.pred.is_cuda else {}),
         }
 
+    def _encoded(self, dtype: torch.dtype) -> Target:
+        """As `target_features.encoded`, without memory."""
+        target, n = self.target, len(self.pred)
+        if not self.weights.normalized or target.stored is not None:
+            return target
+        shapes = self.net.shapes(*target.size)
+        stored = {
+            name: torch.empty((n, *shapes[name]), dtype=dtype, device="meta") for name in self.taps
+        }
+        return EncodedTarget(target.size, target.valid, stored=stored, elements=target.elements)
+
     def _fast(self, dtype: torch.dtype, choice: Choice) -> Explanation:
-        o, target = self.o, self.target
+        o, target = self.o, self._encoded(dtype)
         tensors = target.tensors(dtype)
         names = tuple(name for name in tensors if tensors[name] is not self.multi_hot)
         names += tuple(f"weight.{name}" for name in self.weights.channels)
@@ -196,7 +208,8 @@ class Planned:
         )  # fmt: skip
         n, c, height, width = self.pred.shape
         planned = Plan(read(text), n, height, width)
-        layers = layer_costs(self.net, self.pred, target.kind, self.taps, planned)
+        kind = self.target.kind if target is self.target else "dense"  # both branches, as maps
+        layers = layer_costs(self.net, self.pred, kind, self.taps, planned)
         total = planned.bytes_saved()
         if target.valid is not None and not _same_memory(target.valid, self.mask):
             total += target.valid.nbytes

@@ -14,6 +14,7 @@ from gpl_fast.net.lossnet import LossNet
 from gpl_fast.normalizer import Normalizer, NormalizerLike, as_normalizer, divided
 from gpl_fast.options import Options
 from gpl_fast.precision import accumulation_dtype, no_autocast
+from gpl_fast.target_features import target_features
 from gpl_fast.targets import (
     IGNORED,
     Target,
@@ -194,7 +195,7 @@ def encode_target(
     net.shapes(*resolved.size)
     data = resolved.data
     dtype = o.compute_dtype or accumulation_dtype(data.dtype)
-    features = engine.target_features(resolved, net, tuple(layers), o, dtype)
+    features = target_features(resolved, net, tuple(layers), o, dtype)
     given = normalise_mask(mask, data.shape[0], resolved.size, data.device)
     # Copies: the caller's mask may change, the features would not.
     kept = [None if m is None else m.clone() for m in (given, resolved.valid)]

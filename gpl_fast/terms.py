@@ -29,6 +29,16 @@ class Weights(NamedTuple):
     distance: Distance = Distance()
     channels: Mapping[str, Tensor] = {}
 
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """All of them."""
+        return tuple(dict.fromkeys((*self.features, *self.styles)))
+
+    @property
+    def normalized(self) -> bool:
+        """Whether features are compared over their norm."""
+        return self.distance.normalize and bool(self.features)
+
 
 class CrossEntropy(NamedTuple):
     """The one that is computed beside the perceptual terms.

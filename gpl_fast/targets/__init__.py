@@ -14,7 +14,7 @@ from gpl_fast.targets.elements import (
     resolve_element_teacher,
     resolve_elements,
 )
-from gpl_fast.targets.features import FeatureTarget, feature_settings
+from gpl_fast.targets.features import EncodedTarget, FeatureTarget, feature_settings
 from gpl_fast.targets.labels import LabelTarget
 from gpl_fast.targets.masks import normalise_mask
 from gpl_fast.targets.multi_hot import IGNORED
@@ -36,6 +36,7 @@ TargetLike = TargetMap | TargetFeatures
 __all__ = [
     "IGNORED",
     "DenseTarget",
+    "EncodedTarget",
     "FeatureTarget",
     "LabelTarget",
     "Target",

@@ -17,10 +17,27 @@ from gpl_fast.targets.target import Network, Target, check_like
 
 
 @dataclass(frozen=True)
-class FeatureTarget(Target):
+class EncodedTarget(Target):
     """φ of a map; `stored` are the tensors."""
 
     kind = "features"
+
+    @property
+    def data(self) -> Tensor:
+        assert self.stored is not None
+        return next(iter(self.stored.values()))
+
+    def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        assert self.stored is not None
+        return super().tensors(dtype) | {
+            f"feature.{name}": e.detach().to(dtype).permute(0, 2, 3, 1).contiguous()
+            for name, e in self.stored.items()
+        }
+
+
+@dataclass(frozen=True)
+class FeatureTarget(EncodedTarget):
+    """Those that the user stored, which have to be what this loss would have made."""
 
     features: TargetFeatures
 
@@ -56,16 +73,6 @@ class FeatureTarget(Target):
             seen = same if seen is None or same is None else seen + same
         valid = None if given.valid is None else savable(given.valid)
         return cls((height, width), valid, given, stored=given.features, seen=seen)
-
-    @property
-    def data(self) -> Tensor:
-        return next(iter(self.features.features.values()))
-
-    def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        return super().tensors(dtype) | {
-            f"feature.{name}": e.detach().to(dtype).permute(0, 2, 3, 1).contiguous()
-            for name, e in self.features.features.items()
-        }
 
     def check(self, net: Network, o: Options, layers: Sequence[str]) -> None:
         settings, found = self.features.settings, self.features.features

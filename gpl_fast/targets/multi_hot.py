@@ -32,6 +32,10 @@ class MultiHotTarget(Target):
     def activation(self, o: Options) -> str:
         return "none"
 
+    @property
+    def encodable(self) -> bool:
+        return False
+
     def map(self, activation: str, temperature: float, dtype: torch.dtype) -> Tensor:
         return reference.zero_invalid(reference.multi_hot(self.labels, dtype), self.valid)
 

@@ -72,6 +72,11 @@ class Target:
         """What a dense map still has to go through."""
         return o.target
 
+    @property
+    def encodable(self) -> bool:
+        """Whether the fast path makes the features of `tensors` alone, without `map`."""
+        return not self.resized and self.elements is None
+
     def map(self, activation: str, temperature: float, dtype: torch.dtype) -> Tensor:
         """The map ``y`` (N, C, H, W) by definition, 0 where not valid, unless it is `stored`; not
         weighted yet."""
