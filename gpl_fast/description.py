@@ -58,4 +58,5 @@ def describe(
         label_smoothing=label_smoothing or 0.0,
         weighed=weighed,
         spatial=spatial,
+        signs=o.criterion == "l1",
     )

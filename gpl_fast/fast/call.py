@@ -42,6 +42,7 @@ class Call:
         elements: those that these do not count leave the perceptual terms too.
         weighed: the cross-entropy, by a mask; where it has no ``ce_mask`` of its own, by `valid`.
         spatial: the distance of each pixel is asked for, at taps of normalised features.
+        signs: those of differences will be taken, which have to be 0 where features are equal.
         dtype: of the network's maps.
         workspace_mb: bound on transient memory, in 2^20 bytes; None = "auto".
         tensors: names of the target's tensors, in the operators' order.
@@ -67,6 +68,7 @@ class Call:
     elements: bool = False
     weighed: bool = False
     spatial: bool = False
+    signs: bool = False
 
     @functools.cached_property
     def text(self) -> str:

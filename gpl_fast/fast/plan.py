@@ -118,6 +118,10 @@ class Plan(Segments):
         tiles = {2: self._tiles(i, 2), 4: self._tiles(i, 4)}
         if role != "prediction" and not self._large_tiles_fit(i):
             tiles[4] = 0
+        if self.call.signs and role != "gradient":
+            tiles = dict.fromkeys(
+                tiles, 0
+            )  # a transform's rounding has signs where nothing differs
         return self.policy.way(self.call, i, step, role, tiles)
 
     def _tiles(self, i: int, tile: int) -> int:

@@ -31,7 +31,10 @@ def normalise_mask(
             f"mask: got {describe(mask)}, expected torch.bool, True = valid, or floating weights "
             ">= 0; use (mask > 0), or mask.float() if its values are weights"
         )
-    if tuple(mask.shape) not in ((batch, *size), (batch, 1, *size)):
+    shape = mask.shape
+    # One by one: in a graph some of them are numbers and some symbols.
+    alike = mask.dim() in (3, 4) and shape[0] == batch and (mask.dim() == 3 or shape[1] == 1)
+    if not (alike and shape[-2] == size[0] and shape[-1] == size[1]):
         raise ValueError(
             f"mask: got shape {tuple(mask.shape)}, expected {(batch, *size)} or "
             f"{(batch, 1, *size)}, the prediction's size, or that of a dense target; resize it "

@@ -287,6 +287,48 @@ def test_taps_anywhere(taps, option, pool, rows):
     agree_in_median(draws, FLOAT)
 
 
+def _beside_float64(losses, x, target):
+    """Errors of value and gradient, relative: of the fast path and of PyTorch in x's dtype."""
+    found = {}
+    for by, backend, dtype in (("truth", "reference", DOUBLE), ("fast", "fast", x.dtype),
+                               ("plain", "reference", x.dtype)):  # fmt: skip
+        given = target.to(dtype) if target.is_floating_point() else target
+        found[by] = value_and_grad(losses[backend], x.to(dtype), given)
+    value, grad = found["truth"]
+    return [
+        (abs(v.double() / value - 1), (g.double() - grad).norm() / grad.norm())
+        for v, g in (found["fast"], found["plain"])
+    ]
+
+
+@pytest.mark.parametrize("net", ["1,1", "2,2"])
+@pytest.mark.parametrize("mean", [0, -7, -14])
+def test_targets_whose_features_are_small_beside_the_predictions(mean, net):
+    """Backgrounds of masks, dark images: a branch made of the other one and the difference would
+    leave rounding there, which the norm makes as large as any feature."""
+    words = {"activation": "sigmoid", "normalize_features": True}
+    losses = {b: GenericPerceptualLoss(1, net, backend=b, **words) for b in BACKENDS}
+    x, target = torch.randn(1, 1, 48, 48), torch.randn(1, 1, 48, 48) + mean
+    if mean == 0:
+        target = torch.zeros(1, 48, 48, dtype=torch.long)
+        target[:, 8:14, 8:20] = 1
+    for fast, plain in zip(*_beside_float64(losses, x, target), strict=True):
+        assert fast <= 2 * plain + 2e-6
+
+
+@pytest.mark.parametrize("normalize_features", [False, True])
+@pytest.mark.parametrize("net", ["1", "1,1", "2,2"])
+def test_signs_are_0_where_prediction_and_target_are_the_same(net, normalize_features):
+    """Also beside a region where they differ: a transformed convolution would leave rounding."""
+    words = {"activation": "none", "criterion": "l1", "normalize_features": normalize_features}
+    losses = {b: GenericPerceptualLoss(3, net, backend=b, **words) for b in BACKENDS}
+    x = torch.rand(1, 3, 64, 64)
+    target = x.clone()
+    target[:, :, 20:37, 11:30] = 0.5
+    for fast, plain in zip(*_beside_float64(losses, x, target), strict=True):
+        assert fast <= 2 * plain + 2e-6
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("option", ALL)
 def test_a_prediction_equal_to_its_target_gives_zero(option, dtype):

@@ -397,6 +397,7 @@ def test_total_against_float64(name):
 
 @pytest.mark.parametrize("backend", ["reference", "fast"])
 def test_compiled(backend):
+    torch._dynamo.reset()
     m, labels, x = weights(N, H, W), torch.randint(C, (N, H, W)), torch.randn(SHAPE)
     m[:, :8, :9] = 1.0
     total = SegmentationLoss(C, net="1,1", widths=NARROW, backend=backend)
