@@ -66,7 +66,8 @@ def _fast(
     dtype: torch.dtype,
     cross_entropy: CrossEntropy | BinaryCrossEntropy | None,
 ) -> Terms:
-    target = encoded(target, net, o, weights, dtype)
+    if weights.distance.normalize:
+        target = encoded(target, net, o, weights, dtype)
     tensors = _fast_tensors(pred, target, net, o, weights, dtype)
     if style_target is None:
         style_features = target.stored or {}
@@ -108,10 +109,10 @@ def _fast_tensors(
     """The target's tensors and the weights of channels, by name."""
     if target.stored is not None:
         target.check(net, o, (*weights.features, *weights.styles))
-    channels = {
-        f"weight.{name}": c.to(pred.device, torch.float32) for name, c in weights.channels.items()
-    }
-    return {**target.tensors(dtype), **channels}
+    tensors = target.tensors(dtype)
+    for name, c in weights.channels.items():
+        tensors[f"weight.{name}"] = c.to(pred.device, torch.float32)
+    return tensors
 
 
 def fast_maps(

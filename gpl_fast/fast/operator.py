@@ -124,8 +124,10 @@ class _PerceptualTerms(torch.autograd.Function):
         ctx: Any, x: Tensor, call: str, kept: tuple[tuple[int, str], ...], *target: Tensor
     ) -> Tensor:
         terms, saved = torch.ops.gpl_fast.perceptual_fwd(x, list(target), call, True)
-        small = label_dtype(x.shape[1])
-        of_target = [target[i].to(small) if name == "ce_labels" else target[i] for i, name in kept]
+        of_target = []
+        for i, name in kept:
+            small = label_dtype(x.shape[1]) if name == "ce_labels" else target[i].dtype
+            of_target.append(target[i].to(small))
         ctx.save_for_backward(x, *of_target, *saved)
         ctx.call, ctx.kept = call, len(kept)
         if not torch.compiler.is_compiling():  # the network may be gone before the backward
