@@ -84,9 +84,10 @@ def peak_bytes(call: Callable[[], Any]) -> tuple[int, Any]:
 
 
 def step(loss: Callable[..., torch.Tensor], pred: torch.Tensor, *args: Any) -> list[Taken]:
-    """What a forward and its backward took."""
+    """What a forward and its backward took; before them a target, where it is encoded first."""
     with Measured() as measured:
         value = loss(pred.detach().requires_grad_(), *args)
         value.sum().backward()
-    assert [t.half for t in measured.taken] == ["forward", "backward"]
+    halves = [t.half for t in measured.taken]
+    assert halves in (["forward", "backward"], ["forward", "forward", "backward"])
     return measured.taken
