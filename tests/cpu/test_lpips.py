@@ -303,6 +303,40 @@ def test_a_map(net):
     assert not loss.distance_map(x.requires_grad_(), y).requires_grad
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("net", [chain, module])
+@pytest.mark.parametrize("spatial", [False, True])
+def test_explain_counts_what_the_reference_keeps_with_heads(net, spatial, dtype):
+    """`explain` runs it on meta tensors, where the heads are not."""
+    loss = LPIPS(net(), heads(), spatial=spatial, backend="reference")
+    x, y = pictures(dtype=dtype)
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    loss(x, y)  # what the network casts once is no part of a call
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        value = loss(x.requires_grad_(), y)
+    for t in (x, y, *loss.net.cached_tensors()):
+        kept.pop(t.untyped_storage().data_ptr(), None)
+    assert loss.explain(x, y).bytes_saved == sum(kept.values())
+    del value
+
+
+@pytest.mark.parametrize("spatial", [False, True])
+@pytest.mark.parametrize("net", [chain, module])
+def test_on_meta_tensors_with_heads(net, spatial):
+    x = torch.empty(N, 3, H, W, device="meta")
+    loss = LPIPS(net(), heads(), spatial=spatial)
+    shown, value = loss.distance_map(x, x), loss(x, x)
+    assert shown.is_meta
+    assert value.is_meta
+    assert shown.shape == (N, 1, H, W)
+    assert value.shape == ((N, 1, H, W) if spatial else ())
+
+
 def test_who_makes_a_map():
     x, y = pictures()
     explained = LPIPS(chain(), spatial=True).explain(x, y)
