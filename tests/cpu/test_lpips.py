@@ -190,7 +190,7 @@ def test_gradcheck(inside, spatial):
 @pytest.mark.parametrize("spatial", [False, True])
 @pytest.mark.parametrize("value", [-1.0, 0.0])
 def test_identical_images_are_0_with_a_finite_gradient(backend, value, spatial):
-    """Also where every feature of a layer is 0: lpips' gradient is NaN there."""
+    """Also where every feature of a layer is 0: the slope of a norm is infinite there."""
     dead = trunk()
     for layer in dead:
         if isinstance(layer, nn.Conv2d):
