@@ -204,6 +204,20 @@ def test_identical_images_are_0_with_a_finite_gradient(backend, value, spatial):
         assert torch.equal(grad, torch.zeros_like(x))
 
 
+@pytest.mark.parametrize("dtype", HALVES_AND_FLOAT)
+@pytest.mark.parametrize("spatial", [False, True])
+def test_identical_pictures_are_0_in_every_dtype(backend, spatial, dtype):
+    """Both branches' features are rounded alike, in strips too."""
+    x, _ = pictures(dtype=dtype, h=65, w=54)
+    loss = LPIPS(chain(), heads(), spatial=spatial, backend=backend)
+    little = loss.explain(x, x).workspace_bytes
+    for mb in ("auto", *([0.4 * little / 2**20] if backend == "fast" else [])):
+        again = LPIPS(chain(), heads(), spatial=spatial, backend=backend, workspace_mb=mb)
+        got, grad = value_and_grad(again, x, x.clone())
+        assert not got.any()
+        assert not grad.any()
+
+
 def test_a_position_without_features_against_one_with_some(backend):
     """n(φ') = 0 there: the value counts ‖n(φ)‖², the gradient is 0 (docs/math.md)."""
     net = LossNet.from_sequential(nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.ReLU()))
