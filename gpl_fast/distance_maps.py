@@ -58,9 +58,7 @@ def distance_map(
     Raises:
         TypeError, ValueError: bad input.
     """
-    check_prediction(pred, net)
-    resolved = resolve_target(target, net.in_channels, o, mask=mask, pred=pred)
-    return _map_of(pred, resolved, net, weights, o)
+    return spatial_value(pred, target, mask, net, weights, replace(o, backend="reference"))
 
 
 @torch.no_grad()

@@ -140,10 +140,9 @@ def _reference(
         e_style = target_features(style_target or target, net, tuple(weights.styles), o, dtype)
         y = reference_input(pred, target, net, o, dtype)
         check_channels(weights, e_target)
-        channels = {name: c.to(pred.device) for name, c in weights.channels.items()}
         parts = reference.perceptual_terms(
             y, net.features, e_target, e_style, weights.features, weights.styles, dtype,
-            distance=weights.distance, channels=channels,
+            distance=weights.distance, channels=weights.channels,
         )  # fmt: skip
     seen = _seen(target, style_target)
     return parts["feature"].to(acc) + seen, parts["style"].to(acc) + seen

@@ -132,8 +132,8 @@ class LPIPS(nn.Module):
         )
 
     def encode(self, target: TargetMap, mask: Tensor | None = None) -> TargetFeatures:
-        """φ(target), to be reused or stored, by LPIPS of other heads too; see
-        `functional.encode`."""
+        """φ(target), to be reused or stored, by each LPIPS of the same network and range too, of
+        these layers or fewer, whatever its heads; see `functional.encode`."""
         return parts.encode_target(
             target, mask, self.net, tuple(self.weights.features), self.options
         )

@@ -236,7 +236,7 @@ def weighted_difference(
     else:
         d = e_pred - e_target
     each = d.square() if distance is None or distance.criterion == "l2" else d.abs()
-    return each if channels is None else each * channels.to(each.dtype).view(1, -1, 1, 1)
+    return each if channels is None else each * channels.to(each).view(1, -1, 1, 1)
 
 
 def unit_difference(e_pred: Tensor, e_target: Tensor, distance: Distance) -> Tensor:

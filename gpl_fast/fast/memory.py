@@ -110,7 +110,7 @@ def _first_maps(out: Buffers, s: Strip) -> None:
 
 
 def _tapped(out: Buffers, s: Strip, j: int, tap: str) -> None:
-    """φ', δ and their products, in float32; or φ' less the target's features."""
+    """φ', δ and their products, in float32; or φ' less the target's features, or as rounded."""
     plan, call = s.plan, s.plan.call
     step, size = plan.steps[j], plan.sizes[j]
     pooled = tap == step.pool
@@ -121,8 +121,9 @@ def _tapped(out: Buffers, s: Strip, j: int, tap: str) -> None:
     if tap in call.styled:
         out.need("style", (4, *maps), torch.float32)
         out.need("grams", (4, s.n, *maps[3:] * 2), torch.float32)
-    if call.plain and not call.encode and tap not in call.normalized:
-        out.need("difference", maps, torch.float32)
+    unit = tap in call.normalized
+    if call.plain and not call.encode and not (unit and plan.dtype == torch.float32):
+        out.need("tap", maps, plan.dtype if unit else torch.float32)
 
 
 def _unfinished(plan: Segments, i: int, images: Images, rows: Rows) -> list[Strip]:

@@ -75,6 +75,8 @@ class TapsForward:
         chunk, distance = self.chunk, self.chunk.plan.call.distance
         diff, target = self.diff.get(tap), chunk.of(f"feature.{tap}")
         pixels = self.maps.get(tap)
+        if target is not None and y.dtype != target.dtype:  # rounded alike: equal ones stay equal
+            y = chunk.take("tap", tuple(y.shape), target.dtype).copy_(y)
         sums = chunk.stages.unit_diff_fwd(
             y,
             criterion=CRITERIA[distance.criterion],

@@ -46,6 +46,17 @@ def test_of_the_last_level(backend, kind, criterion):
         assert error(found, 3 * resized(at_last_level(loss, y, t, criterion))) < 1e-4
 
 
+def test_on_meta_tensors_with_weights_of_channels(backend):
+    net = GenericPerceptualLoss(C, widths=NARROW).net
+    layer = net.levels[-1]
+    width = net.shapes(H, W)[layer][0]
+    loss = PerceptualLoss(net, {layer: [1.0, *[0.5] * (width - 1)]}, backend=backend)
+    x = torch.empty(N, C, H, W, device="meta")
+    found = loss.distance_map(x, x)
+    assert found.is_meta
+    assert found.shape == (N, 1, H, W)
+
+
 def test_shows_where(backend):
     y = torch.randn(1, C, H, W)
     x = y.clone()

@@ -190,7 +190,7 @@ def test_gradcheck(inside, spatial):
 @pytest.mark.parametrize("spatial", [False, True])
 @pytest.mark.parametrize("value", [-1.0, 0.0])
 def test_identical_images_are_0_with_a_finite_gradient(backend, value, spatial):
-    """Also where every feature of a layer is 0: lpips' gradient is NaN there."""
+    """Also where every feature of a layer is 0: the slope of a norm is infinite there."""
     dead = trunk()
     for layer in dead:
         if isinstance(layer, nn.Conv2d):
@@ -202,6 +202,20 @@ def test_identical_images_are_0_with_a_finite_gradient(backend, value, spatial):
         got, grad = value_and_grad(loss, x, x.clone())
         assert torch.equal(got, torch.zeros_like(got))
         assert torch.equal(grad, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("dtype", HALVES_AND_FLOAT)
+@pytest.mark.parametrize("spatial", [False, True])
+def test_identical_pictures_are_0_in_every_dtype(backend, spatial, dtype):
+    """Both branches' features are rounded alike, in strips too."""
+    x, _ = pictures(dtype=dtype, h=65, w=54)
+    loss = LPIPS(chain(), heads(), spatial=spatial, backend=backend)
+    little = loss.explain(x, x).workspace_bytes
+    for mb in ("auto", *([0.4 * little / 2**20] if backend == "fast" else [])):
+        again = LPIPS(chain(), heads(), spatial=spatial, backend=backend, workspace_mb=mb)
+        got, grad = value_and_grad(again, x, x.clone())
+        assert not got.any()
+        assert not grad.any()
 
 
 def test_a_position_without_features_against_one_with_some(backend):
@@ -301,6 +315,40 @@ def test_a_map(net):
     assert error(small[1], 1e-6 * want[1]) < 0.2
     assert torch.equal(loss.distance_map(x, y), loss(x, y))
     assert not loss.distance_map(x.requires_grad_(), y).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("net", [chain, module])
+@pytest.mark.parametrize("spatial", [False, True])
+def test_explain_counts_what_the_reference_keeps_with_heads(net, spatial, dtype):
+    """`explain` runs it on meta tensors, where the heads are not."""
+    loss = LPIPS(net(), heads(), spatial=spatial, backend="reference")
+    x, y = pictures(dtype=dtype)
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    loss(x, y)  # what the network casts once is no part of a call
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        value = loss(x.requires_grad_(), y)
+    for t in (x, y, *loss.net.cached_tensors()):
+        kept.pop(t.untyped_storage().data_ptr(), None)
+    assert loss.explain(x, y).bytes_saved == sum(kept.values())
+    del value
+
+
+@pytest.mark.parametrize("spatial", [False, True])
+@pytest.mark.parametrize("net", [chain, module])
+def test_on_meta_tensors_with_heads(net, spatial):
+    x = torch.empty(N, 3, H, W, device="meta")
+    loss = LPIPS(net(), heads(), spatial=spatial)
+    shown, value = loss.distance_map(x, x), loss(x, x)
+    assert shown.is_meta
+    assert value.is_meta
+    assert shown.shape == (N, 1, H, W)
+    assert value.shape == ((N, 1, H, W) if spatial else ())
 
 
 def test_who_makes_a_map():

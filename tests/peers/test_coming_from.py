@@ -1,5 +1,5 @@
 """Every block of docs/coming_from.md: `theirs`, the real package's, and `ours` give one value and
-one gradient, in float64 and on the fast path."""
+one gradient, in float64 and in float32, there on the fast path but for `from_module` networks."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import statistics
 import warnings
 
 import lpips
@@ -124,35 +125,57 @@ def test_float64_equals_torchmetrics(net, normalize, reduction):
 # ------------------------------------------------------------------------------------ the fast path
 
 
+# Medians of them: a winner of a max pool that rounding decides moves a draw's gradient at once.
+DRAWS = 3
+
+
 @pytest.mark.parametrize("metric", [False, True], ids=["lpips", "torchmetrics"])
 @pytest.mark.parametrize("apart", [0.01, 0.1, 0.5, None], ids="apart {}".format)
 def test_float32_errs_at_most_twice_what_the_peer_does(apart, metric):
     theirs = peer(metric=metric, **({"reduction": "sum"} if metric else {}))
-    x, y = pictures(apart)
+    pairs = [pictures(apart) for _ in range(DRAWS)]
     loss = LPIPS.from_module(theirs, backend="fast", reduction="sum")
-    got = value_and_grad(loss, x, y)
-    single = value_and_grad(theirs, x, y)
+    got = [value_and_grad(loss, *pair) for pair in pairs]
+    single = [value_and_grad(theirs, *pair) for pair in pairs]
     (theirs.net if metric else theirs).double()
-    truth = value_and_grad(theirs, x.double(), y.double())
-    values = [abs(float(v.sum() / truth[0].sum()) - 1) for v in (got[0], single[0])]
-    assert values[0] <= 2 * values[1] + 1e-6
-    angles = [angle(g, truth[1]) for g in (got[1], single[1])]
-    assert angles[0] <= 2 * angles[1] + 1e-5
+    truth = [value_and_grad(theirs, x.double(), y.double()) for x, y in pairs]
+
+    def errors(found):
+        """Of the value, relative, and 1 - cosine of the gradient."""
+        steps = [*zip(found, truth, strict=True)]
+        values = [abs(float(v.sum() / t.sum()) - 1) for (v, _), (t, _) in steps]
+        angles = [angle(g, t) for (_, g), (_, t) in steps]
+        return statistics.median(values), statistics.median(angles)
+
+    for ours, plain, least in zip(errors(got), errors(single), (1e-6, 1e-5), strict=True):
+        assert ours <= 2 * plain + least
 
 
 @pytest.mark.parametrize("headed", [True, False], ids=["heads", "no heads"])
 def test_float32_maps_err_at_most_twice_what_the_peers_do(headed):
     theirs = peer(spatial=True, lpips=headed)
-    x, y = pictures(0.3)
+    drawn = [(*pictures(0.3), torch.randn(N, 1, H, W)) for _ in range(DRAWS)]
     loss = LPIPS.from_module(theirs, backend="fast")
-    weight = torch.randn(N, 1, H, W)
-    single = value_and_grad(lambda p: theirs(p, y) * weight, x)
-    got = value_and_grad(lambda p: loss(p, y) * weight, x)
-    theirs.double()
-    truth = value_and_grad(lambda p: theirs(p, y.double()) * weight, x.double())
-    for ours, plain, true in zip(got, single, truth, strict=True):
-        errors = [float((t - true).norm() / true.norm()) for t in (ours, plain)]
-        assert errors[0] <= 2 * errors[1] + 1e-6
+
+    def steps(made, dtype=torch.float32):
+        return [
+            value_and_grad(lambda p, y=y, m=m: made(p, y.to(dtype)) * m, x.to(dtype))
+            for x, y, m in drawn
+        ]
+
+    got, single = steps(loss), steps(theirs)
+    truth = steps(theirs.double(), torch.float64)
+
+    def errors(found):
+        """Of the map and the gradient, relative."""
+        each = [
+            [float((t - true).norm() / true.norm()) for t, true in zip(*step, strict=True)]
+            for step in zip(found, truth, strict=True)
+        ]
+        return [statistics.median(of_draws) for of_draws in zip(*each, strict=True)]
+
+    for ours, plain in zip(errors(got), errors(single), strict=True):
+        assert ours <= 2 * plain + 1e-6
 
 
 def test_float32_of_independent_images():
@@ -167,12 +190,17 @@ def test_float32_of_independent_images():
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("value", [-1.0, 0.0, 1.0])
 def test_identical_images(net, value):
-    """Of one colour: 0, and the gradient is 0 and not the peer's NaN."""
-    loss = LPIPS.from_module(peer(net))
+    """Of one colour, also where no layer has features: 0 and a gradient of 0, as the peer's."""
+    theirs = peer(net)
     x = torch.full((1, 3, H, W), value)
-    got, grad = value_and_grad(loss, x, x.clone())
-    assert got == 0
-    assert torch.equal(grad, torch.zeros_like(x))
+    for dead in (False, True):
+        for layer in theirs.net.modules():
+            if dead and isinstance(layer, nn.Conv2d):
+                layer.bias.data.fill_(-9.0)
+        for loss in (theirs, LPIPS.from_module(theirs)):
+            got, grad = value_and_grad(loss, x, x.clone())
+            assert got == 0
+            assert torch.equal(grad, torch.zeros_like(x))
 
 
 @pytest.mark.parametrize("net", NETS)
