@@ -187,8 +187,12 @@ def as_ignored(value: IgnoreIndex) -> tuple[int, ...]:
     """
     if value is None:
         return ()
-    if getattr(value, "ndim", 0) == 1 and not getattr(value, "is_meta", False):
-        value = cast(Any, value).tolist()  # of an array or a tensor
+    if isinstance(value, torch.Tensor):
+        several = value.dim() == 1 and not value.is_meta
+    else:
+        several = type(value) is not int and getattr(value, "ndim", 0) == 1
+    if several:
+        value = cast(Any, value).tolist()  # of a tensor or an array
     given = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
     return tuple(dict.fromkeys(map(_as_label, given)))
 

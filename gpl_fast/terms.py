@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gpl_fast.distance import Distance
+from gpl_fast.graphs import constant
 from gpl_fast.input_checks import (
     as_class_weight,
     as_label_smoothing,
@@ -158,6 +159,8 @@ def _by_class(
     """Weights (C,), also of what PyTorch `broadcasts` to maps (N, C, H, W): a number, (C, 1, 1)."""
     if weight is None:
         return None
+    if broadcasts and type(weight) in (float, int):  # also a symbol in a graph, which has no shape
+        weight = [constant(weight)] * channels
     shape = tuple(getattr(weight, "shape", ()))
     if broadcasts and shape in ((channels, 1, 1), (1, channels, 1, 1)):
         weight = weight.reshape(channels)

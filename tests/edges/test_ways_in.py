@@ -105,6 +105,21 @@ def test_different_weights_keep_their_classes():
     torch.testing.assert_close(one(x[:, :1], y[:, 0]), want)
 
 
+def test_numbers_that_change_between_calls_of_a_compiled_step():
+    x, y = torch.randn(N, C, *SIZE), torch.randint(0, 2, (N, C, *SIZE))
+    net = LossNet.vgg(C, (1,))
+
+    def step(number):
+        return functional.segmentation_loss(
+            x, y, net, mode="multilabel", pos_weight=number, normalizer=10 * number,
+            ignore_index=int(number),
+        )  # fmt: skip
+
+    compiled = torch.compile(step, backend="eager", fullgraph=True)
+    for number in (2.0, 3.5, 4.25):
+        torch.testing.assert_close(compiled(number), step(number))
+
+
 @pytest.mark.parametrize("given", [True, "3", -1.0, [1.0, 2.0], torch.ones(C, 2), torch.ones(1)])
 def test_other_weights_are_refused(given):
     with pytest.raises(ValueError, match=r"pos_weight: got .*\(5,\)"):
