@@ -112,7 +112,6 @@ def test_numbers_that_change_between_calls_of_a_compiled_step():
     def step(number):
         return functional.segmentation_loss(
             x, y, net, mode="multilabel", pos_weight=number, normalizer=10 * number,
-            ignore_index=int(number),
         )  # fmt: skip
 
     compiled = torch.compile(step, backend="eager", fullgraph=True)
