@@ -41,7 +41,7 @@ def as_normalizer(given: NormalizerLike, reduction: str) -> Normalizer:
         if tuple(given.shape) not in ((), (2,)):
             raise ValueError(f"normalizer: got shape {tuple(given.shape)}, expected {expected}")
         counts: Sequence[Any] = (given,) if given.dim() == 0 else (given[0], given[1])
-    elif type(given) not in (float, int) and getattr(given, "ndim", 0):  # an array's numbers
+    elif type(given) not in (float, int) and getattr(given, "ndim", False):  # an array's numbers
         counts = cast(Any, given).tolist()
     else:
         counts = given if isinstance(given, Sequence) else (given,)
