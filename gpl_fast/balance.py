@@ -23,7 +23,7 @@ Parts = Callable[[Tensor, Options], Mapping[str, Tensor]]
 @torch.inference_mode(False)  # whose tensors no graph could save
 @torch.enable_grad()
 def gradient_norms(
-    parts_of: Parts, pred: Tensor, o: Options, target: TargetLike | None
+    parts_of: Parts, pred: Tensor, o: Options, target: TargetLike | None, asked: str = "ratio"
 ) -> dict[str, float]:
     """L2 norm of the gradient of each part by `pred` (N, C, H, W), with reduction "mean".
 
@@ -34,11 +34,13 @@ def gradient_norms(
         parts_of: the weighted parts of a prediction, 0-dim each.
         o: the loss' options.
         target: what the perceptual term is compared with.
+        asked: who wants to know, for an error.
     """
     if pred.is_meta:
+        way_out = "leave ratio= out" if asked == "ratio" else "use explain"
         raise ValueError(
-            "ratio: got a prediction on 'meta', expected one that holds values: norms of gradients "
-            "are measured; leave ratio= out to plan a call"
+            f"{asked}: got a prediction on 'meta', expected one that holds values: norms of "
+            f"gradients are measured; {way_out} to plan a call"
         )
     wide = accumulation_dtype(pred.dtype)
     own = None if isinstance(target, TargetFeatures) or wide == pred.dtype else pred.dtype
@@ -62,18 +64,20 @@ def segmentation_norms(
     *,
     teacher: TargetLike | None,
     mask: Tensor | None,
+    asked: str = "ratio",
 ) -> dict[str, float]:
     """`gradient_norms` of `parts.segmentation_parts`."""
 
     def parts_of(x: Tensor, o: Options) -> dict[str, Tensor]:
         return parts.segmentation_parts(x, labels, net, taps, o, s, teacher=teacher, mask=mask)
 
-    return gradient_norms(parts_of, logits, o, teacher)
+    return gradient_norms(parts_of, logits, o, teacher, asked)
 
 
-def ratios(norms: Mapping[str, float]) -> dict[str, float]:
-    """Of each part's norm to the first one's, infinite where that one is 0."""
-    (_, one), *others = norms.items()
+def ratios(norms: Mapping[str, float], weights: Mapping[str, object]) -> dict[str, float]:
+    """Of each part's norm to the first one's, infinite where that one is 0: of the parts that have
+    `weights`, which the others, of a loss that leaves them out, do not."""
+    (_, one), *others = ((name, norm) for name, norm in norms.items() if weights[name])
     return {name: norm / one if one else float("inf") for name, norm in others}
 
 

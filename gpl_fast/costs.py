@@ -44,7 +44,7 @@ class Explanation:
         layers: the costs by layer; empty for `LossNet.from_module`.
         who: the functions that run each step on the fast path, forward and backward.
         ratio: of the norm of each part's gradient by the prediction to the first part's, weighted
-            as they are in the loss; None where it was not asked for, empty for one part.
+            as in the loss, of the parts that there are; None if not asked for, empty for one part.
     """
 
     backend: str

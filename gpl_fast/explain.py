@@ -114,7 +114,8 @@ def explain_segmentation(
     if not ratio:
         return found
     norms = segmentation_norms(logits, labels, net, taps, o, s, teacher=teacher, mask=mask)
-    return replace(found, ratio=ratios(norms))
+    by_part = {"loss_ce": s.ce_weight, "loss_gpl": s.gpl_weight}
+    return replace(found, ratio=ratios(norms, by_part))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from gpl_fast.net.lossnet import LossNet
 from gpl_fast.normalizer import NormalizerLike
 from gpl_fast.options import Options, OptionWords
 from gpl_fast.targets import TargetFeatures, TargetLike
-from gpl_fast.terms import Segmentation, activation_of
+from gpl_fast.terms import ClassWeight, Segmentation, activation_of
 
 
 def generic_perceptual_loss(
@@ -68,9 +68,9 @@ def segmentation_loss(
     mask: Tensor | None = None,
     gpl_weight: SupportsFloat = 0.1,
     ce_weight: SupportsFloat = 1.0,
-    class_weight: Tensor | Iterable[SupportsFloat] | None = None,
+    class_weight: ClassWeight | None = None,
     mode: str = "multiclass",
-    pos_weight: Tensor | Iterable[SupportsFloat] | None = None,
+    pos_weight: ClassWeight | None = None,
     label_smoothing: SupportsFloat = 0.0,
     gpl_ignore: bool | str = "auto",
     level_weights: Iterable[LayerWeight] | None = None,

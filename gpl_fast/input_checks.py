@@ -70,7 +70,13 @@ class TakesMaps(Protocol):
     def shapes(self, height: int, width: int) -> Any: ...
 
 
-def check_prediction(pred: Tensor, net: TakesMaps, needs_size: bool = True) -> None:
+# The way out of another number of channels, which it is formatted with.
+REMAKE = "make it with in_channels (num_classes) = {}, or fix the input"
+
+
+def check_prediction(
+    pred: Tensor, net: TakesMaps, needs_size: bool = True, remake: str = REMAKE
+) -> None:
     """Raises: TypeError, ValueError if `pred` is not floating (N, in_channels, H, W) of a size."""
     channels = net.in_channels
     check_tensor("prediction", pred, f"a torch.Tensor (N, {channels}, H, W)")
@@ -82,13 +88,13 @@ def check_prediction(pred: Tensor, net: TakesMaps, needs_size: bool = True) -> N
     if pred.dim() != 4 or pred.shape[1] != channels:
         raise ValueError(
             f"prediction: got shape {tuple(pred.shape)}, expected (N, {channels}, H, W), "
-            f"the channels that the loss was made for; {way_out_of_shape(pred, channels)}"
+            f"the channels that the loss was made for; {way_out_of_shape(pred, channels, remake)}"
         )
     if needs_size:
         net.shapes(pred.shape[2], pred.shape[3])
 
 
-def way_out_of_shape(maps: Tensor, channels: int) -> str:
+def way_out_of_shape(maps: Tensor, channels: int, remake: str = REMAKE) -> str:
     """How maps of another rank or number of channels become (N, channels, H, W)."""
     shape = tuple(maps.shape)
     if maps.dim() == 5:
@@ -102,7 +108,7 @@ def way_out_of_shape(maps: Tensor, channels: int) -> str:
     if maps.dim() == 4 and shape[3] == channels:
         return "channels come second: use .permute(0, 3, 1, 2)"
     if maps.dim() == 4:
-        return f"make it with in_channels (num_classes) = {shape[1]}, or fix the input"
+        return remake.format(shape[1])
     return "reshape it to four dimensions"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, SupportsFloat
 
 import torch
@@ -90,6 +90,28 @@ def level_taps(
     by_level = dict(zip(net.levels, given, strict=True))
     numbers, channels = _of_features("level_weights", by_level, net, once)
     return Weights({name: w for name, w in numbers.items() if w}, {}, distance, channels)
+
+
+def as_layer_names(net: LossNet, layers: Sequence[str]) -> tuple[str, ...]:
+    """The layers whose features are kept.
+
+    Raises:
+        ValueError: none, text in place of a list, or names that the network does not have.
+    """
+    known = list(net.layer_names)
+    if isinstance(layers, str):
+        raise ValueError(
+            f"encode: layers: got {layers!r}, expected a list of names of {known}; use [{layers!r}]"
+        )
+    unknown = [name for name in layers if name not in known]
+    if unknown:
+        raise ValueError(f"encode: layers: got {unknown}, expected names of {known}")
+    if not layers:
+        raise ValueError(
+            "encode: got no layer that is compared, expected names in feature_layers or "
+            f"style_layers, such as {known[-1]!r}: a total variation takes no target"
+        )
+    return tuple(layers)
 
 
 def as_layers(

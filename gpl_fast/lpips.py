@@ -18,6 +18,7 @@ from gpl_fast.heads import Heads, as_heads, tap_weights
 from gpl_fast.input_checks import as_float
 from gpl_fast.layer_weights import HeldWeights
 from gpl_fast.lpips_file import Stored
+from gpl_fast.lpips_inputs import check_images
 from gpl_fast.net.fingerprint import fingerprint
 from gpl_fast.net.frozen_module import frozen_copy
 from gpl_fast.net.lossnet import LossNet
@@ -112,7 +113,8 @@ class LPIPS(nn.Module):
         """The distance of `pred` (N, 3, H, W) to `target`.
 
         Args:
-            target: (N, 3, H, W) floating, or what `encode` gave. Never gets a gradient.
+            target: (N, 3, h, w) floating, resized to the prediction's size, what `encode` gave, or
+                what else `functional.generic_perceptual_loss` takes. Never gets a gradient.
             mask: see `functional.generic_perceptual_loss`.
 
         Returns:
@@ -122,11 +124,13 @@ class LPIPS(nn.Module):
             TypeError, ValueError: bad input, with what was got, expected, and the way out.
             BackendUnavailable: ``backend="fast"`` where it cannot run.
         """
+        check_images(self.net.in_channels, pred, target)
         value = distance_maps.spatial_value if self.spatial else parts.generic_value
         return value(pred, target, mask, self.net, self.weights.on(pred), self.options)
 
     def distance_map(self, pred: Tensor, target: TargetLike, mask: Tensor | None = None) -> Tensor:
         """The map (N, 1, H, W) that `spatial` gives, without gradient, by the reference."""
+        check_images(self.net.in_channels, pred, target)
         return distance_maps.distance_map(
             pred, target, mask, self.net, self.weights.on(pred), self.options
         )
@@ -134,6 +138,7 @@ class LPIPS(nn.Module):
     def encode(self, target: TargetMap, mask: Tensor | None = None) -> TargetFeatures:
         """φ(target), to be reused or stored, by each LPIPS of the same network and range too, of
         these layers or fewer, whatever its heads; see `functional.encode`."""
+        check_images(self.net.in_channels, None, target)
         return parts.encode_target(
             target, mask, self.net, tuple(self.weights.features), self.options
         )
@@ -150,17 +155,11 @@ class LPIPS(nn.Module):
         Nothing is computed. Meta tensors stand for tensors of the default device; another
         `architecture` than theirs goes by its name, such as "sm_90" or "avx2".
         """
+        check_images(self.net.in_channels, pred, target)
         return explain(
-            self,
-            self.net,
-            self.options,
-            pred,
-            target,
-            mask,
-            weights=self.weights.on(pred),
-            architecture=architecture,
-            spatial=self.spatial,
-        )
+            self, self.net, self.options, pred, target, mask, weights=self.weights.on(pred),
+            architecture=architecture, spatial=self.spatial,
+        )  # fmt: skip
 
     def fingerprint(self) -> str:
         """Hex digest of network, heads and norm: the same on every machine."""

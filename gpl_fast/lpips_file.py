@@ -54,6 +54,8 @@ def read(path: str | PathLike[str]) -> Stored:
         settings, normalize = header.get("settings"), header.get("normalize")
         if not isinstance(settings, dict) or not isinstance(normalize, bool):
             raise ValueError(f"settings: got {settings!r}, normalize={normalize!r}")
+        if "normalize" in settings:  # the network's mean and std would be changed once more
+            raise ValueError("settings: got 'normalize', expected it beside them")
     except (TypeError, ValueError) as error:
         raise ValueError(f"{os.fsdecode(path)}: {error}") from error
     return Stored(net, heads, normalize, settings)
@@ -67,6 +69,8 @@ def _stored_heads(layers: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     if not isinstance(layers, list) or not all(isinstance(layer, str) for layer in layers):
         raise ValueError(f"heads: got {type(layers).__name__}, expected a list of layers")
+    if len(set(layers)) < len(layers):
+        raise ValueError(f"heads: got {layers}, expected each layer once")
     missing = [layer for layer in layers if f"head.{layer}" not in tensors]
     if missing:
         raise ValueError(f"heads of {missing} are missing")

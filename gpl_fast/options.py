@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, SupportsFloat, SupportsIndex, TypedDict
+from typing import Any, SupportsFloat, SupportsIndex, TypedDict, cast
 
 import torch
 
@@ -15,7 +15,7 @@ from gpl_fast.graphs import constant
 from gpl_fast.input_checks import as_float, as_float_dtype, as_int
 from gpl_fast.stages import ACTIVATIONS, CRITERIA
 
-IgnoreIndex = SupportsIndex | Sequence[SupportsIndex] | None
+IgnoreIndex = SupportsIndex | Sequence[SupportsIndex] | torch.Tensor | None
 
 TARGET_ACTIVATIONS = ("auto", "same", *ACTIVATIONS)
 REDUCTIONS = ("mean", "sum", "none")
@@ -187,6 +187,12 @@ def as_ignored(value: IgnoreIndex) -> tuple[int, ...]:
     """
     if value is None:
         return ()
+    if isinstance(value, torch.Tensor):
+        several = value.dim() == 1 and not value.is_meta
+    else:
+        several = type(value) is not int and getattr(value, "ndim", 0) == 1
+    if several:
+        value = cast(Any, value).tolist()  # of a tensor or an array
     given = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
     return tuple(dict.fromkeys(map(_as_label, given)))
 

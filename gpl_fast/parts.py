@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gpl_fast import engine, reference
 from gpl_fast.input_checks import check_prediction
+from gpl_fast.layer_weights import as_layer_names
 from gpl_fast.net.lossnet import LossNet
 from gpl_fast.normalizer import Normalizer, NormalizerLike, as_normalizer, divided
 from gpl_fast.options import Options
@@ -109,11 +110,11 @@ def _mean_cross_entropy(
     """Mean over valid pixels of the batch or over as many as the caller says, or of each image and
     then their sum.
 
-    0 where the counted weights sum to 0: with label smoothing `total`, whose smoothed part weighs
-    every class, is none there.
+    0 where what it is divided by is 0, of a batch by one divisor not where an image's own weights
+    sum to 0: with label smoothing `total`, whose smoothed part weighs every class, is none there.
     """
     if divisor is not None:
-        return divided(total.masked_fill(norm == 0, 0).sum(), divisor.pixels)
+        return divided(total.sum(), divisor.pixels)
     if reduction == "mean":
         total, norm = total.sum(), norm.sum()
     mean = divided(total, norm)
@@ -189,13 +190,14 @@ def encode_target(
 ) -> TargetFeatures:
     """`functional.encode`."""
     o.check_channels(net.in_channels)
+    layers = as_layer_names(net, layers)
     resolved = resolve_target(target, net.in_channels, o, mask=mask)
     if resolved.stored is not None:
         raise TypeError("encode: got TargetFeatures, which are encoded already")
     net.shapes(*resolved.size)
     data = resolved.data
     dtype = o.compute_dtype or accumulation_dtype(data.dtype)
-    features = target_features(resolved, net, tuple(layers), o, dtype)
+    features = target_features(resolved, net, layers, o, dtype)
     given = normalise_mask(mask, data.shape[0], resolved.size, data.device)
     # Copies: the caller's mask may change, the features would not.
     kept = [None if m is None else m.clone() for m in (given, resolved.valid)]

@@ -140,7 +140,8 @@ class PerceptualLoss(nn.Module):
 
         Nothing is computed. Meta tensors stand for tensors of the default device; another
         `architecture` than theirs goes by its name, such as "sm_90" or "avx2". With `ratio`, what
-        norm each part's gradient has beside `loss_feature`'s, which is computed.
+        norm the gradients of the parts that there are have beside the first one's, which is
+        computed.
         """
         found = explain(
             self,
@@ -161,7 +162,9 @@ class PerceptualLoss(nn.Module):
             return self._parts(x, target, style_target, mask, o)
 
         norms = gradient_norms(parts_of, pred, self.options, target)
-        return replace(found, ratio=ratios(norms))
+        by_part = {"loss_feature": self.feature_layers, "loss_style": self.style_layers,
+                   "loss_tv": self.tv_weight}  # fmt: skip
+        return replace(found, ratio=ratios(norms, by_part))
 
     def distance_map(self, pred: Tensor, target: TargetLike, mask: Tensor | None = None) -> Tensor:
         """Where they differ: the last level's distance, with its weight, at each of its pixels and

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
 from typing import SupportsFloat, SupportsIndex, Unpack
 
 import torch
@@ -20,7 +19,7 @@ from gpl_fast.net.lossnet import LossNet
 from gpl_fast.normalizer import NormalizerLike
 from gpl_fast.options import IgnoreIndex, refuse_unknown
 from gpl_fast.targets import TargetFeatures, TargetLike, TargetMap, first_look
-from gpl_fast.terms import Segmentation, activation_of
+from gpl_fast.terms import ClassWeight, Segmentation, activation_of
 
 # `GenericWords`, in the order of the signature.
 _KNOWN = [
@@ -44,7 +43,8 @@ class SegmentationLoss(nn.Module):
         ignore_index: label of pixels that do not count, or several; "auto" = 255 where C <= 255;
             None = none.
         class_weight: (C,) of the cross-entropy: a tensor or a sequence of numbers.
-        pos_weight: (C,) of what is labelled 1, of a binary cross-entropy.
+        pos_weight: (C,), (C, 1, 1), or one number for all classes, of what is labelled 1, of a
+            binary cross-entropy; its class_weight too.
         label_smoothing: of the cross-entropy, in [0, 1]; of a binary one ``y (1 − ε) + ε / 2``.
         gpl_ignore: whether pixels with an ignored label leave the perceptual term: "auto" = only
             when the labels are its target; True; False.
@@ -65,8 +65,8 @@ class SegmentationLoss(nn.Module):
         gpl_weight: SupportsFloat = 0.1,
         ce_weight: SupportsFloat = 1.0,
         ignore_index: IgnoreIndex | str = "auto",
-        class_weight: Tensor | Iterable[SupportsFloat] | None = None,
-        pos_weight: Tensor | Iterable[SupportsFloat] | None = None,
+        class_weight: ClassWeight | None = None,
+        pos_weight: ClassWeight | None = None,
         label_smoothing: SupportsFloat = 0.0,
         gpl_ignore: bool | str = "auto",
         return_parts: bool = False,
@@ -167,6 +167,7 @@ class SegmentationLoss(nn.Module):
         norms = segmentation_norms(
             logits, labels, self.net, self.gpl.weights.on(logits), self.gpl.options,
             self._terms(logits)._replace(gpl_weight=1.0), teacher=teacher, mask=mask,
+            asked="suggest_weight",
         )  # fmt: skip
         return weight_for(share, norms["loss_ce"], norms["loss_gpl"])
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple, Self, SupportsFloat
+from typing import Any, NamedTuple, Self, SupportsFloat
 
 import torch
 from torch import Tensor
 
 from gpl_fast.distance import Distance
+from gpl_fast.graphs import constant
 from gpl_fast.input_checks import (
     as_class_weight,
     as_label_smoothing,
     as_num_classes,
     as_weight,
 )
+
+# Weights of classes as they may be given: (C,), of a binary cross-entropy also one number.
+ClassWeight = Tensor | Iterable[SupportsFloat] | SupportsFloat
 
 
 class Weights(NamedTuple):
@@ -118,11 +122,11 @@ class Segmentation(NamedTuple):
         *,
         gpl_weight: SupportsFloat,
         ce_weight: SupportsFloat,
-        class_weight: Tensor | Iterable[SupportsFloat] | None,
+        class_weight: ClassWeight | None,
         label_smoothing: SupportsFloat,
         gpl_ignore: bool | str,
         mode: str = "multiclass",
-        pos_weight: Tensor | Iterable[SupportsFloat] | None = None,
+        pos_weight: ClassWeight | None = None,
         look: bool = True,
     ) -> Self:
         """What was given for C classes, checked; of a class weight the numbers only with `look`.
@@ -141,14 +145,30 @@ class Segmentation(NamedTuple):
         return cls(
             as_weight("gpl_weight", gpl_weight),
             as_weight("ce_weight", ce_weight),
-            None if class_weight is None else as_class_weight(class_weight, channels, look),
+            _by_class("class_weight", class_weight, channels, look, mode != "multiclass"),
             as_label_smoothing(label_smoothing),
             gpl_ignore,
             mode,
-            None
-            if pos_weight is None
-            else as_class_weight(pos_weight, channels, look, "pos_weight"),
+            _by_class("pos_weight", pos_weight, channels, look),
         )
+
+
+def _by_class(
+    what: str, weight: Any, channels: int, look: bool, broadcasts: bool = True
+) -> Tensor | None:
+    """Weights (C,), also of what PyTorch `broadcasts` to maps (N, C, H, W): a number, (C, 1, 1)."""
+    if weight is None:
+        return None
+    if broadcasts and type(weight) in (float, int):  # also a symbol in a graph, which has no shape
+        weight = [constant(weight)] * channels
+    shape = tuple(getattr(weight, "shape", ()))
+    if broadcasts and shape in ((channels, 1, 1), (1, channels, 1, 1)):
+        weight = weight.reshape(channels)
+    elif broadcasts and not shape and isinstance(weight, Tensor):
+        weight = weight.expand(channels)
+    elif broadcasts and not shape and (hasattr(weight, "ndim") or not isinstance(weight, Iterable)):
+        weight = [weight] * channels
+    return as_class_weight(weight, channels, look, what)
 
 
 class Terms(NamedTuple):

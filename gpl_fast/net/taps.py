@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from gpl_fast.input_checks import as_int
 from gpl_fast.net.frozen_module import OWN
 
+# What PyTorch says of a map that no kernel fits into.
+TOO_SMALL = ("Kernel size can't be greater than actual input size", "Output size is too small")
+
 Taps = Mapping[str, str | tuple[str, int]] | Iterable[str]
 
 
@@ -136,8 +139,8 @@ class TappedModule(nn.Module):
         """Outputs ``(N, C_b, H_b, W_b)`` of `taps` for `y` (N, C, H, W), which is left as it is.
 
         Raises:
-            ValueError: a tap that is not reached, whose output is not one floating 4-D tensor, or
-                has no gradient where `y` has one.
+            ValueError: `y` is too small; a tap that is not reached, whose output is not one
+                floating 4-D tensor, or has no gradient where `y` has one.
         """
         taps = tuple(dict.fromkeys(taps))
         if not taps:
@@ -153,6 +156,13 @@ class TappedModule(nn.Module):
             found.complete = True
         except _AllReached:
             pass
+        except RuntimeError as error:
+            if not any(words in str(error) for words in TOO_SMALL):
+                raise
+            raise ValueError(
+                f"from_module: got maps of size {tuple(y.shape[2:])}, which are too small for the "
+                f"module ({error}), expected larger ones; use larger images, or F.interpolate them"
+            ) from error
         finally:
             self.running.found = None
             if autocast is not None:

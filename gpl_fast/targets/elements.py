@@ -7,9 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gpl_fast.input_checks import TakesMaps, check_prediction, check_tensor
+from gpl_fast.input_checks import REMAKE, TakesMaps, check_prediction, check_tensor, describe
 from gpl_fast.options import Options
-from gpl_fast.targets.labels import check_beside_logits
+from gpl_fast.targets.labels import LabelTarget, check_beside_logits
 from gpl_fast.targets.masks import normalise_mask
 from gpl_fast.targets.multi_hot import IGNORED, MultiHotTarget, check_elements
 from gpl_fast.targets.resolve import resolve_target, resolve_teacher
@@ -29,7 +29,11 @@ def resolve_elements(
     Raises:
         TypeError, ValueError: of labels, mask or logits.
     """
-    check_prediction(logits, net, needs_size=False)
+    several = "of several classes use mode='multiclass' (one of them at a pixel) or 'multilabel' "
+    check_prediction(
+        logits, net, needs_size=False,
+        remake=several + "(any number) with num_classes = {}" if net.in_channels == 1 else REMAKE,
+    )  # fmt: skip
     maps = element_maps(labels, net.in_channels)
     check_beside_logits(maps, logits)
     net.shapes(maps.shape[2], maps.shape[3])
@@ -99,6 +103,13 @@ def resolve_element_teacher(
     if channels == 1:  # an element is a pixel
         plane = torch.where(labels[:, 0] == IGNORED, -1, 0)
         return resolve_teacher(teacher, plane, mask, logits, o, gpl_ignore)
+    given = teacher if isinstance(teacher, Tensor) and teacher.dim() == 4 else None
+    if given is not None and LabelTarget.takes(given) and given.shape[1] == channels:
+        raise ValueError(
+            f"teacher: got {describe(teacher)}, expected floating maps (N, {channels}, h, w), or "
+            "class indices (N, H, W); of a map of 0 and 1 for each class use teacher.float() with "
+            'target_activation="none"'
+        )
     target = resolve_target(teacher, channels, o, mask=mask, pred=logits, what="teacher")
     if gpl_ignore is not True:
         return target

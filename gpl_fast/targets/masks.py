@@ -37,8 +37,8 @@ def normalise_mask(
     if not (alike and shape[-2] == size[0] and shape[-1] == size[1]):
         raise ValueError(
             f"mask: got shape {tuple(mask.shape)}, expected {(batch, *size)} or "
-            f"{(batch, 1, *size)}, the prediction's size, or that of a dense target; resize it "
-            "with mode='nearest'"
+            f"{(batch, 1, *size)}, the prediction's size, or that of a dense target; "
+            f"{_way_out(mask, batch, size)}"
         )
     if mask.device != device:
         raise ValueError(f"mask: got device {mask.device}, expected {device}; use mask.to(...)")
@@ -46,6 +46,23 @@ def normalise_mask(
     seen = check_weights(mask, torch.float32)
     mask = mask if seen is None else mask + seen
     return mask if mask.dim() == 3 else mask.squeeze(1)  # what was one already stays the same
+
+
+def _way_out(mask: Tensor, batch: int, size: tuple[int, int]) -> str:
+    """How a mask of another shape becomes (N, H, W)."""
+    shape = tuple(mask.shape)
+    if shape[-2:] != size:
+        return "resize it with mode='nearest'"
+    if len(shape) == 4 and shape[0] == batch:
+        reduced = "all(dim=1)" if mask.dtype == torch.bool else "amin(dim=1)"
+        return f"a pixel counts for all classes: reduce it over them, such as mask.{reduced}"
+    if len(shape) == 2:
+        one = "one image: use mask.unsqueeze(0)"
+        return one if batch == 1 else f"one mask for all images: use mask.expand({batch}, -1, -1)"
+    if len(shape) in (3, 4) and shape[0] == 1:
+        rest = ", ".join(["-1"] * (len(shape) - 1))
+        return f"one mask for all images: use mask.expand({batch}, {rest})"
+    return "give one mask for each image, sliced as the prediction is"
 
 
 def restricted(mask: Tensor | None, counted: Tensor) -> Tensor:

@@ -579,6 +579,8 @@ def test_files_that_are_refused(tmp_path):
         (lambda header, tensors: header["net"]["layers"].pop(), "relu3_1"),
         (lambda header, tensors: header.update(heads="relu1_2"), "heads: got str"),
         (lambda header, tensors: header["heads"].append("relu2_2"), "missing"),
+        (lambda header, tensors: header["heads"].append("relu1_2"), "heads: got .*each layer once"),
+        (lambda header, tensors: header["settings"].update(normalize=True), "got 'normalize'"),
         (lambda header, tensors: header.pop("normalize"), "settings"),
         (lambda header, tensors: header["settings"].update(colour="red"), "colour"),
         (lambda header, tensors: header["settings"].update(eps=-1), "eps"),

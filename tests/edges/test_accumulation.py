@@ -153,7 +153,11 @@ def test_other_reductions_have_divisors_of_their_own(reduction):
         (float("nan"), "got nan"),
         (torch.ones(3), r"got shape \(3,\)"),
         ((torch.ones(2), 1), r"\(2,\), expected a 0-dim tensor"),
-        ((1, None), "got None"),
+        ((None, 1), "got None"),
+        (torch.tensor(True), r"torch\.bool"),
+        (torch.tensor(float("nan")), "got nan"),
+        (torch.tensor([5.0, -1.0]), "got -1"),
+        (np.ones(3), r"got array\(\[1\., 1\., 1\.\]\)"),
     ],
 )
 def test_other_normalizers_are_refused(given, word):
