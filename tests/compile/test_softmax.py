@@ -18,6 +18,7 @@ from test_kernels import BF16, FLOAT, LISTED, softmax_bwd, softmax_pack
 
 from gpl_fast import kernels
 from gpl_fast.kernels.logits import HELD, tiling
+from gpl_fast.kernels.row_sums import row_sums
 from gpl_fast.net.weights import padded_channels
 
 PLAIN = {
@@ -42,7 +43,7 @@ def launches(monkeypatch):
         flat = [a for arg in passed for a in (arg if isinstance(arg, tuple) else [arg])]
         found.append((grid, sum(a is not None for a in flat)))
 
-    for stage in (kernels.softmax_pack_fwd, kernels.softmax_bwd):
+    for stage in (kernels.softmax_pack_fwd, kernels.softmax_bwd, row_sums):
         monkeypatch.setattr(sys.modules[stage.__module__], "launch", launch)
     return found
 
