@@ -110,6 +110,8 @@ class TapsForward:
     def reduce(self, here: Collection[str]) -> None:
         """Add the terms of the segment's taps."""
         chunk, call = self.chunk, self.chunk.plan.call
+        if call.encode:  # nothing is compared
+            return
         feature, style = self.terms[0, chunk.images], self.terms[1, chunk.images]
         for tap, _ in call.features:
             if tap in here:
