@@ -191,24 +191,20 @@ struct DiffReduceFwd {
   double* sum;          // [N]
 };
 
-// Of features over their norm. y and delta as in ReluPoolFwd, or y is the prediction's and target
-// stands in the place of delta.
+// Of features over their norm: y are the prediction's.
 struct UnitDiffFwd {
   int64_t N, pixels, C;
   Criterion criterion;
   float eps;
   bool eps_inside;  // of the root, or added to it
   DType dtype, target_dtype, seed_dtype;
-  const void* y;               // [N, pixels, C]
-  const void* delta;           // [N, pixels, C] or null
-  const void* target;          // [N, pixels, C] or null
-  const uint8_t* from_target;  // [N], with delta
-  const float* weight;         // [C] or null
-  void* seed;                  // [N, pixels, C] or null
-  float* distances;            // [N, pixels] or null
-  double* sum;                 // [N]
-  int64_t y_image_stride, delta_image_stride, target_image_stride, seed_image_stride;
-  int64_t distances_image_stride;
+  const void* y;        // [N, pixels, C]
+  const void* target;   // [N, pixels, C]
+  const float* weight;  // [C] or null
+  void* seed;           // [N, pixels, C] or null
+  float* distances;     // [N, pixels] or null
+  double* sum;          // [N]
+  int64_t y_image_stride, target_image_stride, seed_image_stride, distances_image_stride;
 };
 
 struct ReluPoolBwd {

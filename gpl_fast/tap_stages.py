@@ -27,13 +27,11 @@ class TapStages(Protocol):
 
     def unit_diff_fwd(
         self,
-        y: Tensor,  # (N, H, W, C): the carried branch's, or with `target` the prediction's
+        y: Tensor,  # (N, H, W, C): the prediction's
         *,
+        target: Tensor,  # (N, H, W, C) of any of the three dtypes
         criterion: int, eps: float,
         eps_inside: bool,  # the norm is sqrt(Σ φ² + eps), else sqrt(Σ φ²) + eps
-        delta: Tensor | None = None,  # as y
-        from_target: Tensor | None = None,  # with delta
-        target: Tensor | None = None,  # (N, H, W, C) of any of the three dtypes, in delta's place
         weight: Tensor | None = None,  # as above
         seed: Tensor | None = None,  # (N, H, W, C) of any of the three dtypes
         distances: Tensor | None = None,  # (N, H, W) float32

@@ -36,25 +36,14 @@ struct Pixel {
   float *prediction, *target, *delta;
 };
 
-// The pixel's features in both branches, from the one that is carried.
+// The pixel's features in both branches, and sums over them.
 GPL_INLINE void load_pixel(const UnitDiffFwd& a, int64_t n, int64_t px, const Pixel& pixel, Vf& pp,
                            Vf& tt, Vf& change) {
-  const bool from_target = a.delta && a.from_target[n];
   for (int64_t c = 0; c < a.C; c += 16) {
     const int64_t left = a.C - c, at = px * a.C + c;
-    const Vf y = read(a.dtype, a.y, n * a.y_image_stride + at, left);
-    Vf d, p = y, t = y;
-    if (a.delta) {
-      d = read(a.dtype, a.delta, n * a.delta_image_stride + at, left);
-      if (from_target) {
-        p = y + d;
-      } else {
-        t = y - d;
-      }
-    } else {
-      t = read(a.target_dtype, a.target, n * a.target_image_stride + at, left);
-      d = p - t;
-    }
+    const Vf p = read(a.dtype, a.y, n * a.y_image_stride + at, left);
+    const Vf t = read(a.target_dtype, a.target, n * a.target_image_stride + at, left);
+    const Vf d = p - t;
     pp = fma(p, p, pp), tt = fma(t, t, tt), change = fma(d, p + t, change);
     store(pixel.prediction + c, p), store(pixel.target + c, t), store(pixel.delta + c, d);
   }

@@ -8,21 +8,16 @@ namespace gpl_fast {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(gpl_fast, m) {
   m.def(
-      "unit_diff_fwd(Tensor y, int criterion, float eps, bool eps_inside, Tensor? delta=None, "
-      "Tensor? from_target=None, Tensor? target=None, Tensor? weight=None, "
-      "Tensor(a!)? seed=None, Tensor(b!)? distances=None) -> Tensor");
+      "unit_diff_fwd(Tensor y, Tensor target, int criterion, float eps, bool eps_inside, "
+      "Tensor? weight=None, Tensor(a!)? seed=None, Tensor(b!)? distances=None) -> Tensor");
 }
 
 namespace {
 
-Tensor unit_diff_fwd(const Tensor& y, int64_t criterion, double eps, bool eps_inside,
-                     const MaybeTensor& delta, const MaybeTensor& from_target,
-                     const MaybeTensor& target, const MaybeTensor& weight, const MaybeTensor& seed,
+Tensor unit_diff_fwd(const Tensor& y, const Tensor& target, int64_t criterion, double eps,
+                     bool eps_inside, const MaybeTensor& weight, const MaybeTensor& seed,
                      const MaybeTensor& distances) {
   STD_TORCH_CHECK(y.dim() == 4, "gpl_fast: y must be [N, H, W, C], got ", text(y.sizes()));
-  STD_TORCH_CHECK(delta.has_value() != target.has_value(), "gpl_fast: give delta or target");
-  STD_TORCH_CHECK(delta.has_value() == from_target.has_value(),
-                  "gpl_fast: from_target goes with delta");
   const int64_t N = y.size(0), H = y.size(1), W = y.size(2), C = y.size(3);
   const Shape shape = {N, H, W, C};
   UnitDiffFwd a = {};
@@ -32,14 +27,9 @@ Tensor unit_diff_fwd(const Tensor& y, int64_t criterion, double eps, bool eps_in
   a.dtype = float_dtype(y, "y");
   a.y = y.data_ptr();
   a.y_image_stride = image_stride(y, "y", y.scalar_type(), shape);
-  a.delta = data(delta);
-  a.delta_image_stride = image_stride(delta, "delta", y.scalar_type(), shape);
-  a.from_target = from_target_of(from_target, N);
-  if (target) {
-    a.target_dtype = float_dtype(*target, "target");
-    a.target = target->data_ptr();
-    a.target_image_stride = image_stride(*target, "target", target->scalar_type(), shape);
-  }
+  a.target_dtype = float_dtype(target, "target");
+  a.target = target.data_ptr();
+  a.target_image_stride = image_stride(target, "target", target.scalar_type(), shape);
   a.weight = contiguous<float>(weight, "weight", ScalarType::Float, {C});
   if (seed) {
     a.seed_dtype = float_dtype(*seed, "seed");

@@ -92,11 +92,6 @@ class Call:
         return frozenset(name for name, _ in self.features if self.distance.normalize)
 
     @functools.cached_property
-    def looked_into(self) -> frozenset[str]:
-        """The taps that need the carried branch beside δ."""
-        return self.styled | self.normalized
-
-    @functools.cached_property
     def squared(self) -> frozenset[str]:
         """The layers whose seed is δ itself: of its squares, all of one weight."""
         taps = (name for name, _ in self.features if f"weight.{name}" not in self.tensors)

@@ -90,16 +90,16 @@ class StepForward:
             code = chunk.saved_rows(f"code.{step.pool}", a, b)
         else:
             code = chunk.saved_rows(f"mask.{step.relu}", rows.a, rows.b)
-        diff, looked_into = self.taps.place.get(step.pool), step.pool in plan.call.looked_into
+        diff, styled = self.taps.diff.get(step.pool), step.pool in plan.call.styled
         shape = (z.shape[0], z.shape[1] // 2, z.shape[2] // 2, z.shape[3])
         y: Tensor | None = None
         if out is not None:
             y, d = out[0][:, a:b], out[-1][:, a:b]
         else:
             both = None
-            if looked_into or dz is None or diff is None:
+            if styled or dz is None or diff is None:
                 both = chunk.take("pooled", (2, *shape))
-            if looked_into or dz is None:
+            if styled or dz is None:
                 assert both is not None
                 y = both[0]
             if diff is not None:
@@ -118,7 +118,7 @@ class StepForward:
             z, dz=dz, from_target=chunk.from_target, pool=POOLS[step.pool_kind], delta=d,
             y=y, code=code,
         )  # fmt: skip
-        if looked_into or (diff is not None and out is not None):
+        if styled or (diff is not None and out is not None):
             self._tap(step.pool, y, d, everything, a, b)
 
     def _block(self, i: int, maps: Maps, rows: Rows, pad_h: int, out: Tensor | None) -> Maps:
@@ -178,11 +178,11 @@ class StepForward:
         plan, (a, b) = self.chunk.plan, rows
         step, plain = plan.steps[i], plan.call.plain
         tap = step.pool or step.relu
-        diff = self.taps.place.get(tap)
+        diff = self.taps.diff.get(tap)
         if out is not None:
             return Maps(out[0][:, a:b], None if plain else out[1][:, a:b])
         if i + 1 == len(plan.steps) and diff is not None and not plain:
             # The last block leaves its difference alone.
-            y = self.chunk.take(f"z{i % 2}", shape) if tap in plan.call.looked_into else None
+            y = self.chunk.take(f"z{i % 2}", shape) if tap in plan.call.styled else None
             return Maps(y, diff[:, a:b])
         return Maps.of(self.chunk.take(f"z{i % 2}", (1 if plain else 2, *shape)))

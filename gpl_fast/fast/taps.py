@@ -26,15 +26,13 @@ class TapsForward:
         self.chunk, self.terms, self.keep = chunk, terms, keep
         self.maps = {} if maps is None else chunk.plan.by_tap(maps)
         self.diff: dict[str, Tensor] = {}
-        # Those that δ may be written to: of normalised features the seed alone is.
-        self.place: dict[str, Tensor] = {}
         # Of each image, where it has been summed as the rows came.
         self.sums: dict[str, Tensor] = {}
 
     def begin(self, here: Collection[str]) -> None:
         """The taps of a segment."""
         chunk, call = self.chunk, self.chunk.plan.call
-        self.sums, self.diff, self.place = {}, {}, {}
+        self.sums, self.diff = {}, {}
         for tap, _ in call.features:
             if tap not in here:
                 continue
@@ -43,8 +41,6 @@ class TapsForward:
             elif tap not in call.normalized:
                 shape = (len(chunk.x[chunk.images]), *chunk.plan.tap_shape(tap)[1:])
                 self.diff[tap] = chunk.x.new_empty(shape, dtype=chunk.plan.dtype)
-            if tap not in call.normalized:
-                self.place[tap] = self.diff[tap]
         for tap in call.styled.intersection(here):
             chunk.saved[f"gram.{tap}"][chunk.images].zero_()
 
@@ -59,7 +55,7 @@ class TapsForward:
         diff = self.diff.get(tap)
         if tap in call.normalized:
             assert y is not None
-            self._normalized(tap, y, d, a, b)
+            self._normalized(tap, y, a, b)
         elif diff is not None:
             if d is None:
                 assert y is not None
@@ -71,20 +67,18 @@ class TapsForward:
             assert y is not None
             self._style(tap, y, d, a, b)
 
-    def _normalized(self, tap: str, y: Tensor, d: Tensor | None, a: int, b: int) -> None:
+    def _normalized(self, tap: str, y: Tensor, a: int, b: int) -> None:
         chunk, distance = self.chunk, self.chunk.plan.call.distance
-        diff, target = self.diff.get(tap), chunk.of(f"feature.{tap}")
-        pixels = self.maps.get(tap)
-        if target is not None and y.dtype != target.dtype:  # rounded alike: equal ones stay equal
+        diff, pixels = self.diff.get(tap), self.maps.get(tap)
+        target = chunk.target[f"feature.{tap}"][chunk.images, a:b]
+        if y.dtype != target.dtype:  # rounded alike: equal ones stay equal
             y = chunk.take("tap", tuple(y.shape), target.dtype).copy_(y)
         sums = chunk.stages.unit_diff_fwd(
             y,
             criterion=CRITERIA[distance.criterion],
             eps=distance.eps,
             eps_inside=distance.eps_inside,
-            delta=d,
-            from_target=None if d is None else chunk.from_target,
-            target=None if d is not None or target is None else target[:, a:b],
+            target=target,
             weight=chunk.target.get(f"weight.{tap}"),
             seed=None if diff is None else diff[:, a:b],
             distances=None if pixels is None else pixels[chunk.images, a:b],

@@ -18,18 +18,10 @@ from gpl_fast.kernels.launch import CRITERION_NAMES, blocks_of_maps, cdiv, image
 
 
 @triton.jit
-def _features(y_ptr, delta_ptr, target_ptr, from_target, at, inside):
+def _features(y_ptr, target_ptr, at, inside):
     """(the prediction's, the target's, their difference)."""
-    p = load(y_ptr, at, inside)
-    t = p
-    if target_ptr is not None:
-        t = load(target_ptr, at, inside)
-        d = p - t
-    else:
-        d = load(delta_ptr, at, inside)
-        t = tl.where(from_target, p, p - d)
-        p = tl.where(from_target, p + d, p)
-    return p, t, d
+    p, t = load(y_ptr, at, inside), load(target_ptr, at, inside)
+    return p, t, p - t
 
 
 @triton.jit
@@ -46,30 +38,25 @@ def _seed_of(p, t, d, w, of_target, of_prediction, over_larger, CRITERION: tl.co
     return w[:, None] * slope(u, CRITERION), u
 
 
-@triton.jit(do_not_specialize_on_alignment=["from_target_ptr"])
+@triton.jit
 def _unit_diff_fwd_kernel(
-    y_ptr, delta_ptr, target_ptr, from_target_ptr, weight_ptr, seed_ptr, distances_ptr, partial_ptr,
-    y_image, delta_image, target_image, seed_image, distances_image,  # strides
+    y_ptr, target_ptr, weight_ptr, seed_ptr, distances_ptr, partial_ptr,
+    y_image, target_image, seed_image, distances_image,  # strides
     pixels, C, eps_inside, eps_outside,
     CRITERION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(1).to(tl.int64)
     px = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     channel = tl.arange(0, BLOCK_C)
-    from_target = False
     y_ptr += n * y_image
-    if target_ptr is not None:
-        target_ptr += n * target_image
-    else:
-        delta_ptr += n * delta_image
-        from_target = tl.load(from_target_ptr + n) != 0
+    target_ptr += n * target_image
     pp = tl.zeros((BLOCK_P,), tl.float32)
     tt = tl.zeros((BLOCK_P,), tl.float32)
     change = tl.zeros((BLOCK_P,), tl.float32)
     for c0 in range(0, C, BLOCK_C):
         inside = (px[None, :] < pixels) & (c0 + channel[:, None] < C)
         at = px[None, :] * C + c0 + channel[:, None]
-        p, t, d = _features(y_ptr, delta_ptr, target_ptr, from_target, at, inside)
+        p, t, d = _features(y_ptr, target_ptr, at, inside)
         pp += tl.sum(p * p, axis=0)
         tt += tl.sum(t * t, axis=0)
         change += tl.sum(d * (p + t), axis=0)
@@ -86,7 +73,7 @@ def _unit_diff_fwd_kernel(
     for c0 in range(0, C, BLOCK_C):
         inside = (px[None, :] < pixels) & (c0 + channel[:, None] < C)
         at = px[None, :] * C + c0 + channel[:, None]
-        p, t, d = _features(y_ptr, delta_ptr, target_ptr, from_target, at, inside)
+        p, t, d = _features(y_ptr, target_ptr, at, inside)
         w = tl.full((BLOCK_C,), 1.0, tl.float32)
         if weight_ptr is not None:
             w = load(weight_ptr, c0 + channel, c0 + channel < C)
@@ -100,7 +87,7 @@ def _unit_diff_fwd_kernel(
         for c0 in range(0, C, BLOCK_C):
             inside = (px[None, :] < pixels) & (c0 + channel[:, None] < C)
             at = px[None, :] * C + c0 + channel[:, None]
-            p, t, d = _features(y_ptr, delta_ptr, target_ptr, from_target, at, inside)
+            p, t, d = _features(y_ptr, target_ptr, at, inside)
             w = tl.full((BLOCK_C,), 1.0, tl.float32)
             if weight_ptr is not None:
                 w = load(weight_ptr, c0 + channel, c0 + channel < C)
@@ -113,9 +100,8 @@ def _unit_diff_fwd_kernel(
 
 
 def unit_diff_fwd(
-    y: Tensor, *, criterion: int, eps: float, eps_inside: bool, delta: Tensor | None = None,
-    from_target: Tensor | None = None, target: Tensor | None = None, weight: Tensor | None = None,
-    seed: Tensor | None = None, distances: Tensor | None = None,
+    y: Tensor, *, target: Tensor, criterion: int, eps: float, eps_inside: bool,
+    weight: Tensor | None = None, seed: Tensor | None = None, distances: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`gpl_fast.tap_stages.TapStages.unit_diff_fwd`."""
     n, h, w, c = y.shape
@@ -124,8 +110,8 @@ def unit_diff_fwd(
     block_p, block_c = blocks_of_maps(c)
     partial = y.new_empty((n, cdiv(h * w, block_p)), dtype=torch.float32)
     launch(
-        _unit_diff_fwd_kernel, (partial.shape[1], n), y, delta, target, from_target, weight, seed,
-        distances, partial, *image_strides(y, delta, target, seed, distances), h * w, c,
+        _unit_diff_fwd_kernel, (partial.shape[1], n), y, target, weight, seed, distances, partial,
+        *image_strides(y, target, seed, distances), h * w, c,
         eps if eps_inside else 0.0, 0.0 if eps_inside else eps,
         CRITERION=CRITERION_NAMES[criterion], BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4,
     )  # fmt: skip

@@ -354,15 +354,14 @@ def small_stages(dtype: torch.dtype, c: int, weighted: bool = False) -> dict:
         stages |= {
             f"seed {form}": lambda g=given: kernels.diff_reduce_fwd(y, **g),
             f"unit_diff {form}": lambda g=given: kernels.unit_diff_fwd(
-                y, **{"criterion": 0, **g, "seed": wide}, eps=1e-10, eps_inside=False, delta=y,
-                from_target=branch,
+                y, **{"criterion": 0, **g, "seed": wide}, eps=1e-10, eps_inside=False, target=y
             ),
         }  # fmt: skip
-    stages["unit_diff stored"] = lambda: kernels.unit_diff_fwd(
+    stages["unit_diff float32 target"] = lambda: kernels.unit_diff_fwd(
         y, criterion=0, eps=1e-8, eps_inside=True, target=wide, weight=weight, seed=y
     )
     stages["unit_diff pixels"] = lambda: kernels.unit_diff_fwd(
-        y, criterion=0, eps=1e-10, eps_inside=False, delta=y, from_target=branch, seed=wide,
+        y, criterion=0, eps=1e-10, eps_inside=False, target=y, seed=wide,
         distances=meta(N, H // 2, W // 2, dtype=FLOAT),
     )  # fmt: skip
     for pool in (0, 1):

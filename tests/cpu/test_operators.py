@@ -157,7 +157,7 @@ def opcheck_cases():
         }),
         "diff_reduce_fwd": (half, {"criterion": 1, "weight": weight, "seed": half.clone()}),
         "unit_diff_fwd": (z, {
-            "criterion": 0, "eps": 1e-10, "eps_inside": False, "delta": dz, "from_target": branch,
+            "criterion": 0, "eps": 1e-10, "eps_inside": False, "target": dz,
             "weight": weight, "seed": z.clone(), "distances": lse.clone(),
         }),
         "relu_pool_bwd": (half, {

@@ -206,14 +206,13 @@ def test_seeds_of_a_long_image(stages, sparse):
 
 
 def test_unit_diff_within_an_image(stages, sparse):
-    y, delta, seed = (sparse(1, LONG, WIDE, DEEP, dtype=BF16) for _ in range(3))
+    y, target, seed = (sparse(1, LONG, WIDE, DEEP, dtype=BF16) for _ in range(3))
     assert y.numel() > FAR
-    y[0, -1, -1, -4:], delta[0, -1, -1, -4:] = torch.randn(2, 4).to(BF16)
-    given = {"criterion": 0, "eps": 1e-10, "eps_inside": False, "from_target": BRANCH}
-    stages.unit_diff_fwd(y, delta=delta, seed=seed, **given)
-    p, d = y[0, -1, -1, -4:].double(), delta[0, -1, -1, -4:].double()
+    y[0, -1, -1, -4:], target[0, -1, -1, -4:] = torch.randn(2, 4).to(BF16)
+    stages.unit_diff_fwd(y, target=target, criterion=0, eps=1e-10, eps_inside=False, seed=seed)
+    p, t = y[0, -1, -1, -4:].double(), target[0, -1, -1, -4:].double()
     n = p / p.norm()
-    v = n - (p - d) / (p - d).norm()
+    v = n - t / t.norm()
     want = (v - n * (n @ v)) / p.norm()
     torch.testing.assert_close(seed[0, -1, -1, -4:].double(), want, rtol=0.01, atol=1e-3)
 
