@@ -346,23 +346,23 @@ def small_stages(dtype: torch.dtype, c: int, weighted: bool = False) -> dict:
         "relu": lambda: kernels.relu_fwd(z, y=z, mask=bits),
         "relu_diff": lambda: kernels.relu_diff_fwd(z, **both, y=z, delta=z, mask=bits),
         "relu_bwd": lambda: kernels.relu_bwd(z, mask=bits, dz=z),
-        "diff_reduce": lambda: kernels.diff_reduce_fwd(y),
+        "diff_reduce": lambda: kernels.diff_reduce_fwd(z),
     }
-    weight, wide = meta(c, dtype=FLOAT), meta(N, H // 2, W // 2, c, dtype=FLOAT)
-    seeds = {"l1": {"criterion": 1, "seed": y}, "l2 weighted": {"weight": weight, "seed": y}}
+    weight, wide = meta(c, dtype=FLOAT), meta(N, H, W, c, dtype=FLOAT)
+    seeds = {"l1": {"criterion": 1, "seed": z}, "l2 weighted": {"weight": weight, "seed": z}}
     for form, given in seeds.items():
         stages |= {
-            f"seed {form}": lambda g=given: kernels.diff_reduce_fwd(y, **g),
+            f"seed {form}": lambda g=given: kernels.diff_reduce_fwd(z, **g),
             f"unit_diff {form}": lambda g=given: kernels.unit_diff_fwd(
-                y, **{"criterion": 0, **g, "seed": wide}, eps=1e-10, eps_inside=False, target=y
+                z, **{"criterion": 0, **g, "seed": wide}, eps=1e-10, eps_inside=False, target=z
             ),
         }  # fmt: skip
     stages["unit_diff float32 target"] = lambda: kernels.unit_diff_fwd(
-        y, criterion=0, eps=1e-8, eps_inside=True, target=wide, weight=weight, seed=y
+        z, criterion=0, eps=1e-8, eps_inside=True, target=wide, weight=weight, seed=z
     )
     stages["unit_diff pixels"] = lambda: kernels.unit_diff_fwd(
-        y, criterion=0, eps=1e-10, eps_inside=False, target=y, seed=wide,
-        distances=meta(N, H // 2, W // 2, dtype=FLOAT),
+        z, criterion=0, eps=1e-10, eps_inside=False, target=z, seed=wide,
+        distances=meta(N, H, W, dtype=FLOAT),
     )  # fmt: skip
     for pool in (0, 1):
         made = {"pool": pool, "code": code[pool]}

@@ -63,7 +63,7 @@ MUTATIONS = [
     Mutation("sums of unrounded values", SM80, PUT, "in_place ? (px.put_dy(n0 + c, dy(c)), dy(c))", LOGITS + "sums_take_the_stored_gradient[cuda-80]"),  # noqa: E501
     Mutation("a mask that multiplies", PIXEL, "if (!valid_) g = 0.0f;", "g *= valid_;", LOGITS + "masked_pixels_may_hold_nan[cuda-80-19-1]"),  # noqa: E501
     Mutation("x / T alone", GRADIENT, "(x - lse) * rate", "x * rate - lse * rate", LOGITS + "any_temperature[cuda-80-0.3-19]"),  # noqa: E501
-    Mutation("1 / T first", PIXEL, "a.scale[n]}", "a.scale[n] * a.inv_t}", LOGITS + "any_temperature[cuda-80-1e-30-19]"),  # noqa: E501
+    Mutation("1 / T first", PIXEL, "a.scale[n] * weight}", "a.scale[n] * a.inv_t * weight}", LOGITS + "any_temperature[cuda-80-1e-30-19]"),  # noqa: E501
     Mutation("the label's neighbour", GRADIENT, "c == label ?", "c == label + 1 ?", LOGITS + "cross_entropy_and_masks[cuda-80-1-19]"),  # noqa: E501
     Mutation("the sums of one warp", SOFTMAX, "k < 1 << work_.log2_warps", "k < 1", SUMS + "shared_memory_of_every_gpu[cuda-150]"),  # noqa: E501
     Mutation("dy read before it is there", SOFTMAX, "    ptx::cp_async_wait<0>();\n", "", SUMS + "orders_agree_bit_for_bit[cuda-1300]"),  # noqa: E501
