@@ -24,7 +24,7 @@ BUILD   := $(CSRC) $(wildcard csrc/*.py) setup.py gpl_fast/environment.py gpl_fa
 
 .PHONY: help venv build demo check check-cpu check-interpreter
 .PHONY: test test-cpu test-edges test-stages test-interpreter test-compile test-compile-all test-cuda
-.PHONY: test-peers
+.PHONY: test-peers test-frameworks
 .PHONY: sanitize lint matrix
 .PHONY: bench bench-gpu gpu-report toy wheel clean
 .DELETE_ON_ERROR:
@@ -40,6 +40,7 @@ help:
 	@echo "  test-compile      what Triton and nvcc made of the kernels, for every GPU"
 	@echo "  test-cuda         backward walks by CUDA's kernels on the CPU; faults put into these"
 	@echo "make test-peers  against the packages whose losses ours replace, which it installs"
+	@echo "make test-frameworks  the recipes in examples/ by the real frameworks, which it installs"
 	@echo "make test-compile-all  what every Triton from 3.6 on made of them: minutes each, the network"
 	@echo "make sanitize  the CPU kernels under AddressSanitizer and UBSan"
 	@echo "make matrix which option is tested by whom, in which dtype, against which target"
@@ -110,16 +111,25 @@ test-compile: $(LIBRARY)
 # that they need, into a folder of their own.
 PEERS := $(VENV)/.peers
 PEER_FILES := basicsr mmsegmentation
-NAMES_OF_PEERS := import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-  print(*project["optional-dependencies"]["peers"])
+EXTRA := import sys, tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+  print(*project["optional-dependencies"][sys.argv[1]])
 
 test-peers: $(LIBRARY) $(PEERS)
 	$(PY) -m pytest tests/peers
 
 $(PEERS): pyproject.toml constraints.txt | $(READY)
-	$(PY) -m pip install -c constraints.txt $$($(PY) -c '$(NAMES_OF_PEERS)')
+	$(PY) -m pip install -c constraints.txt $$($(PY) -c '$(EXTRA)' peers)
 	rm -rf $(VENV)/peers
 	$(PY) -m pip install -c constraints.txt --no-deps --no-build-isolation --target $(VENV)/peers $(PEER_FILES)
+	touch $@
+
+FRAMEWORKS := $(VENV)/.frameworks
+
+test-frameworks: $(LIBRARY) $(FRAMEWORKS)
+	$(PY) -m pytest tests/frameworks
+
+$(FRAMEWORKS): pyproject.toml constraints.txt | $(READY)
+	$(PY) -m pip install -c constraints.txt $$($(PY) -c '$(EXTRA)' frameworks)
 	touch $@
 
 # Each in a folder that goes before the environment's own; `make -k` goes on where one cannot be had.
