@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import SupportsFloat
 
 import torch
 from torch import Tensor
 
 from gpl_fast import parts
-from gpl_fast.input_checks import as_float
+from gpl_fast.input_checks import Number, as_float
 from gpl_fast.net.lossnet import LossNet
 from gpl_fast.options import Options
 from gpl_fast.precision import accumulation_dtype
@@ -81,7 +80,7 @@ def ratios(norms: Mapping[str, float], weights: Mapping[str, object]) -> dict[st
     return {name: norm / one if one else float("inf") for name, norm in others}
 
 
-def weight_for(share: SupportsFloat, ce: float, gpl: float) -> float:
+def weight_for(share: Number, ce: float, gpl: float) -> float:
     """λ at which a gradient of norm `gpl` has `share` of `ce`, the cross-entropy's.
 
     Raises:

@@ -7,11 +7,12 @@ words which are checked once. Conventions: docs/math.md.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import SupportsFloat, Unpack
+from typing import Unpack
 
 from torch import Tensor
 
 from gpl_fast import parts
+from gpl_fast.input_checks import Number
 from gpl_fast.layer_weights import LayerWeight, as_layers, level_taps
 from gpl_fast.net.lossnet import LossNet
 from gpl_fast.normalizer import NormalizerLike
@@ -66,12 +67,12 @@ def segmentation_loss(
     *,
     teacher: TargetLike | None = None,
     mask: Tensor | None = None,
-    gpl_weight: SupportsFloat = 0.1,
-    ce_weight: SupportsFloat = 1.0,
+    gpl_weight: Number = 0.1,
+    ce_weight: Number = 1.0,
     class_weight: ClassWeight | None = None,
     mode: str = "multiclass",
     pos_weight: ClassWeight | None = None,
-    label_smoothing: SupportsFloat = 0.0,
+    label_smoothing: Number = 0.0,
     gpl_ignore: bool | str = "auto",
     level_weights: Iterable[LayerWeight] | None = None,
     return_parts: bool = False,
@@ -128,8 +129,8 @@ def perceptual_loss(
     style_target: TargetLike | None = None,
     mask: Tensor | None = None,
     feature_layers: Mapping[str, LayerWeight],
-    style_layers: Mapping[str, SupportsFloat],
-    tv_weight: SupportsFloat = 0.0,
+    style_layers: Mapping[str, Number],
+    tv_weight: Number = 0.0,
     return_parts: bool = False,
     **options: Unpack[OptionWords],
 ) -> Tensor | dict[str, Tensor]:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, SupportsFloat
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gpl_fast.distance import Distance
-from gpl_fast.input_checks import as_float
+from gpl_fast.input_checks import Number, as_float
 from gpl_fast.net.lossnet import LossNet
 from gpl_fast.terms import Weights
 
 # (C_b,) numbers by layer; None = each channel counts 1.
-Heads = Mapping[str, Tensor | Iterable[SupportsFloat] | None]
+Heads = Mapping[str, Tensor | Iterable[Number] | None]
 
 
 def as_heads(net: LossNet, heads: Heads | None) -> dict[str, Tensor]:

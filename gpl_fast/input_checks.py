@@ -12,6 +12,9 @@ from torch import Tensor
 
 from gpl_fast.graphs import constant
 
+Number = float | SupportsFloat  # Python's too: jsonargparse takes the annotations at their word
+Integer = int | SupportsIndex
+
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER_DTYPES = (
     torch.int8, torch.int16, torch.int32, torch.int64,
@@ -112,7 +115,7 @@ def way_out_of_shape(maps: Tensor, channels: int, remake: str = REMAKE) -> str:
     return "reshape it to four dimensions"
 
 
-def as_float(what: str, x: SupportsFloat | str, expected: str = "a number") -> float:
+def as_float(what: str, x: Number | str, expected: str = "a number") -> float:
     """`x` as a float: Python's, numpy's and 0-dim tensors' numbers; not bool, not text.
 
     Raises:
@@ -130,7 +133,7 @@ def as_float(what: str, x: SupportsFloat | str, expected: str = "a number") -> f
     return number
 
 
-def as_int(what: str, x: SupportsIndex, expected: str = "an integer") -> int:
+def as_int(what: str, x: Integer, expected: str = "an integer") -> int:
     """`x` as an int: Python's, numpy's and 0-dim tensors' integers; not bool, not 2.0.
 
     Raises:
@@ -159,7 +162,7 @@ def as_float_dtype(what: str, value: object) -> torch.dtype | None:
     return None
 
 
-def as_weight(what: str, value: SupportsFloat) -> float:
+def as_weight(what: str, value: Number) -> float:
     """A number >= 0.
 
     Raises:
@@ -171,7 +174,7 @@ def as_weight(what: str, value: SupportsFloat) -> float:
     return number
 
 
-def as_label_smoothing(value: SupportsFloat) -> float:
+def as_label_smoothing(value: Number) -> float:
     """A number in [0, 1].
 
     Raises:
@@ -184,7 +187,7 @@ def as_label_smoothing(value: SupportsFloat) -> float:
 
 
 def as_class_weight(
-    weight: Tensor | Iterable[SupportsFloat],
+    weight: Tensor | Iterable[Number],
     channels: int,
     look: bool = True,
     what: str = "class_weight",
@@ -222,7 +225,7 @@ def as_class_weight(
 MODES = ("multiclass", "binary", "multilabel")
 
 
-def as_num_classes(value: SupportsIndex, mode: str = "multiclass") -> int:
+def as_num_classes(value: Integer, mode: str = "multiclass") -> int:
     """C of a segmentation.
 
     Raises:

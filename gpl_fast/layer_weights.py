@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, SupportsFloat
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,13 +12,13 @@ from torch import Tensor
 from gpl_fast.device_copies import DeviceCopies
 from gpl_fast.distance import Distance
 from gpl_fast.graphs import constant
-from gpl_fast.input_checks import as_class_weight, as_weight
+from gpl_fast.input_checks import Number, as_class_weight, as_weight
 from gpl_fast.net.lossnet import LossNet
 from gpl_fast.targets.values import may_look
 from gpl_fast.terms import Weights
 
 # A layer's weight as it may be given: one number, or one for each of its channels.
-LayerWeight = SupportsFloat | Tensor | Iterable[SupportsFloat]
+LayerWeight = Number | Tensor | Iterable[Number]
 
 
 class HeldWeights:
@@ -117,8 +117,8 @@ def as_layer_names(net: LossNet, layers: Sequence[str]) -> tuple[str, ...]:
 def as_layers(
     net: LossNet,
     feature_layers: Mapping[str, LayerWeight],
-    style_layers: Mapping[str, SupportsFloat],
-    tv_weight: SupportsFloat,
+    style_layers: Mapping[str, Number],
+    tv_weight: Number,
     distance: Distance,
     *,
     once: bool = False,
@@ -200,7 +200,7 @@ def _split(what: str, weight: Any, net: LossNet, name: str, once: bool) -> tuple
     return number, exact / (number or 1.0)
 
 
-def _as_weights(what: str, weights: Mapping[str, SupportsFloat]) -> dict[str, float]:
+def _as_weights(what: str, weights: Mapping[str, Number]) -> dict[str, float]:
     if not weights:
         return {}
     expected = "finite numbers >= 0, not all 0"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import SupportsFloat, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from gpl_fast import distance_maps, parts
 from gpl_fast.costs import Explanation
 from gpl_fast.explain import explain
-from gpl_fast.input_checks import as_int
+from gpl_fast.input_checks import Integer, Number, as_int
 from gpl_fast.layer_weights import HeldWeights, LayerWeight, level_taps
 from gpl_fast.net.initialisation import Init
 from gpl_fast.net.lossnet import LossNet
@@ -24,12 +23,12 @@ from gpl_fast.targets import TargetFeatures, TargetLike, TargetMap, first_look
 class GenericWords(TermWords, total=False):
     """Keywords of `GenericPerceptualLoss` beside its channels and the label that is ignored."""
 
-    net: str | Sequence[SupportsIndex] | LossNet
-    widths: Iterable[SupportsIndex]
-    kernel_size: SupportsIndex
+    net: str | Sequence[Integer] | LossNet
+    widths: Iterable[Integer]
+    kernel_size: Integer
     pool: str
     init: Init
-    seed: SupportsIndex
+    seed: Integer
     level_weights: Iterable[LayerWeight] | None
     reduction: str
 
@@ -76,25 +75,25 @@ class GenericPerceptualLoss(nn.Module):
 
     def __init__(
         self,
-        in_channels: SupportsIndex,
-        net: str | Sequence[SupportsIndex] | LossNet = "1,1,1,1,1",
+        in_channels: Integer,
+        net: str | Sequence[Integer] | LossNet = "1,1,1,1,1",
         *,
-        widths: Iterable[SupportsIndex] = WIDTHS,
-        kernel_size: SupportsIndex = 3,
+        widths: Iterable[Integer] = WIDTHS,
+        kernel_size: Integer = 3,
         pool: str = "max",
         init: Init = "he",
-        seed: SupportsIndex = 0,
+        seed: Integer = 0,
         level_weights: Iterable[LayerWeight] | None = None,
         activation: str = "softmax",
         target_activation: str = "auto",
-        temperature: SupportsFloat = 1.0,
+        temperature: Number = 1.0,
         ignore_index: IgnoreIndex = None,
         reduction: str = "mean",
         criterion: str = "l2",
         normalize_features: bool = False,
         compute_dtype: torch.dtype | str | None = None,
         backend: str = "auto",
-        workspace_mb: SupportsFloat | str = "auto",
+        workspace_mb: Number | str = "auto",
     ) -> None:
         super().__init__()
         channels = as_int("in_channels", in_channels, "an integer >= 1")
@@ -184,12 +183,12 @@ class GenericPerceptualLoss(nn.Module):
 
 def _network(
     channels: int,
-    net: str | Sequence[SupportsIndex] | LossNet,
-    widths: Iterable[SupportsIndex],
-    kernel_size: SupportsIndex,
+    net: str | Sequence[Integer] | LossNet,
+    widths: Iterable[Integer],
+    kernel_size: Integer,
     pool: str,
     init: Init,
-    seed: SupportsIndex,
+    seed: Integer,
 ) -> LossNet:
     """The network that was given, or a random one of the structure that was named."""
     if isinstance(net, LossNet):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from os import PathLike
-from typing import Any, Self, SupportsFloat, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from gpl_fast.costs import Explanation
 from gpl_fast.distance import Distance
 from gpl_fast.explain import explain
 from gpl_fast.heads import Heads, as_heads, tap_weights
-from gpl_fast.input_checks import as_float
+from gpl_fast.input_checks import Number, as_float
 from gpl_fast.layer_weights import HeldWeights
 from gpl_fast.lpips_file import Stored
 from gpl_fast.lpips_inputs import check_images
@@ -57,14 +57,14 @@ class LPIPS(nn.Module):
         net: LossNet,
         heads: Heads | None = None,
         *,
-        eps: SupportsFloat = 1e-10,
+        eps: Number = 1e-10,
         eps_inside: bool = False,
         normalize: bool = False,
         spatial: bool = False,
         reduction: str | None = None,
         compute_dtype: torch.dtype | str | None = None,
         backend: str = "auto",
-        workspace_mb: SupportsFloat | str = "auto",
+        workspace_mb: Number | str = "auto",
     ) -> None:
         super().__init__()
         if not isinstance(net, LossNet):
@@ -188,7 +188,7 @@ class LPIPS(nn.Module):
         path: str | PathLike[str],
         *,
         backend: str = "auto",
-        workspace_mb: SupportsFloat | str = "auto",
+        workspace_mb: Number | str = "auto",
     ) -> Self:
         """Read what `save` wrote; nothing is unpickled. No file holds backend and workspace_mb.
 
@@ -217,7 +217,7 @@ class LPIPS(nn.Module):
         )
 
 
-def _as_eps(eps: SupportsFloat) -> float:
+def _as_eps(eps: Number) -> float:
     number = as_float("eps", eps, "a number > 0")
     if number <= 0:
         raise ValueError(f"eps: got {number}, expected a number > 0")

@@ -4,15 +4,15 @@ that goes through in pieces."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, SupportsFloat, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from gpl_fast.input_checks import as_weight
+from gpl_fast.input_checks import Number, as_weight
 from gpl_fast.targets import values
 
-Count = SupportsFloat | Tensor
+Count = Number | Tensor
 NormalizerLike = Count | Sequence[Count | None]
 
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, SupportsFloat, SupportsIndex, TypedDict, cast
+from typing import Any, TypedDict, cast
 
 import torch
 
 from gpl_fast.backend import BACKENDS
 from gpl_fast.distance import Distance
 from gpl_fast.graphs import constant
-from gpl_fast.input_checks import as_float, as_float_dtype, as_int
+from gpl_fast.input_checks import Integer, Number, as_float, as_float_dtype, as_int
 from gpl_fast.stages import ACTIVATIONS, CRITERIA
 
-IgnoreIndex = SupportsIndex | Sequence[SupportsIndex] | torch.Tensor | None
+IgnoreIndex = Integer | Sequence[Integer] | torch.Tensor | None
 
 TARGET_ACTIVATIONS = ("auto", "same", *ACTIVATIONS)
 REDUCTIONS = ("mean", "sum", "none")
@@ -29,12 +29,12 @@ class TermWords(TypedDict, total=False):
 
     activation: str
     target_activation: str
-    temperature: SupportsFloat
+    temperature: Number
     criterion: str
     normalize_features: bool
     compute_dtype: torch.dtype | str | None
     backend: str
-    workspace_mb: SupportsFloat | str
+    workspace_mb: Number | str
 
 
 class LabelWords(TermWords, total=False):
@@ -197,7 +197,7 @@ def as_ignored(value: IgnoreIndex) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(_as_label, given)))
 
 
-def _as_label(value: SupportsIndex | Sequence[SupportsIndex]) -> int:
+def _as_label(value: Integer | Sequence[Integer]) -> int:
     expected = "an integer, several of them, or None = ignore nothing"
     index = as_int("ignore_index", value, expected)  # type: ignore[arg-type]  # refused there
     if not -(2**63) <= index < 2**63:

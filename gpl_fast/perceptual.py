@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import SupportsFloat, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from gpl_fast import distance_maps, parts
 from gpl_fast.balance import gradient_norms, ratios
 from gpl_fast.costs import Explanation
 from gpl_fast.explain import explain
+from gpl_fast.input_checks import Number
 from gpl_fast.layer_weights import HeldWeights, LayerWeight, as_layers
 from gpl_fast.net.lossnet import LossNet
 from gpl_fast.options import OPTION_NAMES, LabelWords, Options, refuse_unknown
@@ -48,8 +49,8 @@ class PerceptualLoss(nn.Module):
         self,
         net: LossNet,
         feature_layers: Mapping[str, LayerWeight] = MappingProxyType({"relu2_2": 1.0}),
-        style_layers: Mapping[str, SupportsFloat] = MappingProxyType({}),
-        tv_weight: SupportsFloat = 0.0,
+        style_layers: Mapping[str, Number] = MappingProxyType({}),
+        tv_weight: Number = 0.0,
         reduction: str = "mean",
         return_parts: bool = False,
         **options: Unpack[LabelWords],

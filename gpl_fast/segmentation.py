@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import SupportsFloat, SupportsIndex, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from gpl_fast.balance import segmentation_norms, weight_for
 from gpl_fast.costs import Explanation
 from gpl_fast.device_copies import DeviceCopies
 from gpl_fast.explain import explain_segmentation
-from gpl_fast.input_checks import as_label_smoothing, as_num_classes
+from gpl_fast.input_checks import Integer, Number, as_label_smoothing, as_num_classes
 from gpl_fast.loss import GenericPerceptualLoss, GenericWords
 from gpl_fast.net.lossnet import LossNet
 from gpl_fast.normalizer import NormalizerLike
@@ -59,15 +59,15 @@ class SegmentationLoss(nn.Module):
 
     def __init__(
         self,
-        num_classes: SupportsIndex,
+        num_classes: Integer,
         *,
         mode: str = "multiclass",
-        gpl_weight: SupportsFloat = 0.1,
-        ce_weight: SupportsFloat = 1.0,
+        gpl_weight: Number = 0.1,
+        ce_weight: Number = 1.0,
         ignore_index: IgnoreIndex | str = "auto",
         class_weight: ClassWeight | None = None,
         pos_weight: ClassWeight | None = None,
-        label_smoothing: SupportsFloat = 0.0,
+        label_smoothing: Number = 0.0,
         gpl_ignore: bool | str = "auto",
         return_parts: bool = False,
         **gpl: Unpack[GenericWords],
@@ -98,7 +98,7 @@ class SegmentationLoss(nn.Module):
         return float(self._label_smoothing)
 
     @label_smoothing.setter
-    def label_smoothing(self, value: SupportsFloat) -> None:
+    def label_smoothing(self, value: Number) -> None:
         self._label_smoothing = repr(as_label_smoothing(value))
 
     @property
@@ -153,7 +153,7 @@ class SegmentationLoss(nn.Module):
         labels: Tensor,
         teacher: TargetLike | None = None,
         mask: Tensor | None = None,
-        share: SupportsFloat = 0.1,
+        share: Number = 0.1,
     ) -> float:
         """The `gpl_weight` at which the perceptual term's gradient by these logits has `share` of
         the norm of the cross-entropy's, both with reduction "mean".

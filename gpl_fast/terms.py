@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, Self, SupportsFloat
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from gpl_fast.distance import Distance
 from gpl_fast.graphs import constant
 from gpl_fast.input_checks import (
+    Number,
     as_class_weight,
     as_label_smoothing,
     as_num_classes,
@@ -18,7 +19,7 @@ from gpl_fast.input_checks import (
 )
 
 # Weights of classes as they may be given: (C,), of a binary cross-entropy also one number.
-ClassWeight = Tensor | Iterable[SupportsFloat] | SupportsFloat
+ClassWeight = Tensor | Iterable[Number] | Number
 
 
 class Weights(NamedTuple):
@@ -120,10 +121,10 @@ class Segmentation(NamedTuple):
         cls,
         channels: int,
         *,
-        gpl_weight: SupportsFloat,
-        ce_weight: SupportsFloat,
+        gpl_weight: Number,
+        ce_weight: Number,
         class_weight: ClassWeight | None,
-        label_smoothing: SupportsFloat,
+        label_smoothing: Number,
         gpl_ignore: bool | str,
         mode: str = "multiclass",
         pos_weight: ClassWeight | None = None,

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
-from typing import SupportsIndex
 
 import torch
 from torch import Tensor
 
-from gpl_fast.input_checks import as_float, as_int
+from gpl_fast.input_checks import Integer, as_float, as_int
 from gpl_fast.real_tensors import real_tensors
 
 Init = str | tuple[str, float]
@@ -71,7 +70,7 @@ def draw_weight(shape: Sequence[int], init: Init, generator: torch.Generator) ->
     return (draw * std).float()
 
 
-def own_generator(seed: SupportsIndex) -> torch.Generator:
+def own_generator(seed: Integer) -> torch.Generator:
     """A CPU generator of its own.
 
     Raises:

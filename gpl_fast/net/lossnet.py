@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from os import PathLike
 from types import SimpleNamespace
-from typing import Any, SupportsIndex
+from typing import Any
 
 from torch import nn
 
+from gpl_fast.input_checks import Integer
 from gpl_fast.net.frozen_module import first_channels, frozen_copy
 from gpl_fast.net.initialisation import Init, check_init, draw_weight, own_generator
 from gpl_fast.net.layers import weight_shape
@@ -30,13 +31,13 @@ class LossNet(FrozenNetwork):
     @classmethod
     def vgg(
         cls,
-        in_channels: SupportsIndex,
-        blocks: Iterable[SupportsIndex] = (1, 1, 1, 1, 1),
-        widths: Iterable[SupportsIndex] = WIDTHS,
-        kernel_size: SupportsIndex = 3,
+        in_channels: Integer,
+        blocks: Iterable[Integer] = (1, 1, 1, 1, 1),
+        widths: Iterable[Integer] = WIDTHS,
+        kernel_size: Integer = 3,
         pool: str = "max",
         init: Init = "he",
-        seed: SupportsIndex = 0,
+        seed: Integer = 0,
     ) -> LossNet:
         """The paper's VGG-like network (its Section 3.1), random and without biases (Section 3.2).
 
@@ -102,7 +103,7 @@ class LossNet(FrozenNetwork):
         module: nn.Module,
         taps: Taps,
         *,
-        in_channels: SupportsIndex | None = None,
+        in_channels: Integer | None = None,
         mean: Normalisation | None = None,
         std: Normalisation | None = None,
     ) -> LossNet:
@@ -141,7 +142,7 @@ class LossNet(FrozenNetwork):
         frozen = frozen_copy(module)
         return cls((), {}, mean=mean, std=std, module=frozen, taps=parsed, in_channels=channels)
 
-    def with_input_adapter(self, in_channels: SupportsIndex, seed: SupportsIndex = 0) -> LossNet:
+    def with_input_adapter(self, in_channels: Integer, seed: Integer = 0) -> LossNet:
         """This network behind a frozen random 1x1 convolution ``in_channels -> C``.
 
         The "T" rows of the paper's Table 1 (19 classes into a pre-trained network of 3 channels).

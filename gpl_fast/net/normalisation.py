@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import SupportsFloat
 
-from gpl_fast.input_checks import as_float
+from gpl_fast.input_checks import Number, as_float
 
-Normalisation = SupportsFloat | Iterable[SupportsFloat]
+Normalisation = Number | Iterable[Number]
 
 
 def check_normalisation(

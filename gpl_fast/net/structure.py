@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple, SupportsIndex
+from typing import NamedTuple
 
-from gpl_fast.input_checks import as_int
+from gpl_fast.input_checks import Integer, as_int
 from gpl_fast.net.layers import Layer, Part, named_chain
 
 # Convolutions per block of the paper's networks (its Section 4.1).
@@ -20,7 +20,7 @@ KERNEL_SIZES = (1, 3, 5, 7)
 POOLS = ("max", "avg", "stride")
 
 
-def parse_blocks(net: str | Iterable[SupportsIndex]) -> tuple[int, ...]:
+def parse_blocks(net: str | Iterable[Integer]) -> tuple[int, ...]:
     """``"vgg19"``, ``"2,2,4,4,4"`` or ``[2, 2, 4, 4, 4]`` -> convolutions per block.
 
     Raises:
@@ -54,10 +54,10 @@ class Structure(NamedTuple):
     @classmethod
     def checked(
         cls,
-        in_channels: SupportsIndex,
-        blocks: Iterable[SupportsIndex],
-        widths: Iterable[SupportsIndex],
-        kernel_size: SupportsIndex,
+        in_channels: Integer,
+        blocks: Iterable[Integer],
+        widths: Iterable[Integer],
+        kernel_size: Integer,
         pool: str,
     ) -> Structure:
         """Raises: ValueError, as `LossNet.vgg`."""
@@ -86,7 +86,7 @@ class Structure(NamedTuple):
         return named_chain(self.in_channels, parts)
 
 
-def check_channels(in_channels: SupportsIndex) -> int:
+def check_channels(in_channels: Integer) -> int:
     """Raises: ValueError if `in_channels` is not an integer >= 1."""
     c = as_int("in_channels", in_channels, "an integer >= 1")
     if c < 1:
@@ -94,7 +94,7 @@ def check_channels(in_channels: SupportsIndex) -> int:
     return c
 
 
-def _positive(what: str, numbers: Iterable[SupportsIndex]) -> tuple[int, ...]:
+def _positive(what: str, numbers: Iterable[Integer]) -> tuple[int, ...]:
     expected = "a list of integers >= 1, one for each block"
     if isinstance(numbers, str) or not isinstance(numbers, Iterable):
         raise ValueError(f"{what}: got {numbers!r}, expected {expected}")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Self, SupportsIndex, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import GetAttrKey, KeyEntry, register_pytree_node
 
-from gpl_fast.input_checks import FLOAT_DTYPES, describe, is_integer
+from gpl_fast.input_checks import FLOAT_DTYPES, Integer, describe, is_integer
 
 B = TypeVar("B", bound="Batch")
 
@@ -45,7 +45,7 @@ class Batch:
         """N, the number of images."""
         raise NotImplementedError
 
-    def __getitem__(self, index: SupportsIndex | slice | Tensor | Sequence[int]) -> Self:
+    def __getitem__(self, index: Integer | slice | Tensor | Sequence[int]) -> Self:
         """Some of the images, a batch again.
 
         Args:
