@@ -81,10 +81,7 @@ class Segmenter(L.LightningModule):
 
 class Accumulating(Segmenter):
     """Steps over `pieces` batches whose gradient is that of one large batch, whatever each holds of
-    ignored pixels: the pieces' sums are divided by the counts of all of them.
-
-    Lightning divides by ``accumulate_grad_batches`` instead, which makes it a mean of means.
-    """
+    ignored pixels; ``accumulate_grad_batches`` would take a mean of means."""
 
     def __init__(self, loss: gpl_fast.SegmentationLoss, pieces: int = 4, **words: float) -> None:
         super().__init__(loss, **words)
@@ -111,7 +108,9 @@ def main(arguments: list[str] | None = None) -> Segmenter:
         Segmenter, Scenes, args=arguments, seed_everything_default=0, subclass_mode_model=True,
         save_config_callback=None,
     )  # fmt: skip
-    print(", ".join(f"{k} {v:.6f}" for k, v in cli.trainer.callback_metrics.items()))
+    found = dict(cli.trainer.callback_metrics)
+    found["student"] = nn.utils.parameters_to_vector(cli.model.student.parameters()).norm()
+    print(", ".join(f"{name} {value:.7f}" for name, value in found.items()))
     return cli.model
 
 

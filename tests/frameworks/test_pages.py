@@ -1,4 +1,4 @@
-"""The blocks of docs/frameworks, as someone runs them who has copied a page into an empty folder."""
+"""The blocks of docs/frameworks run, as by someone who has copied a page into an empty folder."""
 
 from __future__ import annotations
 
