@@ -7,11 +7,11 @@ import os
 from importlib.util import find_spec
 
 import pytest
-from run import declare_operators
+from run import stand_ins
 
 NEEDED = (
     "lightning", "jsonargparse", "transformers", "accelerate", "segmentation_models_pytorch",
-    "monai", "mmengine", "mmcv", "hydra", "skimage", "torchvision",
+    "monai", "mmengine", "mmcv", "mmseg", "hydra", "skimage", "torchvision",
 )  # fmt: skip
 if missing := [name for name in NEEDED if find_spec(name) is None]:
     raise pytest.UsageError(
@@ -20,4 +20,4 @@ if missing := [name for name in NEEDED if find_spec(name) is None]:
 
 # What a framework would ask a server for is an error here at once.
 os.environ |= {"HF_HUB_OFFLINE": "1", "NO_ALBUMENTATIONS_UPDATE": "1"}
-declare_operators()  # before anything imports torchvision
+stand_ins()
