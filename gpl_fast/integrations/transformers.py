@@ -1,0 +1,59 @@
+"""Hugging Face: a `transformers.Trainer` whose loss is `gpl_fast.SegmentationLoss`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from gpl_fast.segmentation import SegmentationLoss
+
+
+class SegmentationTrainer(transformers.Trainer):  # type: ignore[misc]  # no types where not there
+    """Trains a model whose output has `logits` (N, C, h, w) with labels (N, H, W).
+
+    A step's gradient, and the loss that is logged, are those of the whole batch, over accumulation
+    steps and processes: `transformers.Trainer` counts labels other than -100, and knows nothing of
+    255 or of a term that is a mean over images, so here the loss counts.
+
+    Args:
+        loss: makes the value; set `compute_dtype` there, autocast ends with the model's forward.
+        teacher: called like the model, without labels; its logits, of any size, are the target.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self, *args: Any, loss: SegmentationLoss, teacher: nn.Module | None = None, **words: Any
+    ) -> None:
+        super().__init__(*args, **words)
+        self.loss = loss
+        self.teacher = None if teacher is None else teacher.eval().to(self.args.device)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | None]:
+        """The batches of one step, and what of them counts: (2,), of pixels and images."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        counts = sum(self.loss.count(batch["labels"].to(device)) for batch in batches)
+        return batches, self.accelerator.reduce(counts, "mean")  # DDP averages gradients
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:  # fmt: skip
+        """The loss of one piece; in evaluation its mean."""
+        given = {name: value for name, value in inputs.items() if name != "labels"}
+        outputs, target = model(**given), None
+        if self.teacher is not None:
+            with torch.no_grad():
+                target = self.teacher(**given).logits
+        value = self.loss(
+            outputs.logits, inputs["labels"], teacher=target, normalizer=num_items_in_batch
+        )
+        return (value, outputs) if return_outputs else value

@@ -1,0 +1,162 @@
+"""examples/transformers_*.py, gpl_fast.integrations.transformers, and what
+docs/frameworks/transformers.md says."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from recipes import recipe
+from transformers import Trainer, TrainingArguments
+
+import gpl_fast
+from gpl_fast.integrations.transformers import SegmentationTrainer
+
+example = recipe("transformers_segformer")
+
+
+def losses(rows: list[dict]) -> list[float]:
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def test_the_loss_falls_and_evaluation_has_one(tmp_path):
+    rows = example.main(str(tmp_path), optim="adamw_torch", num_train_epochs=4)
+    values = losses(rows)
+    assert values[-1] < 0.9 * values[0]
+    assert 0 < rows[-1]["eval_loss"] < values[0]
+
+
+def test_accumulation_logs_and_takes_the_steps_of_the_large_batch(tmp_path):
+    pieces = losses(example.main(str(tmp_path), batch_size=2, accumulate=4))
+    large = losses(example.main(str(tmp_path), batch_size=8, accumulate=1))
+    assert len(pieces) == len(large) == 6
+    assert pieces == pytest.approx(large, rel=2e-3)
+
+
+class Asking(Trainer):
+    """Holds what `num_items_in_batch` was."""
+
+    asked: int
+
+    def get_batch_samples(self, *args):
+        batches, self.asked = super().get_batch_samples(*args)
+        self.batches = batches
+        return batches, self.asked
+
+
+@pytest.mark.parametrize("ignored", [255, -100])
+def test_num_items_in_batch_counts_labels_other_than_minus_100(tmp_path, ignored):
+    """With 255 it is not the number of pixels that count."""
+    loss = gpl_fast.SegmentationLoss(example.CLASSES, ignore_index=ignored)
+    trainer = Asking(
+        example.segformer(8),
+        TrainingArguments(
+            str(tmp_path), per_device_train_batch_size=4, max_steps=1, use_cpu=True,
+            report_to="none", disable_tqdm=True,
+        ),
+        train_dataset=example.Squares(ignored=ignored),
+        compute_loss_func=lambda outputs, labels, num_items_in_batch=None: loss(
+            outputs.logits, labels
+        ),
+    )  # fmt: skip
+    trainer.train()
+    counted = sum(int(loss.count(batch["labels"])[0]) for batch in trainer.batches)
+    assert (int(trainer.asked) == counted) == (ignored == -100)
+
+
+def test_a_compute_loss_func_that_takes_means_is_not_divided_by_the_accumulation_steps(tmp_path):
+    """The Trainer takes its value for one that `num_items_in_batch` has divided already."""
+
+    def first(accumulate: int) -> float:
+        torch.manual_seed(0)
+        loss = gpl_fast.SegmentationLoss(example.CLASSES)
+        trainer = Trainer(
+            example.segformer(8),
+            TrainingArguments(
+                str(tmp_path), per_device_train_batch_size=16 // accumulate, max_steps=1,
+                gradient_accumulation_steps=accumulate, logging_steps=1, use_cpu=True,
+                report_to="none", disable_tqdm=True,
+            ),
+            train_dataset=example.Squares(),
+            compute_loss_func=lambda outputs, labels, num_items_in_batch=None: loss(
+                outputs.logits, labels
+            ),
+        )  # fmt: skip
+        trainer.train()
+        return losses(trainer.state.log_history)[0]
+
+    assert first(4) == pytest.approx(4 * first(1), rel=0.05)
+
+
+def test_autocast_is_off_at_the_loss(tmp_path):
+    """The model's outputs are float32 again; only `compute_dtype` brings the network to bfloat16."""
+    seen = []
+
+    class Looking(gpl_fast.SegmentationLoss):
+        def forward(self, logits, labels, **words):
+            used = self.explain(logits, labels).compute_dtype
+            seen.append((torch.is_autocast_enabled("cpu"), logits.dtype, str(used)))
+            return super().forward(logits, labels, **words)
+
+    for dtype in (None, torch.bfloat16):
+        trainer = SegmentationTrainer(
+            example.segformer(8),
+            TrainingArguments(
+                str(tmp_path), max_steps=1, bf16=True, use_cpu=True, report_to="none",
+                disable_tqdm=True,
+            ),
+            train_dataset=example.Squares(8),
+            loss=Looking(example.CLASSES, compute_dtype=dtype),
+        )  # fmt: skip
+        trainer.train()
+    assert [row[:2] for row in seen] == [(False, torch.float32)] * 2
+    assert [row[2].removeprefix("torch.") for row in seen] == ["float32", "bfloat16"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_owns_the_loss_is_saved_and_loaded(tmp_path, dtype):
+    torch.manual_seed(0)
+    model = example.SegformerWithLoss(example.segformer(8).config).eval()
+    model.save_pretrained(tmp_path)
+    assert not any("criterion" in name for name in model.state_dict())
+    loaded, told = example.SegformerWithLoss.from_pretrained(
+        tmp_path, dtype=dtype, output_loading_info=True
+    )
+    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    sample = example.Squares()[1]
+    images, labels = sample["pixel_values"][None], sample["labels"][None]
+    expected = model(images, labels).loss
+    found = loaded.eval()(images.to(dtype), labels).loss
+    torch.testing.assert_close(
+        found.float(), expected, rtol=1e-5 if dtype == torch.float32 else 0.05, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+def test_labels_as_image_processors_leave_them(dtype):
+    logits, labels = (
+        torch.randn(2, 3, 16, 16),
+        example.Squares()[1]["labels"][None].expand(2, -1, -1),
+    )
+    loss = gpl_fast.SegmentationLoss(3)
+    assert torch.equal(loss(logits, labels.to(dtype)), loss(logits, labels))
+
+
+def test_depth_with_holes():
+    example = recipe("transformers_depth")
+    values = example.main()
+    assert values[-1] < 0.5 * values[0]
+    images, depth = example.scenes()
+    perceptual = gpl_fast.GenericPerceptualLoss(1, activation="none")
+    predicted = torch.rand(depth.shape, requires_grad=True)
+    example.depth_loss(predicted, depth, perceptual).backward()
+    assert (predicted.grad[depth.isnan()] == 0).all()
+    assert predicted.grad[depth.isfinite()].abs().min() > 0
+
+
+def test_masks_whose_number_changes_and_may_be_0():
+    values = recipe("transformers_mask2former").main()
+    assert values[0] == 0
+    assert all(map(math.isfinite, values))
+    assert values[-1] < values[1]
