@@ -13,6 +13,7 @@ from gpl_fast.layer_weights import check_channels
 from gpl_fast.net.lossnet import LossNet
 from gpl_fast.options import Options
 from gpl_fast.precision import accumulation_dtype, no_autocast
+from gpl_fast.sharded import local
 from gpl_fast.target_features import target_features
 from gpl_fast.targets import Target, TargetLike, resolve_target
 from gpl_fast.terms import Segmentation, Weights
@@ -33,6 +34,7 @@ def spatial_value(
         TypeError, ValueError: bad input.
         BackendUnavailable: ``backend="fast"``.
     """
+    pred, target, mask = local(pred, target, mask)
     check_prediction(pred, net)
     resolved = resolve_target(target, net.in_channels, o, mask=mask, pred=pred)
     pred, dtype = reference.input_edge(pred), engine.compute_dtype(pred, resolved, o)
@@ -78,6 +80,7 @@ def segmentation_map(
     Raises:
         TypeError, ValueError: bad input.
     """
+    logits, labels, teacher, mask = local(logits, labels, teacher, mask)
     resolve, compared = parts.segmentation_resolvers(s)
     checked, given = resolve(labels, mask, logits, net, o)
     with no_autocast(logits):

@@ -15,6 +15,7 @@ from gpl_fast.net.lossnet import LossNet
 from gpl_fast.normalizer import Normalizer, NormalizerLike, as_normalizer, divided
 from gpl_fast.options import Options
 from gpl_fast.precision import accumulation_dtype, no_autocast
+from gpl_fast.sharded import local
 from gpl_fast.target_features import target_features
 from gpl_fast.targets import (
     IGNORED,
@@ -45,6 +46,8 @@ def generic_value(
     o: Options,
 ) -> Tensor:
     """`functional.generic_perceptual_loss` by the weight of each layer."""
+    if type(pred) is not Tensor or type(target) is not Tensor:
+        pred, target, mask = local(pred, target, mask)
     check_prediction(pred, net)
     resolved = resolve_target(target, net.in_channels, o, mask=mask, pred=pred)
     pred = reference.input_edge(pred)
@@ -65,6 +68,8 @@ def segmentation_parts(
     normalizer: NormalizerLike | None = None,
 ) -> dict[str, Tensor]:
     """The weighted terms of `functional.segmentation_loss`: ``{"loss_ce", "loss_gpl"}``."""
+    if type(logits) is not Tensor or type(labels) is not Tensor:
+        logits, labels, teacher, mask = local(logits, labels, teacher, mask)
     divisor = None if normalizer is None else as_normalizer(normalizer, o.reduction)
     resolve, compared = segmentation_resolvers(s)
     checked, given = resolve(labels, mask, logits, net, o)
@@ -125,6 +130,7 @@ def count(
     labels: Tensor, mask: Tensor | None, channels: int, o: Options, s: Segmentation
 ) -> Tensor:
     """`SegmentationLoss.count`."""
+    labels, mask = local(labels, mask)
     if s.by_element:
         checked, given = count_elements(labels, mask, channels, o)
         counted = (checked != IGNORED).sum(dim=1).double()
@@ -152,6 +158,8 @@ def perceptual_parts(
 ) -> dict[str, Tensor]:
     """The weighted terms of `functional.perceptual_loss`: ``{"loss_feature", "loss_style",
     "loss_tv"}``."""
+    if type(pred) is not Tensor or type(target) is not Tensor:
+        pred, target, style_target, mask = local(pred, target, style_target, mask)
     check_prediction(pred, net)
     resolved = resolve_target(target, net.in_channels, o, mask=mask, pred=pred)
     style = None if style_target is None else resolve_style(style_target, net, o, pred)
@@ -189,6 +197,7 @@ def encode_target(
     target: TargetLike, mask: Tensor | None, net: LossNet, layers: Sequence[str], o: Options
 ) -> TargetFeatures:
     """`functional.encode`."""
+    target, mask = local(target, mask)
     o.check_channels(net.in_channels)
     layers = as_layer_names(net, layers)
     resolved = resolve_target(target, net.in_channels, o, mask=mask)
