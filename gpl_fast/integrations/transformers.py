@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gpl_fast.segmentation import SegmentationLoss
 
 
-class SegmentationTrainer(transformers.Trainer):  # type: ignore[misc]  # no types where not there
+class SegmentationTrainer(transformers.Trainer):
     """Trains a model whose output has `logits` (N, C, h, w) with labels (N, H, W).
 
     A step's gradient, and the loss that is logged, are those of the whole batch, over accumulation
@@ -35,7 +35,7 @@ class SegmentationTrainer(transformers.Trainer):  # type: ignore[misc]  # no typ
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Tensor | None]:
+    ) -> tuple[list[Any], Tensor | int | None]:
         """The batches of one step, and what of them counts: (2,), of pixels and images."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
@@ -45,7 +45,7 @@ class SegmentationTrainer(transformers.Trainer):  # type: ignore[misc]  # no typ
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Any:  # fmt: skip
         """The loss of one piece; in evaluation its mean: there the count is the Trainer's own."""
         given = {name: value for name, value in inputs.items() if name != "labels"}
