@@ -1,10 +1,11 @@
 """The loss in Hugging Face's Trainer: SegFormer, whose logits are smaller than the labels, with a
 teacher of another size and gradient accumulation.
 
-Run: ``python examples/transformers_segformer.py``; some seconds on a CPU. The models are small and
-random; yours come of ``from_pretrained``.
+Run: ``python examples/transformers_segformer.py [BATCH [ACCUMULATE]]``, by torchrun too; some
+seconds on a CPU. The models are small and random; yours come of ``from_pretrained``.
 """
 
+import sys
 import tempfile
 
 import torch
@@ -24,6 +25,7 @@ def segformer(width: int) -> SegformerForSemanticSegmentation:
             num_encoder_blocks=2, depths=[1, 1], hidden_sizes=[width, 2 * width],
             num_attention_heads=[1, 2], sr_ratios=[4, 2], patch_sizes=[7, 3], strides=[4, 2],
             mlp_ratios=[2, 2], decoder_hidden_size=2 * width, num_labels=CLASSES,
+            classifier_dropout_prob=0.0, drop_path_rate=0.0,  # each process draws its own
         )
     )  # fmt: skip
 
@@ -69,6 +71,7 @@ def main(folder: str, batch_size: int = 2, accumulate: int = 4, **words: object)
         segformer(16),
         TrainingArguments(
             folder, per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulate,
+            per_device_eval_batch_size=2,
             **{"num_train_epochs": 3, "learning_rate": 3e-3, "logging_steps": 1, "use_cpu": True,
                "report_to": "none", "disable_tqdm": True, "optim": "sgd", **words},
         ),
@@ -84,5 +87,6 @@ def main(folder: str, batch_size: int = 2, accumulate: int = 4, **words: object)
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as made:
-        logged = [row["loss"] for row in main(made, optim="adamw_torch") if "loss" in row]
-    print(f"loss {logged[0]:.3f} to {logged[-1]:.3f}")
+        rows = main(made, *map(int, sys.argv[1:]), optim="adamw_torch")
+    logged = [row["loss"] for row in rows if "loss" in row]
+    print(f"loss {logged[0]:.4f} to {logged[-1]:.4f}, evaluation {rows[-1]['eval_loss']:.4f}")

@@ -47,13 +47,12 @@ class SegmentationTrainer(transformers.Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:  # fmt: skip
-        """The loss of one piece; in evaluation its mean."""
+        """The loss of one piece; in evaluation its mean: there the count is the Trainer's own."""
         given = {name: value for name, value in inputs.items() if name != "labels"}
         outputs, target = model(**given), None
         if self.teacher is not None:
             with torch.no_grad():
                 target = self.teacher(**given).logits
-        value = self.loss(
-            outputs.logits, inputs["labels"], teacher=target, normalizer=num_items_in_batch
-        )
+        counts = num_items_in_batch if model.training else None
+        value = self.loss(outputs.logits, inputs["labels"], teacher=target, normalizer=counts)
         return (value, outputs) if return_outputs else value

@@ -1,13 +1,13 @@
-"""examples/transformers_*.py, gpl_fast.integrations.transformers, and what
-docs/frameworks/transformers.md says."""
+"""examples/transformers_segformer.py, gpl_fast.integrations.transformers, and what
+docs/frameworks/transformers.md says of the Trainer."""
 
 from __future__ import annotations
 
-import math
+import re
 
 import pytest
 import torch
-from recipes import recipe
+from recipes import recipe, run_recipe
 from transformers import Trainer, TrainingArguments
 
 import gpl_fast
@@ -32,6 +32,103 @@ def test_accumulation_logs_and_takes_the_steps_of_the_large_batch(tmp_path):
     large = losses(example.main(str(tmp_path), batch_size=8, accumulate=1))
     assert len(pieces) == len(large) == 6
     assert pieces == pytest.approx(large, rel=2e-3)
+
+
+def test_two_processes_take_and_log_the_steps_of_one():
+    one = re.findall(r"^loss .*", run_recipe("transformers_segformer", "2", "4"), re.M)
+    two = re.findall(r"^loss .*", run_recipe("transformers_segformer", "2", "2", processes=2), re.M)
+    assert two[0] == two[1]
+    *expected, evaluated = numbers(one[0])
+    *found, by_two = numbers(two[0])
+    assert found == pytest.approx(expected, rel=3e-4)
+    assert by_two == pytest.approx(evaluated, rel=0.05)  # a process has running means of its own
+
+
+def numbers(line: str) -> list[float]:
+    return [float(number) for number in re.findall(r"\d\.\d+", line)]
+
+
+def trainer_of(folder, loss, model=None, **words) -> SegmentationTrainer:
+    """Of one step; it shows each step's loss."""
+    return SegmentationTrainer(
+        model or example.segformer(8),
+        TrainingArguments(
+            str(folder),
+            **{"max_steps": 1, "use_cpu": True, "report_to": "none", "disable_tqdm": True,
+               "logging_steps": 1, **words},
+        ),
+        train_dataset=example.Squares(8), eval_dataset=example.Squares(4), loss=loss,
+    )  # fmt: skip
+
+
+def test_evaluation_counts_255_as_ignored_though_the_trainer_does_not(tmp_path):
+    """Where a model's forward takes ``**kwargs`` the Trainer counts there by itself."""
+    torch.manual_seed(0)
+    loss = gpl_fast.SegmentationLoss(example.CLASSES)
+    trainer = trainer_of(tmp_path, loss, per_device_eval_batch_size=4)
+    assert trainer.model_accepts_loss_kwargs
+    samples = [example.Squares()[i] for i in range(4)]
+    images, labels = (
+        torch.stack([each[name] for each in samples]) for name in ("pixel_values", "labels")
+    )
+    assert (labels == 255).any()
+    found = trainer.evaluate()["eval_loss"]
+    with torch.no_grad():
+        assert found == pytest.approx(loss(trainer.model(images).logits, labels).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_mean_in_compute_loss_func_is_multiplied_by_the_number_of_processes(
+    tmp_path, monkeypatch, ours
+):
+    """By `average_tokens_across_devices`, the default; in `SegmentationTrainer` it is not."""
+    loss = gpl_fast.SegmentationLoss(example.CLASSES)
+    trainer = trainer_of(tmp_path, loss)
+    if not ours:
+        trainer = Trainer(
+            trainer.model,
+            trainer.args,
+            compute_loss_func=lambda outputs, labels, num_items_in_batch: loss(
+                outputs.logits, labels
+            ),
+        )
+    batch = {name: value[None] for name, value in example.Squares()[1].items()}
+    found = []
+    for processes in (1, 2):
+        counted = property(lambda _, processes=processes: processes)
+        monkeypatch.setattr(type(trainer.accelerator), "num_processes", counted)
+        count = torch.tensor([4096.0, 1.0])
+        found.append(trainer.compute_loss(trainer.model, dict(batch), False, count).item())
+    assert found[1] == pytest.approx((1 if ours else 2) * found[0], rel=1e-5)
+
+
+def test_label_smoothing_factor_of_the_trainer_is_not_the_loss_s(tmp_path):
+    def first(smoothing: float, **words: float) -> float:
+        torch.manual_seed(0)
+        loss = gpl_fast.SegmentationLoss(example.CLASSES, label_smoothing=smoothing)
+        trainer = trainer_of(tmp_path, loss, **words)
+        trainer.train()
+        return losses(trainer.state.log_history)[0]
+
+    plain = first(0.0)
+    assert first(0.0, label_smoothing_factor=0.3) == plain
+    assert first(0.3) != pytest.approx(plain, rel=1e-4)
+
+
+def test_torch_compile_leaves_the_loss_the_same(tmp_path):
+    """The Trainer compiles the model; the loss runs behind it."""
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        loss = gpl_fast.SegmentationLoss(example.CLASSES)
+        words = {"torch_compile": True, "torch_compile_backend": "aot_eager"} if compiled else {}
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        trainer = trainer_of(tmp_path, loss, **words)
+        trainer.train()
+        assert bool(torch._dynamo.utils.counters["stats"]["unique_graphs"]) == compiled
+        found += losses(trainer.state.log_history)
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 
 class Asking(Trainer):
@@ -112,48 +209,3 @@ def test_autocast_is_off_at_the_loss(tmp_path):
         trainer.train()
     assert [row[:2] for row in seen] == [(False, torch.float32)] * 2
     assert [row[2].removeprefix("torch.") for row in seen] == ["float32", "bfloat16"]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_that_owns_the_loss_is_saved_and_loaded(tmp_path, dtype):
-    torch.manual_seed(0)
-    model = example.SegformerWithLoss(example.segformer(8).config).eval()
-    model.save_pretrained(tmp_path)
-    assert not any("criterion" in name for name in model.state_dict())
-    loaded, told = example.SegformerWithLoss.from_pretrained(
-        tmp_path, dtype=dtype, output_loading_info=True
-    )
-    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    sample = example.Squares()[1]
-    images, labels = sample["pixel_values"][None], sample["labels"][None]
-    expected = model(images, labels).loss
-    found = loaded.eval()(images.to(dtype), labels).loss
-    torch.testing.assert_close(
-        found.float(), expected, rtol=1e-5 if dtype == torch.float32 else 0.05, atol=1e-6
-    )
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
-def test_labels_as_image_processors_leave_them(dtype):
-    logits, labels = torch.randn(1, 3, 16, 16), example.Squares()[1]["labels"][None]
-    loss = gpl_fast.SegmentationLoss(3)
-    assert torch.equal(loss(logits, labels.to(dtype)), loss(logits, labels))
-
-
-def test_depth_with_holes():
-    example = recipe("transformers_depth")
-    values = example.main()
-    assert values[-1] < 0.5 * values[0]
-    _, depth = example.scenes()
-    perceptual = gpl_fast.GenericPerceptualLoss(1, activation="none")
-    predicted = torch.rand(depth.shape, requires_grad=True)
-    example.depth_loss(predicted, depth, perceptual).backward()
-    assert (predicted.grad[depth.isnan()] == 0).all()
-    assert predicted.grad[depth.isfinite()].abs().min() > 0
-
-
-def test_masks_whose_number_changes_and_may_be_0():
-    values = recipe("transformers_mask2former").main()
-    assert values[0] == 0
-    assert all(map(math.isfinite, values))
-    assert values[-1] < values[1]
