@@ -60,7 +60,7 @@ def main(steps: int = 20) -> list[float]:
     model = Pyramid()
     # gpl_ignore=True: to the loss stored features are a teacher, which would count everywhere.
     loss = gpl_fast.SegmentationLoss(CLASSES, gpl_ignore=True)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     images, labels = make_batch()
     losses = []
     with TemporaryDirectory() as folder:
