@@ -20,7 +20,7 @@ CROP, BATCH, SPLIT = 64, 4, 224  # columns of the half-size maps before SPLIT ar
 
 
 def scene() -> tuple[Tensor, Tensor]:
-    """Both images (1, 6, H, W) and the disparity (1, 1, H, W), inf in its holes, in tens of pixels."""
+    """Both images (1, 6, H, W) and the disparity (1, 1, H, W) in tens of pixels, inf in holes."""
     left, right, disparity = (torch.from_numpy(x) for x in stereo_motorcycle())
     images = torch.cat((left, right), dim=2).permute(2, 0, 1)[None].float() / 127.5 - 1
     # Every second pixel of the truth: a mean over pixels would spread its holes.

@@ -40,5 +40,5 @@ def test_features_of_another_loss_are_refused(deep):
     _, labels = deep.make_batch()
     features = gpl_fast.SegmentationLoss(deep.CLASSES, seed=1).encode(labels)
     logits = torch.zeros(deep.BATCH, deep.CLASSES, deep.SIZE, deep.SIZE)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="fingerprint"):
         gpl_fast.SegmentationLoss(deep.CLASSES)(logits, labels, teacher=features)

@@ -32,7 +32,8 @@ def test_masks_of_255_count_nothing_without_a_comparison():
     loss = gpl_fast.SegmentationLoss(1, mode="binary")
     logits = torch.randn(2, 1, 64, 64, generator=torch.Generator().manual_seed(0))
     png = torch.full((2, 64, 64), 255, dtype=torch.uint8)
-    assert loss(logits, png) == 0 and loss(logits, png > 0) > 0
+    assert loss(logits, png) == 0
+    assert loss(logits, png > 0) > 0
 
 
 def test_sum_over_instances_is_mean_times_their_number():
@@ -41,3 +42,11 @@ def test_sum_over_instances_is_mean_times_their_number():
     mean = gpl_fast.GenericPerceptualLoss(1, activation="sigmoid")(logits, masks.long())
     total = gpl_fast.GenericPerceptualLoss(1, activation="sigmoid", reduction="sum")
     assert torch.isclose(total(logits, masks.long()), 5 * mean)
+
+
+def test_masks_of_28_pixels_need_a_network_of_fewer_blocks():
+    logits, masks = torch.randn(3, 1, 28, 28, requires_grad=True), torch.rand(3, 28, 28) > 0.5
+    with pytest.raises(ValueError, match="32"):
+        gpl_fast.SegmentationLoss(1, mode="binary")(logits, masks)
+    small = gpl_fast.SegmentationLoss(1, mode="binary", net="1,1,1", widths=(64, 128, 256))
+    assert small(logits, masks) > 0
