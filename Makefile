@@ -25,7 +25,7 @@ BUILD   := $(CSRC) $(wildcard csrc/*.py) setup.py gpl_fast/environment.py gpl_fa
 .PHONY: help venv build demo check check-cpu check-interpreter
 .PHONY: test test-cpu test-edges test-stages test-interpreter test-compile test-compile-all test-cuda
 .PHONY: test-peers test-frameworks
-.PHONY: sanitize lint matrix
+.PHONY: sanitize lint matrix test-versions
 .PHONY: bench bench-gpu gpu-report toy wheel clean
 .DELETE_ON_ERROR:
 
@@ -42,6 +42,7 @@ help:
 	@echo "make test-peers  against the packages whose losses ours replace, which it installs"
 	@echo "make test-frameworks  the recipes in examples/ by the real frameworks, which it installs"
 	@echo "make test-compile-all  what every Triton from 3.6 on made of them: minutes each, the network"
+	@echo "make test-versions  a cross-section with every Python that is supported; the network"
 	@echo "make sanitize  the CPU kernels under AddressSanitizer and UBSan"
 	@echo "make matrix which option is tested by whom, in which dtype, against which target"
 	@echo "make lint   ruff, mypy, clang-format"
@@ -131,6 +132,20 @@ test-frameworks: $(LIBRARY) $(FRAMEWORKS)
 $(FRAMEWORKS): pyproject.toml constraints.txt | $(READY)
 	$(PY) -m pip install -c constraints.txt $$($(PY) -c '$(EXTRA)' frameworks)
 	touch $@
+
+# Each in an environment of its own, of a Python that is there: VERSIONS="python3.12-2.13.0".
+VERSIONS ?= python3.11-2.13.0 python3.12-2.13.0 python3.13-2.13.0
+OF_A_VERSION := numpy safetensors pytest pytest-timeout pytest-benchmark hypothesis setuptools ninja \
+  pyyaml pillow matplotlib rich scikit-learn triton
+
+test-versions: $(VERSIONS:%=test-version-%)
+
+test-version-%: $(LIBRARY)
+	rm -rf .cache/versions/$*
+	$(word 1,$(subst -, ,$*)) -m venv .cache/versions/$*
+	.cache/versions/$*/bin/python -m pip install -q torch==$(word 2,$(subst -, ,$*)) $(OF_A_VERSION)
+	.cache/versions/$*/bin/python -m gpl_fast info --check
+	.cache/versions/$*/bin/python -m pytest -m check tests/cpu tests/edges
 
 # Each in a folder that goes before the environment's own; `make -k` goes on where one cannot be had.
 TRITONS ?= 3.6.0 3.7.1 3.8.0 3.9.0

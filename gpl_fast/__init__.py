@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from gpl_fast.segmentation import SegmentationLoss
     from gpl_fast.targets import TargetFeatures, TopK
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "LPIPS",

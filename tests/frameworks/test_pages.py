@@ -27,3 +27,9 @@ def test_recipes_are_linked(page):
     linked = re.findall(r"\]\(\.\./\.\./examples/(\w+\.\w+)\)", page.read_text())
     assert all((ROOT / "examples" / name).exists() for name in linked)
     assert linked or page.stem == "index"
+
+
+def test_every_example_is_in_the_table():
+    table = (ROOT / "examples" / "README.md").read_text()
+    linked = re.findall(r"\]\((\w+\.py)\)", table)
+    assert sorted(linked) == sorted(path.name for path in (ROOT / "examples").glob("*.py"))
