@@ -24,7 +24,7 @@ BUILD   := $(CSRC) $(wildcard csrc/*.py) setup.py gpl_fast/environment.py gpl_fa
 
 .PHONY: help venv build demo check check-cpu check-interpreter
 .PHONY: test test-cpu test-edges test-stages test-interpreter test-compile test-compile-all test-cuda
-.PHONY: test-peers test-frameworks
+.PHONY: test-peers test-frameworks docs
 .PHONY: sanitize lint matrix
 .PHONY: bench bench-gpu gpu-report toy wheel clean
 .DELETE_ON_ERROR:
@@ -41,6 +41,7 @@ help:
 	@echo "  test-cuda         backward walks by CUDA's kernels on the CPU; faults put into these"
 	@echo "make test-peers  against the packages whose losses ours replace, which it installs"
 	@echo "make test-frameworks  the recipes in examples/ by the real frameworks, which it installs"
+	@echo "make docs   the documentation site, into build/site"
 	@echo "make test-compile-all  what every Triton from 3.6 on made of them: minutes each, the network"
 	@echo "make sanitize  the CPU kernels under AddressSanitizer and UBSan"
 	@echo "make matrix which option is tested by whom, in which dtype, against which target"
@@ -130,6 +131,15 @@ test-frameworks: $(LIBRARY) $(FRAMEWORKS)
 
 $(FRAMEWORKS): pyproject.toml constraints.txt | $(READY)
 	$(PY) -m pip install -c constraints.txt $$($(PY) -c '$(EXTRA)' frameworks)
+	touch $@
+
+DOCS := $(VENV)/.docs
+
+docs: $(LIBRARY) $(DOCS)
+	$(PY) -m sphinx -q -W --keep-going -b html docs build/site
+
+$(DOCS): pyproject.toml constraints.txt | $(READY)
+	$(PY) -m pip install -c constraints.txt $$($(PY) -c '$(EXTRA)' docs)
 	touch $@
 
 # Each in a folder that goes before the environment's own; `make -k` goes on where one cannot be had.
