@@ -24,7 +24,7 @@ BUILD   := $(CSRC) $(wildcard csrc/*.py) setup.py gpl_fast/environment.py gpl_fa
 
 .PHONY: help venv build demo check check-cpu check-interpreter
 .PHONY: test test-cpu test-edges test-stages test-interpreter test-compile test-compile-all test-cuda
-.PHONY: test-peers test-frameworks
+.PHONY: test-peers test-frameworks extras docs
 .PHONY: sanitize lint matrix test-versions
 .PHONY: bench bench-gpu gpu-report toy wheel clean
 .DELETE_ON_ERROR:
@@ -41,6 +41,7 @@ help:
 	@echo "  test-cuda         backward walks by CUDA's kernels on the CPU; faults put into these"
 	@echo "make test-peers  against the packages whose losses ours replace, which it installs"
 	@echo "make test-frameworks  the recipes in examples/ by the real frameworks, which it installs"
+	@echo "make docs   the documentation site, into build/site"
 	@echo "make test-compile-all  what every Triton from 3.6 on made of them: minutes each, the network"
 	@echo "make test-versions  a cross-section with every Python that is supported; the network"
 	@echo "make sanitize  the CPU kernels under AddressSanitizer and UBSan"
@@ -146,6 +147,17 @@ test-version-%: $(LIBRARY)
 	.cache/versions/$*/bin/python -m pip install -q torch==$(word 2,$(subst -, ,$*)) $(OF_A_VERSION)
 	.cache/versions/$*/bin/python -m gpl_fast info --check
 	.cache/versions/$*/bin/python -m pytest -m check tests/cpu tests/edges
+DOCS := $(VENV)/.docs
+
+# What the tests of peers and frameworks and the site need, where they run side by side.
+extras: $(PEERS) $(FRAMEWORKS) $(DOCS)
+
+docs: $(LIBRARY) $(DOCS)
+	$(PY) -m sphinx -q -W --keep-going -b html docs build/site
+
+$(DOCS): pyproject.toml constraints.txt | $(READY)
+	$(PY) -m pip install -c constraints.txt $$($(PY) -c '$(EXTRA)' docs)
+	touch $@
 
 # Each in a folder that goes before the environment's own; `make -k` goes on where one cannot be had.
 TRITONS ?= 3.6.0 3.7.1 3.8.0 3.9.0
