@@ -136,7 +136,7 @@ $(FRAMEWORKS): pyproject.toml constraints.txt | $(READY)
 
 # Each in an environment of its own, of a Python that is there: VERSIONS="python3.12-2.13.0".
 VERSIONS ?= python3.11-2.13.0 python3.12-2.13.0 python3.13-2.13.0
-OF_A_VERSION := numpy safetensors pytest pytest-timeout pytest-benchmark hypothesis setuptools ninja \
+OF_A_VERSION := numpy safetensors pytest pytest-timeout pytest-benchmark hypothesis "setuptools>=77" ninja \
   pyyaml pillow matplotlib rich scikit-learn triton
 
 test-versions: $(VERSIONS:%=test-version-%)

@@ -15,10 +15,11 @@ class SegmentationLoss(nn.Module):
     ``loss_decode=dict(type="gpl_fast.integrations.mmseg.SegmentationLoss", num_classes=19)``
 
     Args:
-        num_classes, **words: of `gpl_fast.SegmentationLoss`; `ignore_index` is the head's.
-        loss_name: key of the head's losses; what begins with "loss_" is summed and trained.
+        num_classes: C; 1 in mode "binary".
+        loss_name: key of the head's losses; what begins with ``loss_`` is summed and trained.
         avg_non_ignore: whether the cross-entropy is a mean over the pixels that count; by default,
             as in mmsegmentation, it is one over all pixels, ignored ones with 0.
+        **words: of `gpl_fast.SegmentationLoss`; `ignore_index` is the head's, at the call.
 
     Raises:
         TypeError, ValueError: as `gpl_fast.SegmentationLoss`; at the call another

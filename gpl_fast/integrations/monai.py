@@ -17,9 +17,9 @@ class SegmentationLoss(segmentation.SegmentationLoss):
     `monai.losses.DeepSupervisionLoss` needs.
 
     Shape:
-        logits: (N, C, H, W), or a volume (N, C, D, H, W), which goes through slice by slice.
-        labels: classes (N, 1, H, W) of any dtype, or one-hot maps (N, C, H, W); where such a map is
-            0 in all channels the pixel is ignored, as `ignore_index` is. Of volumes with their D.
+        Logits (N, C, H, W), or volumes (N, C, D, H, W), which go through slice by slice; labels
+        are classes (N, 1, H, W) of any dtype, or one-hot maps (N, C, H, W), of volumes with their
+        D. A pixel whose one-hot map is 0 in all channels is ignored, as `ignore_index` is.
 
     Raises:
         ValueError: floating labels that are no classes, as interpolation makes them: looked at on

@@ -12,9 +12,15 @@ import pytest
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
-@pytest.mark.parametrize("page", ["index.md", "targets.md"])
+PAGES = (
+    "index", "targets", "losses", "weight", "networks", "precision", "compiling", "memory",
+    "reproducibility", "../README",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_the_blocks_of_a_page_run(page):
-    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), re.M | re.S)
+    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / f"{page}.md").read_text(), re.M | re.S)
     assert blocks
     names: dict[str, object] = {}
     for block in blocks:
