@@ -21,8 +21,6 @@ html_show_copyright = False
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4
-# Links to files beside docs/ are for readers on GitHub; tests/cpu/test_docs.py holds every link.
-suppress_warnings = ["myst.xref_missing"]
 
 default_role = "code"
 autodoc_typehints = "none"
