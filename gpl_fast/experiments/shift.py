@@ -100,9 +100,9 @@ def run(settings: Settings, observe: Observe) -> Outcome:
     last = f"level {LEVELS}"
     ends = {n: curves[n][-1] for n in ("pixel L2", f"random, {last}")}
     return Outcome(
-        f"Moved by {settings.steps} pixels, the photograph is as far from itself as "
-        f"{ends['pixel L2']:.0%} of the way to another one by pixels, "
-        f"{ends[f'random, {last}']:.0%} at the last level of the random network.",
+        f"Moved by {settings.steps} pixels, the photograph is {ends['pixel L2']:.0%} as far from "
+        f"itself as from another one by pixel L2, {ends[f'random, {last}']:.0%} at the last level "
+        "of the random network.",
         [
             f"The middle {SIZE} x {SIZE} pixels of scikit-image's astronaut against the same "
             "window moved to the right, what enters included; each distance divided by that to "
