@@ -24,7 +24,7 @@ BUILD   := $(CSRC) $(wildcard csrc/*.py) setup.py gpl_fast/environment.py gpl_fa
 
 .PHONY: help venv build demo check check-cpu check-interpreter
 .PHONY: test test-cpu test-edges test-stages test-interpreter test-compile test-compile-all test-cuda
-.PHONY: test-peers test-frameworks extras docs
+.PHONY: test-peers test-frameworks test-experiments extras docs
 .PHONY: sanitize lint matrix test-versions
 .PHONY: bench bench-gpu gpu-report toy wheel clean
 .DELETE_ON_ERROR:
@@ -42,6 +42,7 @@ help:
 	@echo "make test-peers  against the packages whose losses ours replace, which it installs"
 	@echo "make test-frameworks  the recipes in examples/ by the real frameworks, which it installs"
 	@echo "make docs   the documentation site, into build/site"
+	@echo "make test-experiments  each of the sources' experiments, in seconds"
 	@echo "make test-compile-all  what every Triton from 3.6 on made of them: minutes each, the network"
 	@echo "make test-versions  a cross-section with every Python that is supported; the network"
 	@echo "make sanitize  the CPU kernels under AddressSanitizer and UBSan"
@@ -130,6 +131,15 @@ FRAMEWORKS := $(VENV)/.frameworks
 test-frameworks: $(LIBRARY) $(FRAMEWORKS)
 	$(PY) -m pytest tests/frameworks
 
+EXPERIMENTS := $(VENV)/.experiments
+
+test-experiments: $(LIBRARY) $(EXPERIMENTS)
+	$(PY) -m pytest tests/experiments
+
+$(EXPERIMENTS): pyproject.toml constraints.txt | $(READY)
+	$(PY) -m pip install -c constraints.txt $$($(PY) -c '$(EXTRA)' experiments)
+	touch $@
+
 $(FRAMEWORKS): pyproject.toml constraints.txt | $(READY)
 	$(PY) -m pip install -c constraints.txt $$($(PY) -c '$(EXTRA)' frameworks)
 	touch $@
@@ -213,8 +223,8 @@ bench-gpu:
 gpu-report:
 	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(PYTHON) benchmarks/gpu_report.py $(REPORT)
 
-toy: $(LIBRARY)
-	$(PY) examples/toy_structure.py --out toy_out
+toy: $(LIBRARY) $(EXPERIMENTS)
+	$(PY) -m gpl_fast experiment toy --out toy_out
 
 wheel: | $(READY)
 	$(PY) -m pip wheel --no-build-isolation --no-deps -w dist .

@@ -1,4 +1,4 @@
-"""The command line: ``gpl-fast info | bench | demo``."""
+"""The command line: ``gpl-fast info | bench | demo | experiment``."""
 
 from __future__ import annotations
 
@@ -46,11 +46,13 @@ def _flush() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from gpl_fast import __version__, demo
+    from gpl_fast import __version__, demo, experiments
 
     parser = arguments.Parser(prog="gpl-fast", description=__doc__)
     parser.add_argument("--version", action="version", version=f"gpl-fast {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="info | bench | demo")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="info | bench | demo | experiment"
+    )
 
     info = commands.add_parser("info", help="versions, devices, backends and their reasons")
     info.add_argument("--check", action="store_true", help="exit 1 if a backend is wrong")
@@ -83,6 +85,10 @@ def _parser() -> argparse.ArgumentParser:
     demo_parser = commands.add_parser("demo", help="train with and without the loss, on images")
     demo.add_arguments(demo_parser)
     demo_parser.set_defaults(run=demo.run)
+
+    one = commands.add_parser("experiment", help="one of the sources' experiments, small")
+    experiments.add_arguments(one)
+    one.set_defaults(run=experiments.run)
     return parser
 
 

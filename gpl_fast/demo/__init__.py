@@ -7,9 +7,9 @@ beyond torch (scikit-learn, pillow, matplotlib, rich) is imported by `run` only.
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 
+from gpl_fast.experiments import missing_packages
 from gpl_fast.tools import arguments
 
 _EXTRAS = {"sklearn": "scikit-learn", "PIL": "pillow", "matplotlib": "matplotlib", "rich": "rich"}
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 2
-    missing = missing_packages()
+    missing = missing_packages(_EXTRAS)
     if missing:
         print(
             f'gpl-fast demo needs {", ".join(missing)}: pip install "gpl-fast[demo]"',
@@ -61,8 +61,9 @@ def run(args: argparse.Namespace) -> int:
 
     from gpl_fast.backend import BackendUnavailable
     from gpl_fast.demo.experiment import Settings, run_experiment
-    from gpl_fast.demo.live import print_result, progress_bars, watch
+    from gpl_fast.demo.live import print_result
     from gpl_fast.demo.report import write_report
+    from gpl_fast.experiments.live import progress_bars, watch
 
     names = (
         name for name in Settings.__dataclass_fields__ if getattr(args, name, None) is not None
@@ -90,14 +91,3 @@ def run(args: argparse.Namespace) -> int:
     for path in write_report(result, args.out):
         console.print(path, highlight=False)
     return 0
-
-
-def missing_packages() -> list[str]:
-    """Distributions of the ``demo`` extra that cannot be imported."""
-    missing = []
-    for module, distribution in _EXTRAS.items():
-        try:
-            importlib.import_module(module)
-        except ImportError:
-            missing.append(distribution)
-    return missing

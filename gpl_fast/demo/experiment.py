@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +13,6 @@ from gpl_fast.backend import choose
 from gpl_fast.demo.scenes import NUM_CLASSES, Scenes, digit_heights, load_sources, render
 from gpl_fast.demo.train import (
     Criterion,
-    OnStep,
     Schedule,
     Trace,
     all_logits,
@@ -23,14 +21,10 @@ from gpl_fast.demo.train import (
     predict,
     train,
 )
+from gpl_fast.experiments.frame import Observe, half_interval, mean_and_spread
 
 BASELINE, WITH_GPL = "cross-entropy", "with the loss"
 ARMS = (BASELINE, WITH_GPL)
-
-# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; the last for any more.
-_STUDENT_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
-
-Observe = Callable[[str, int], OnStep]  # (title, steps) of a training -> what to call at its steps
 
 
 @dataclass(frozen=True)
@@ -79,20 +73,15 @@ class Result:
     def verdict(self) -> str:
         """One sentence that says what was measured, whichever way it went."""
         deltas = self.differences()
-        count, (mean, spread) = len(deltas), mean_and_spread(deltas)
+        count, mean = len(deltas), statistics.fmean(deltas)
         measured = f"mIoU {mean:+.4f} with the loss, mean over {count} pairs of the same seed"
         if count < 2:
             return f"{measured}: one seed says nothing about noise."
-        half = _STUDENT_T[min(count - 1, len(_STUDENT_T)) - 1] * spread / count**0.5
+        half = half_interval(deltas)
         measured += f" (95 % interval ± {half:.4f})"
         if abs(mean) <= half:
             return f"{measured}: within the noise between seeds."
         return f"{measured}: it {'helps' if mean > 0 else 'hurts'} here."
-
-
-def mean_and_spread(values: list[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation; the latter is 0 for one value."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def summary(result: Result, arm: str) -> dict[str, float]:

@@ -1,54 +1,15 @@
-"""What the terminal shows: progress while it trains, a table at the end."""
+"""What the terminal shows at the end."""
 
 from __future__ import annotations
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from gpl_fast.demo.experiment import ARMS, Result, summary
-from gpl_fast.demo.train import OnStep, Trace
+from gpl_fast.demo.train import Trace
 
 MEAN = "mean"  # in the column of seeds
-
-
-def progress_bars(console: Console) -> Progress:
-    """Bars with a training's loss and last mIoU; off a terminal `watch` prints lines instead."""
-    return Progress(
-        TextColumn("{task.description:<21}"),
-        BarColumn(bar_width=12),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[state]:<23}"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        refresh_per_second=4,
-    )
-
-
-def watch(progress: Progress, title: str, steps: int) -> OnStep:
-    """A bar for one training."""
-    task = progress.add_task(title, total=steps, state="")
-    smooth: list[float] = []
-    done = 0
-
-    def on_step(loss: float, miou: float | None) -> None:
-        nonlocal done
-        done += 1
-        smooth[:] = [0.95 * smooth[0] + 0.05 * loss if smooth else loss]
-        state = f"loss {smooth[0]:.3f}" + ("" if miou is None else f"  mIoU {miou:.3f}")
-        progress.update(task, advance=1, state=state)
-        if progress.disable and done == steps:
-            progress.console.print(f"{title}: {steps} steps, {state}", highlight=False)
-
-    return on_step
 
 
 def table_rows(result: Result) -> list[list[str]]:

@@ -1,28 +1,22 @@
-"""The report: report.json for programs, report.png for a look, report.html with both."""
+"""What the demo's report says and shows."""
 
 from __future__ import annotations
 
-import base64
-import html
-import json
-import os
-import platform
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-import sklearn
 import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-import gpl_fast
 from gpl_fast.demo.experiment import ARMS, BASELINE, WITH_GPL, Result, summary
 from gpl_fast.demo.live import MEAN, table_rows
 from gpl_fast.demo.scenes import BACKGROUND, TRAIN_DIGITS
+from gpl_fast.experiments.frame import Table
+from gpl_fast.experiments.report import environment, html_table, write
 
 _COLORS = {BASELINE: "#5b6770", WITH_GPL: "#c2410c"}
 
@@ -49,23 +43,6 @@ def protocol(result: Result) -> list[str]:
         "call, without logits, labels, teacher logits and the frozen network's weights; "
         f"{s.batch} x {s.size} x {s.size} pixels.",
     ]
-
-
-def environment() -> dict[str, str | int]:
-    """Versions and machine."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return {
-        "gpl_fast": gpl_fast.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "scikit-learn": sklearn.__version__,
-        "numpy": np.__version__,
-        "matplotlib": matplotlib.__version__,
-        "system": f"{platform.system()} {platform.machine()}",
-        "cpus": os.cpu_count() or 0,
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-    }
 
 
 def as_dict(result: Result) -> dict[str, Any]:
@@ -150,53 +127,18 @@ def _paint(labels: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return painted
 
 
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
-       color: #1c1917; background: #fff }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid #d6d3d1; text-align: right }
-th:first-child, td:first-child { text-align: left }
-tr.mean { font-weight: 600 } img { max-width: 100% } .verdict { font-size: 1.1rem }
-"""
-
-
-def page(result: Result, png: bytes) -> str:
-    """One self-contained page."""
-    header, *rows = table_rows(result)
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
-    body = "\n".join(
-        f'<tr class="{"mean" if row[1] == MEAN else "one"}">'
-        + "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
-        + "</tr>"
-        for row in rows
-    )
-    points = "\n".join(f"<li>{html.escape(line)}</li>" for line in protocol(result))
-    machine = ", ".join(f"{name} {value}" for name, value in environment().items())
-    picture = base64.b64encode(png).decode("ascii")
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>gpl-fast demo</title>
-<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>
-<h1>Digits on photographs, with and without the Generic Perceptual Loss</h1>
-<p class="verdict">{html.escape(result.verdict())}</p>
-<table><thead><tr>{head}</tr></thead><tbody>
-{body}
-</tbody></table>
-<p><img alt="curves and predictions" src="data:image/png;base64,{picture}"></p>
-<h2>Protocol</h2><ul>
-{points}
-</ul>
-<p>Backend: {html.escape(result.backend)} ({html.escape(result.backend_reason)});
-network {html.escape(result.fingerprint[:16])}. {result.seconds:.0f} s in all.
-{html.escape(machine)}.</p>
-</body></html>
-"""
-
-
 def write_report(result: Result, out: Path) -> list[Path]:
     """report.json, report.png and report.html in ``out``, which is made if it is not there."""
-    out.mkdir(parents=True, exist_ok=True)
-    paths = [out / f"report.{kind}" for kind in ("json", "png", "html")]
-    paths[0].write_text(json.dumps(as_dict(result), indent=1) + "\n", encoding="utf-8")
-    figure(result).savefig(paths[1], dpi=110, bbox_inches="tight")
-    paths[2].write_text(page(result, paths[1].read_bytes()), encoding="utf-8")
-    return paths
+    header, *rows = table_rows(result)
+    return write(
+        out,
+        as_dict(result),
+        figure(result),
+        title="gpl-fast demo",
+        heading="Digits on photographs, with and without the Generic Perceptual Loss",
+        verdict=result.verdict(),
+        tables=[html_table(Table("", header, rows), emphasised=MEAN)],
+        protocol=protocol(result),
+        closing=f"Backend: {result.backend} ({result.backend_reason}); network "
+        f"{result.fingerprint[:16]}. {result.seconds:.0f} s in all.",
+    )

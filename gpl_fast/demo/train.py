@@ -18,10 +18,10 @@ from torch.nn import functional as F
 
 from gpl_fast.demo.models import UNet
 from gpl_fast.demo.scenes import NUM_CLASSES, Scenes
+from gpl_fast.experiments.frame import OnStep
 
 # (logits (B, C, S, S), labels (B, S, S), index of the scenes (B,)) -> 0-dim loss
 Criterion = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-OnStep = Callable[[float, float | None], None]  # loss of the step, last mIoU
 
 _WARM_UP = 3  # steps left out of the timings
 
