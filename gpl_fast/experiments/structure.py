@@ -186,7 +186,7 @@ def _outlines(labels: Tensor) -> Tensor:
 def _panoptic(guess: NDArray[np.int64], scenes: StructureScenes) -> tuple[float, float]:
     """Panoptic quality, and regions for each object, over all scenes and classes.
 
-    The quality is Σ IoU / (met + missed / 2 + made up / 2): below is half of all regions and objects.
+    The quality is Σ IoU / (met + missed / 2 + made up / 2), so the divisor is half of all there is.
     """
     from skimage import measure
 
