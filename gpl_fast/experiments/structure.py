@@ -1,9 +1,9 @@
-"""The task of the paper's ablations: shapes cut out of photographs, under heavy noise.
+"""The task of the paper's ablations: shapes cut out of photographs, under noise.
 
 A scene is a crop of a photograph with two to four objects. An object is filled with a crop of
-another photograph, a little brighter: texture says nothing, brightness says "some object", and
-which of the four classes it is, its outline alone says. The noise is so strong that a
-pixel and its neighbours do not settle even that: who is right must look at the whole object.
+another photograph, a little brighter: texture says nothing, brightness hints at "some object", and
+which of the four classes it is, its outline alone says. Contrasts of the photographs and noise hide
+the brightness of a pixel, so that who is right must look at the whole object.
 
 Photographs are those that scikit-image and scikit-learn bring along; training scenes see their
 left halves, test scenes the right ones. Scenes are 64 x 64: `NET`, with four pools, ends at 4 x 4.
