@@ -160,7 +160,7 @@ test-version-%: $(LIBRARY)
 DOCS := $(VENV)/.docs
 
 # What the tests of peers and frameworks and the site need, where they run side by side.
-extras: $(PEERS) $(FRAMEWORKS) $(DOCS)
+extras: $(PEERS) $(FRAMEWORKS) $(EXPERIMENTS) $(DOCS)
 
 docs: $(LIBRARY) $(DOCS)
 	$(PY) -m sphinx -q -W --keep-going -b html docs build/site
