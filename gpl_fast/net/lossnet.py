@@ -26,6 +26,13 @@ class LossNet(FrozenNetwork):
     holds one has no parameters and no buffers. Weights are copied to a device and dtype once.
 
     Build one with `vgg`, `from_sequential`, `from_module` or `load`.
+
+    Shape:
+        (N, in_channels, H, W) -> (N, C_b, H_b, W_b) of each layer, whose sizes `shapes` gives.
+    Raises:
+        TypeError, ValueError: as these four say.
+    Source:
+        docs/math.md, section 2; Liu et al., CVPR 2021, Sections 3.1 and 3.2.
     """
 
     @classmethod
@@ -158,8 +165,7 @@ class LossNet(FrozenNetwork):
                 "network without one"
             )
         channels = check_channels(in_channels)
-        shape = (self._network_channels, channels, 1, 1)
-        adapter = draw_weight(shape, "he", own_generator(seed))
+        adapter = draw_weight((self._network_channels, channels, 1, 1), "he", own_generator(seed))
         drawn = self._drawn and {**self._drawn, "adapter": (channels, int(seed))}
         arguments = self._arguments()
         arguments["weights"] = {"adapter": adapter, **arguments["weights"]}
