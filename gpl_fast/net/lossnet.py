@@ -153,8 +153,8 @@ class LossNet(FrozenNetwork):
         """This network behind a frozen random 1x1 convolution ``in_channels -> C``.
 
         The "T" rows of the paper's Table 1 (19 classes into a pre-trained network of 3 channels).
-        Frozen, and He-initialised from an own generator: a convention here. mean and std act after
-        it.
+        Frozen, He-initialised from an own generator of `seed`: a convention here. mean and std act
+        after it.
 
         Raises:
             ValueError: the network has an adapter already, or `in_channels` is not >= 1.
