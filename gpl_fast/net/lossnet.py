@@ -167,14 +167,14 @@ class LossNet(FrozenNetwork):
         channels = check_channels(in_channels)
         adapter = draw_weight((self._network_channels, channels, 1, 1), "he", own_generator(seed))
         drawn = self._drawn and {**self._drawn, "adapter": (channels, int(seed))}
-        arguments = self._arguments()
-        arguments["weights"] = {"adapter": adapter, **arguments["weights"]}
-        return LossNet(**arguments, drawn=drawn)
+        weights = {"adapter": adapter, **self._weights.tensors}
+        return LossNet(**{**self._arguments(), "weights": weights, "drawn": drawn})
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write structure and weights to a safetensors file.
 
         Raises:
+            OSError: the file cannot be written.
             ValueError: the network is a `from_module` one; save that module's state_dict instead.
         """
         if self._module is not None:
