@@ -30,8 +30,7 @@ def generic_perceptual_loss(
     level_weights: Iterable[LayerWeight] | None = None,
     **options: Unpack[OptionWords],
 ) -> Tensor:
-    """Eq. (1) of docs/math.md: ``Σ_b w_b / (C_b H_b W_b) ‖E'_b − E_b‖²`` (Liu et al., eq. (1)
-    and Section 3.1).
+    """``Σ_b w_b / (C_b H_b W_b) ‖E'_b − E_b‖²`` over the levels b of a frozen network.
 
     Args:
         pred: (N, C, H, W) floating.
@@ -47,12 +46,16 @@ def generic_perceptual_loss(
             ``target_activation="auto"``, as `GenericPerceptualLoss` says; on a GPU only with
             ``GPL_FAST_CHECK=1``.
 
-    Returns:
-        0-dim, or (N,) with ``reduction="none"``; float32, float64 for float64 input.
+    Shape:
+        `pred` (N, C, H, W) and a target as above -> 0-dim, or (N,) with ``reduction="none"``;
+        float32, float64 for float64 input.
 
     Raises:
         TypeError, ValueError: bad input, with what was got, expected, and the way out.
         BackendUnavailable: ``backend="fast"`` where it cannot run.
+
+    Source:
+        docs/math.md, eq. (1); Liu et al., CVPR 2021, eq. (1) and Section 3.1.
     """
     o = Options.of("generic_perceptual_loss", options)
     o.check_channels(net.in_channels)
@@ -61,14 +64,9 @@ def generic_perceptual_loss(
 
 
 def segmentation_loss(
-    logits: Tensor,
-    labels: Tensor,
-    net: LossNet,
-    *,
-    teacher: TargetLike | None = None,
-    mask: Tensor | None = None,
-    gpl_weight: Number = 0.1,
-    ce_weight: Number = 1.0,
+    logits: Tensor, labels: Tensor, net: LossNet, *,
+    teacher: TargetLike | None = None, mask: Tensor | None = None,
+    gpl_weight: Number = 0.1, ce_weight: Number = 1.0,
     class_weight: ClassWeight | None = None,
     mode: str = "multiclass",
     pos_weight: ClassWeight | None = None,
@@ -78,8 +76,8 @@ def segmentation_loss(
     return_parts: bool = False,
     normalizer: NormalizerLike | None = None,
     **options: Unpack[OptionWords],
-) -> Tensor | dict[str, Tensor]:
-    """Cross-entropy plus the Generic Perceptual Loss: the paper's eq. (2).
+) -> Tensor | dict[str, Tensor]:  # fmt: skip
+    """``ce_weight · CE(x, labels) + gpl_weight · L(softmax(x), target)``.
 
     Args:
         logits: (N, C, h, w) floating; resized bilinearly to the labels' size if smaller.
@@ -102,9 +100,14 @@ def segmentation_loss(
             `SegmentationLoss.count` adds up to. Without images the perceptual term stays a mean.
         **options: see `OptionWords`.
 
+    Shape:
+        Of `logits` (N, C, h, w) and the others as above; each value as `generic_perceptual_loss`.
+
     Raises:
-        TypeError, ValueError: bad input, with what was got, expected, and the way out.
-        BackendUnavailable: ``backend="fast"`` where it cannot run.
+        TypeError, ValueError, BackendUnavailable: as `generic_perceptual_loss`.
+
+    Source:
+        docs/math.md, section 5; Liu et al., CVPR 2021, eq. (2).
     """
     terms = Segmentation.of(
         net.in_channels, look=False, gpl_weight=gpl_weight, ce_weight=ce_weight,
@@ -134,7 +137,7 @@ def perceptual_loss(
     return_parts: bool = False,
     **options: Unpack[OptionWords],
 ) -> Tensor | dict[str, Tensor]:
-    """Feature reconstruction, style and total variation (Johnson et al. 2016, Section 3.2).
+    """Feature reconstruction, style and total variation.
 
     Args:
         pred: (N, C, H, W) floating.
@@ -149,23 +152,22 @@ def perceptual_loss(
         return_parts: return ``{"loss_feature", "loss_style", "loss_tv"}``, weighted.
         **options: see `OptionWords`; ``activation`` is "none" by default here.
 
+    Shape:
+        Of `pred` (N, C, H, W) and the others as above; each value as `generic_perceptual_loss`.
+
     Raises:
-        TypeError, ValueError: bad input, with what was got, expected, and the way out.
-        BackendUnavailable: ``backend="fast"`` where it cannot run.
+        TypeError, ValueError, BackendUnavailable: as `generic_perceptual_loss`.
+
+    Source:
+        docs/math.md, section 3; Johnson et al., ECCV 2016, Section 3.2, eq. (2) to (4).
     """
     o = Options.of("perceptual_loss", options, activation="none")
     o.check_channels(net.in_channels)
     weights, tv = as_layers(net, feature_layers, style_layers, tv_weight, o.distance)
     found = parts.perceptual_parts(
-        pred,
-        target,
-        net,
-        o,
-        style_target=style_target,
-        mask=mask,
-        weights=weights,
-        tv_weight=tv,
-    )
+        pred, target, net, o,
+        style_target=style_target, mask=mask, weights=weights, tv_weight=tv,
+    )  # fmt: skip
     return found if return_parts else parts.sum_of_parts(found)
 
 
@@ -189,7 +191,14 @@ def encode(
         mask: (N, H, W) or (N, 1, H, W), bool or floating; a copy is kept with the features.
         **options: see `OptionWords`.
 
+    Shape:
+        A target as above -> `TargetFeatures` of (N, C_b, H_b, W_b) for each layer.
+
     Raises:
-        TypeError, ValueError: bad input, with what was got, expected, and the way out.
+        TypeError, ValueError, BackendUnavailable: as `generic_perceptual_loss`; TypeError also of
+            `TargetFeatures`, which are encoded already.
+
+    Source:
+        docs/math.md, sections 1 and 2, ``E_b``; Liu et al., CVPR 2021, Section 3.1.
     """
     return parts.encode_target(target, mask, net, layers, Options.of("encode", options))

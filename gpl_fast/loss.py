@@ -36,8 +36,7 @@ class GenericWords(TermWords, total=False):
 class GenericPerceptualLoss(nn.Module):
     """Compare prediction and target in the features of one frozen random network.
 
-    Eq. (1) of docs/math.md; Liu et al., "Generic Perceptual Loss for Modeling Structured
-    Output Dependencies", CVPR 2021, Section 3. Holds no parameters and no buffers.
+    Holds no parameters and no buffers.
 
     Args:
         in_channels: C: classes, or 1 for depth and masks.
@@ -69,8 +68,15 @@ class GenericPerceptualLoss(nn.Module):
             in chunks and strips. "auto" = 256 on a CPU, 1/64 of a GPU's memory but at least 640,
             and more where an input cannot do with it.
 
+    Shape:
+        As `functional.generic_perceptual_loss`: (N, C, H, W) and a target -> 0-dim or (N,).
+
     Raises:
         TypeError, ValueError: an argument outside of what is listed.
+
+    Source:
+        docs/math.md, eq. (1); Liu et al., "Generic Perceptual Loss for Modeling Structured Output
+        Dependencies", CVPR 2021, eq. (1) and Section 3.
     """
 
     def __init__(
@@ -124,7 +130,14 @@ class GenericPerceptualLoss(nn.Module):
         return self.weights.features
 
     def forward(self, pred: Tensor, target: TargetLike, mask: Tensor | None = None) -> Tensor:
-        """The loss of `pred` (N, C, H, W); see `functional.generic_perceptual_loss`."""
+        """The loss of `pred`, with the words of this module.
+
+        Shape:
+            As `functional.generic_perceptual_loss`.
+
+        Raises:
+            TypeError, ValueError, BackendUnavailable: as `functional.generic_perceptual_loss`.
+        """
         weights = self.weights.on(pred)
         value = parts.generic_value(pred, target, mask, self.net, weights, self.options)
         if not (torch.compiler.is_compiling() or self._looked):
@@ -132,7 +145,14 @@ class GenericPerceptualLoss(nn.Module):
         return value
 
     def encode(self, target: TargetMap, mask: Tensor | None = None) -> TargetFeatures:
-        """φ(target), to be reused or stored; see `functional.encode`."""
+        """φ(target) at the levels compared, to be reused or stored.
+
+        Shape:
+            As `functional.encode`.
+
+        Raises:
+            TypeError, ValueError, BackendUnavailable: as `functional.encode`.
+        """
         features = parts.encode_target(target, mask, self.net, tuple(self.taps), self.options)
         if not self._looked:
             self._looked = first_look(self.options, target=(target, mask))
@@ -140,7 +160,13 @@ class GenericPerceptualLoss(nn.Module):
 
     def distance_map(self, pred: Tensor, target: TargetLike, mask: Tensor | None = None) -> Tensor:
         """Where they differ: the last level's distance, with its weight, at each of its pixels and
-        resized bilinearly. (N, 1, H, W), without gradient, computed by the reference.
+        resized bilinearly; without gradient, computed by the reference.
+
+        Shape:
+            As `forward` -> (N, 1, H, W), float32, float64 for float64 input.
+
+        Raises:
+            TypeError, ValueError: as `forward`.
         """
         weights = distance_maps.last_layer(self.weights.on(pred), self.net)
         return distance_maps.distance_map(pred, target, mask, self.net, weights, self.options)
@@ -162,6 +188,12 @@ class GenericPerceptualLoss(nn.Module):
         Nothing is computed. Meta tensors stand for tensors of the default device; another
         `architecture` than theirs goes by its name, such as "sm_90" or "avx2". `ratio` asks for
         norms of gradients of one part beside another's; there is one here.
+
+        Shape:
+            As `forward`; of "meta" tensors too.
+
+        Raises:
+            TypeError, ValueError, BackendUnavailable: as `forward`; an unknown `architecture`.
         """
         found = explain(
             self,

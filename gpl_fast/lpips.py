@@ -15,10 +15,10 @@ from gpl_fast.costs import Explanation
 from gpl_fast.distance import Distance
 from gpl_fast.explain import explain
 from gpl_fast.heads import Heads, as_heads, tap_weights
-from gpl_fast.input_checks import Number, as_float
+from gpl_fast.input_checks import Number
 from gpl_fast.layer_weights import HeldWeights
 from gpl_fast.lpips_file import Stored
-from gpl_fast.lpips_inputs import check_images
+from gpl_fast.lpips_inputs import as_eps, as_reduction, check_flags, check_images
 from gpl_fast.net.fingerprint import fingerprint
 from gpl_fast.net.frozen_module import frozen_copy
 from gpl_fast.net.lossnet import LossNet
@@ -28,9 +28,7 @@ from gpl_fast.targets import TargetFeatures, TargetLike, TargetMap
 
 
 class LPIPS(nn.Module):
-    """The distance of two images in unit-normalised features, each channel weighed by a head:
-    Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", CVPR
-    2018, eq. (1).
+    """The distance of two images in unit-normalised features, each channel weighed by a head.
 
     ``Σ_layers 1/(H_b W_b) Σ_hw Σ_c h_c (n(φ')_c − n(φ)_c)²`` with ``n(φ) = φ / (‖φ‖ + eps)``, the
     norm over channels. Holds no parameters and no buffers; only the prediction gets a gradient, and
@@ -48,38 +46,37 @@ class LPIPS(nn.Module):
         reduction: "mean", "sum", or "none" -> (N,). None: "mean", of a map "none", the only one.
         compute_dtype, backend, workspace_mb: see `GenericPerceptualLoss`.
 
+    Shape:
+        (N, 3, H, W) and a target -> 0-dim, (N,), or (N, 1, H, W) if `spatial`; see `forward`.
+
     Raises:
         TypeError, ValueError: an argument outside of what is listed.
+
+    Source:
+        docs/math.md, section 3; Zhang et al., "The Unreasonable Effectiveness of Deep Features as a
+        Perceptual Metric", CVPR 2018, eq. (1).
     """
 
     def __init__(
-        self,
-        net: LossNet,
-        heads: Heads | None = None,
-        *,
-        eps: Number = 1e-10,
-        eps_inside: bool = False,
-        normalize: bool = False,
-        spatial: bool = False,
+        self, net: LossNet, heads: Heads | None = None, *,
+        eps: Number = 1e-10, eps_inside: bool = False,
+        normalize: bool = False, spatial: bool = False,
         reduction: str | None = None,
         compute_dtype: torch.dtype | str | None = None,
         backend: str = "auto",
         workspace_mb: Number | str = "auto",
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         if not isinstance(net, LossNet):
             raise TypeError(
                 f"net: got {type(net).__name__}, expected a LossNet (LossNet.from_sequential, "
                 ".from_module, .load); of lpips' and torchmetrics' modules: LPIPS.from_module"
             )
-        words = {"eps_inside": eps_inside, "normalize": normalize, "spatial": spatial}
-        for name, word in words.items():
-            if not isinstance(word, bool):
-                raise ValueError(f"{name}: got {word!r}, expected True or False")
+        check_flags(eps_inside=eps_inside, normalize=normalize, spatial=spatial)
         self.net = _of_unit_range(net) if normalize else net
         self.normalize, self.spatial = normalize, spatial
-        self.distance = Distance("l2", True, _as_eps(eps), eps_inside)
-        given = {"reduction": _as_reduction(reduction, spatial), "compute_dtype": compute_dtype,
+        self.distance = Distance("l2", True, as_eps(eps), eps_inside)
+        given = {"reduction": as_reduction(reduction, spatial), "compute_dtype": compute_dtype,
                  "backend": backend, "workspace_mb": workspace_mb}  # fmt: skip
         self.options = Options.of("LPIPS", given, activation="none", normalize_features=True)
         self._heads = as_heads(net, heads)
@@ -117,8 +114,8 @@ class LPIPS(nn.Module):
                 what else `functional.generic_perceptual_loss` takes. Never gets a gradient.
             mask: see `functional.generic_perceptual_loss`.
 
-        Returns:
-            0-dim, (N,), or (N, 1, H, W) if `spatial`; float32, float64 for float64 input.
+        Shape:
+            As above -> 0-dim, (N,), or (N, 1, H, W) if `spatial`; float32, float64 for float64.
 
         Raises:
             TypeError, ValueError: bad input, with what was got, expected, and the way out.
@@ -129,7 +126,13 @@ class LPIPS(nn.Module):
         return value(pred, target, mask, self.net, self.weights.on(pred), self.options)
 
     def distance_map(self, pred: Tensor, target: TargetLike, mask: Tensor | None = None) -> Tensor:
-        """The map (N, 1, H, W) that `spatial` gives, without gradient, by the reference."""
+        """The map that `spatial` gives, without gradient, by the reference.
+
+        Shape:
+            As `forward` -> (N, 1, H, W).
+        Raises:
+            TypeError, ValueError: as `forward`.
+        """
         check_images(self.net.in_channels, pred, target)
         return distance_maps.distance_map(
             pred, target, mask, self.net, self.weights.on(pred), self.options
@@ -137,23 +140,31 @@ class LPIPS(nn.Module):
 
     def encode(self, target: TargetMap, mask: Tensor | None = None) -> TargetFeatures:
         """φ(target), to be reused or stored, by each LPIPS of the same network and range too, of
-        these layers or fewer, whatever its heads; see `functional.encode`."""
+        these layers or fewer, whatever its heads.
+
+        Shape:
+            As `functional.encode`, of (N, 3, H, W).
+        Raises:
+            TypeError, ValueError, BackendUnavailable: as `functional.encode`.
+        """
         check_images(self.net.in_channels, None, target)
         return parts.encode_target(
             target, mask, self.net, tuple(self.weights.features), self.options
         )
 
     def explain(
-        self,
-        pred: Tensor,
-        target: TargetLike,
-        mask: Tensor | None = None,
+        self, pred: Tensor, target: TargetLike, mask: Tensor | None = None,
         architecture: str | None = None,
-    ) -> Explanation:
+    ) -> Explanation:  # fmt: skip
         """Which backend would run and why, FLOPs, bytes saved, workspace; print it.
 
         Nothing is computed. Meta tensors stand for tensors of the default device; another
         `architecture` than theirs goes by its name, such as "sm_90" or "avx2".
+
+        Shape:
+            As `forward`; of "meta" tensors too.
+        Raises:
+            TypeError, ValueError, BackendUnavailable: as `forward`; an unknown `architecture`.
         """
         check_images(self.net.in_channels, pred, target)
         return explain(
@@ -174,12 +185,10 @@ class LPIPS(nn.Module):
             OSError: the file cannot be written.
         """
         settings = {
-            "eps": self.distance.eps,
-            "eps_inside": self.distance.eps_inside,
-            "spatial": self.spatial,
-            "reduction": self.options.reduction,
+            "eps": self.distance.eps, "eps_inside": self.distance.eps_inside,
+            "spatial": self.spatial, "reduction": self.options.reduction,
             "compute_dtype": self.options.compute_dtype and str(self.options.compute_dtype),
-        }
+        }  # fmt: skip
         lpips_file.write(path, Stored(self.net, self._heads, self.normalize, settings))
 
     @classmethod
@@ -215,24 +224,6 @@ class LPIPS(nn.Module):
             f"net={self.net}, layers={list(self._heads)}, fingerprint={self.fingerprint()[:12]}"
             f"{changed}{self.options.changed(activation='none', normalize_features=True)}"
         )
-
-
-def _as_eps(eps: Number) -> float:
-    number = as_float("eps", eps, "a number > 0")
-    if number <= 0:
-        raise ValueError(f"eps: got {number}, expected a number > 0")
-    return number
-
-
-def _as_reduction(reduction: str | None, spatial: bool) -> str:
-    if reduction is None:
-        return "none" if spatial else "mean"
-    if spatial and reduction != "none":
-        raise ValueError(
-            f"reduction: got {reduction!r} with spatial=True, expected 'none': the map "
-            "(N, 1, H, W) is not reduced; spatial=False gives the mean of what is resized"
-        )
-    return reduction
 
 
 def _of_unit_range(net: LossNet) -> LossNet:

@@ -1,10 +1,37 @@
-"""The two images of `LPIPS`: what else than they is given in their place."""
+"""What `LPIPS` is given: its words, and what stands in the place of the two images."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from gpl_fast.input_checks import FLOAT_DTYPES, describe, way_out_of_shape
+from gpl_fast.input_checks import FLOAT_DTYPES, Number, as_float, describe, way_out_of_shape
+
+
+def check_flags(**words: object) -> None:
+    """Raises: ValueError for what is not True or False, by name."""
+    for name, word in words.items():
+        if not isinstance(word, bool):
+            raise ValueError(f"{name}: got {word!r}, expected True or False")
+
+
+def as_eps(eps: Number) -> float:
+    """Raises: ValueError for what is no number > 0."""
+    number = as_float("eps", eps, "a number > 0")
+    if number <= 0:
+        raise ValueError(f"eps: got {number}, expected a number > 0")
+    return number
+
+
+def as_reduction(reduction: str | None, spatial: bool) -> str:
+    """The word, or the usual one. Raises: ValueError for a map that is reduced."""
+    if reduction is None:
+        return "none" if spatial else "mean"
+    if spatial and reduction != "none":
+        raise ValueError(
+            f"reduction: got {reduction!r} with spatial=True, expected 'none': the map "
+            "(N, 1, H, W) is not reduced; spatial=False gives the mean of what is resized"
+        )
+    return reduction
 
 
 def check_images(channels: int, pred: object, target: object) -> None:

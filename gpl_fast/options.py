@@ -179,6 +179,24 @@ def refuse_unknown(taker: str, given: Iterable[str], known: Sequence[str]) -> No
         )
 
 
+def as_ignore_index(given: IgnoreIndex | str, classes: int, by_element: bool) -> IgnoreIndex:
+    """What `Options` take of ``ignore_index``: "auto" is 255, where that is no class.
+
+    Raises:
+        ValueError: another word; "auto" where 255 is a class.
+    """
+    if not isinstance(given, str):
+        return given
+    if given != "auto":
+        raise ValueError(f"ignore_index: got {given!r}, expected 'auto', integers or None")
+    if classes > 255 and not by_element:
+        raise ValueError(
+            f"ignore_index: got 'auto' with {classes} classes, where 255 is a class; "
+            "expected an explicit label, such as 65535 or -1, or None = ignore nothing"
+        )
+    return 255
+
+
 def as_ignored(value: IgnoreIndex) -> tuple[int, ...]:
     """The labels that do not count: none, one, or several.
 

@@ -24,8 +24,7 @@ _KNOWN = [name for name in OPTION_NAMES if name != "reduction"]
 
 
 class PerceptualLoss(nn.Module):
-    """The losses of Johnson et al., "Perceptual Losses for Real-Time Style Transfer and
-    Super-Resolution", ECCV 2016, Section 3.2; one pass gives all layers.
+    """Feature reconstruction, style and total variation; one pass gives all layers.
 
     Args:
         net: any `LossNet`; `LossNet.from_sequential(vgg16(weights=…).features, mean=…, std=…)` for
@@ -41,8 +40,15 @@ class PerceptualLoss(nn.Module):
             criterion, normalize_features, compute_dtype, backend, workspace_mb of
             `GenericPerceptualLoss`.
 
+    Shape:
+        As `functional.perceptual_loss`: (N, C, H, W) and a target -> 0-dim or (N,).
+
     Raises:
         TypeError, ValueError: an argument outside of what is listed.
+
+    Source:
+        docs/math.md, section 3; Johnson et al., "Perceptual Losses for Real-Time Style Transfer and
+        Super-Resolution", ECCV 2016, Section 3.2, eq. (2) to (4).
     """
 
     def __init__(
@@ -92,7 +98,14 @@ class PerceptualLoss(nn.Module):
         mask: Tensor | None = None,
         return_parts: bool | None = None,
     ) -> Tensor | dict[str, Tensor]:
-        """The loss of `pred` (N, C, H, W); see `functional.perceptual_loss`."""
+        """The loss of `pred`, with the words of this module.
+
+        Shape:
+            As `functional.perceptual_loss`.
+
+        Raises:
+            TypeError, ValueError, BackendUnavailable: as `functional.perceptual_loss`.
+        """
         found = self._parts(pred, target, style_target, mask, self.options)
         if not (torch.compiler.is_compiling() or self._looked):
             self._looked = first_look(
@@ -110,18 +123,19 @@ class PerceptualLoss(nn.Module):
         o: Options,
     ) -> dict[str, Tensor]:
         return parts.perceptual_parts(
-            pred,
-            target,
-            self.net,
-            o,
-            style_target=style_target,
-            mask=mask,
-            weights=self.weights.on(pred),
-            tv_weight=self.tv_weight,
-        )
+            pred, target, self.net, o, style_target=style_target, mask=mask,
+            weights=self.weights.on(pred), tv_weight=self.tv_weight,
+        )  # fmt: skip
 
     def encode(self, target: TargetMap, mask: Tensor | None = None) -> TargetFeatures:
-        """φ(target) at every layer used: a `target`, a `style_target`, or both."""
+        """φ(target) at every layer used: a `target`, a `style_target`, or both.
+
+        Shape:
+            As `functional.encode`.
+
+        Raises:
+            TypeError, ValueError, BackendUnavailable: as `functional.encode`.
+        """
         layers = tuple(dict.fromkeys((*self.feature_layers, *self.style_layers)))
         features = parts.encode_target(target, mask, self.net, layers, self.options)
         if not self._looked:
@@ -143,6 +157,12 @@ class PerceptualLoss(nn.Module):
         `architecture` than theirs goes by its name, such as "sm_90" or "avx2". With `ratio`, what
         norm the gradients of the parts that there are have beside the first one's, which is
         computed.
+
+        Shape:
+            As `forward`; of "meta" tensors too, without `ratio`.
+
+        Raises:
+            TypeError, ValueError, BackendUnavailable: as `forward`; an unknown `architecture`.
         """
         found = explain(
             self,
@@ -169,10 +189,13 @@ class PerceptualLoss(nn.Module):
 
     def distance_map(self, pred: Tensor, target: TargetLike, mask: Tensor | None = None) -> Tensor:
         """Where they differ: the last level's distance, with its weight, at each of its pixels and
-        resized bilinearly. (N, 1, H, W), without gradient, computed by the reference.
+        resized bilinearly; without gradient, computed by the reference.
+
+        Shape:
+            As `forward` -> (N, 1, H, W), float32, float64 for float64 input.
 
         Raises:
-            ValueError: the loss compares styles alone.
+            TypeError, ValueError: as `forward`; the loss compares styles alone.
         """
         weights = distance_maps.last_layer(self.weights.on(pred), self.net)
         return distance_maps.distance_map(pred, target, mask, self.net, weights, self.options)

@@ -17,7 +17,7 @@ from gpl_fast.input_checks import Integer, Number, as_label_smoothing, as_num_cl
 from gpl_fast.loss import GenericPerceptualLoss, GenericWords
 from gpl_fast.net.lossnet import LossNet
 from gpl_fast.normalizer import NormalizerLike
-from gpl_fast.options import IgnoreIndex, refuse_unknown
+from gpl_fast.options import IgnoreIndex, as_ignore_index, refuse_unknown
 from gpl_fast.targets import TargetFeatures, TargetLike, TargetMap, first_look
 from gpl_fast.terms import ClassWeight, Segmentation, activation_of
 
@@ -30,7 +30,7 @@ _KNOWN = [
 
 
 class SegmentationLoss(nn.Module):
-    """``ce_weight · CE(x, labels) + gpl_weight · L(softmax(x), target)``: the paper's eq. (2).
+    """``ce_weight · CE(x, labels) + gpl_weight · L(softmax(x), target)``.
 
     Args:
         num_classes: C >= 2; 1 in mode "binary".
@@ -53,25 +53,26 @@ class SegmentationLoss(nn.Module):
         **gpl: everything that `GenericPerceptualLoss` takes. A teacher that holds probabilities
             needs ``target_activation="none"``.
 
+    Shape:
+        As `functional.segmentation_loss`: (N, C, h, w) and labels (N, H, W) -> 0-dim or (N,).
+
     Raises:
         TypeError, ValueError: an argument outside of what is listed.
+
+    Source:
+        docs/math.md, section 5 (of single elements eq. (8)); Liu et al., CVPR 2021, eq. (2).
     """
 
     def __init__(
-        self,
-        num_classes: Integer,
-        *,
+        self, num_classes: Integer, *,
         mode: str = "multiclass",
-        gpl_weight: Number = 0.1,
-        ce_weight: Number = 1.0,
+        gpl_weight: Number = 0.1, ce_weight: Number = 1.0,
         ignore_index: IgnoreIndex | str = "auto",
-        class_weight: ClassWeight | None = None,
-        pos_weight: ClassWeight | None = None,
-        label_smoothing: Number = 0.0,
-        gpl_ignore: bool | str = "auto",
+        class_weight: ClassWeight | None = None, pos_weight: ClassWeight | None = None,
+        label_smoothing: Number = 0.0, gpl_ignore: bool | str = "auto",
         return_parts: bool = False,
         **gpl: Unpack[GenericWords],
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         num_classes = as_num_classes(num_classes, mode)
         refuse_unknown("SegmentationLoss", gpl, _KNOWN)
@@ -81,15 +82,13 @@ class SegmentationLoss(nn.Module):
             label_smoothing=label_smoothing, gpl_ignore=gpl_ignore, mode=mode,
             pos_weight=pos_weight,
         )  # fmt: skip
-        ignored = _ignored(ignore_index, num_classes, checked.by_element)
+        ignored = as_ignore_index(ignore_index, num_classes, checked.by_element)
         self.gpl = GenericPerceptualLoss(num_classes, ignore_index=ignored, **gpl)
         self.gpl_weight, self.ce_weight = checked.gpl_weight, checked.ce_weight
-        self.label_smoothing = checked.label_smoothing
-        self.gpl_ignore = checked.gpl_ignore
+        self.label_smoothing, self.gpl_ignore = checked.label_smoothing, checked.gpl_ignore
         # A plain attribute: a buffer would appear in state_dict and be broadcast by DDP.
         self.class_weight, self.pos_weight = checked.class_weight, checked.pos_weight
-        self.mode = mode
-        self.return_parts = return_parts
+        self.mode, self.return_parts = mode, return_parts
         self._copies = DeviceCopies()
 
     @property
@@ -107,15 +106,17 @@ class SegmentationLoss(nn.Module):
         return self.gpl.net
 
     def forward(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        teacher: TargetLike | None = None,
-        mask: Tensor | None = None,
-        return_parts: bool | None = None,
+        self, logits: Tensor, labels: Tensor, teacher: TargetLike | None = None,
+        mask: Tensor | None = None, return_parts: bool | None = None,
         normalizer: NormalizerLike | None = None,
-    ) -> Tensor | dict[str, Tensor]:
-        """The total for `logits` (N, C, h, w); see `functional.segmentation_loss`."""
+    ) -> Tensor | dict[str, Tensor]:  # fmt: skip
+        """The total, with the words of this module.
+
+        Shape:
+            As `functional.segmentation_loss`.
+        Raises:
+            TypeError, ValueError, BackendUnavailable: as `functional.segmentation_loss`.
+        """
         found = parts.segmentation_parts(
             logits, labels, self.net, self.gpl.weights.on(logits), self.gpl.options,
             self._terms(logits), teacher=teacher, mask=mask, normalizer=normalizer,
@@ -136,33 +137,36 @@ class SegmentationLoss(nn.Module):
 
     @torch.no_grad()
     def count(self, labels: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What these labels add to a `normalizer`: (2,) float64 on their device, of the pixels that
-        count (with class weights the sum of their weights) and of the images.
+        """What these labels add to a `normalizer`: the pixels that count (with class weights the
+        sum of their weights), and the images.
 
         Gradient accumulation: ``normalizer = sum(loss.count(y) for y in micro_batches)`` makes the
         sum of the pieces' values, and of their gradients, those of the whole batch. With DDP, which
         averages gradients, all-reduce it and divide it by the number of ranks.
+
+        Shape:
+            `labels` and `mask` of `functional.segmentation_loss` -> (2,) float64 on their device.
+        Raises:
+            TypeError, ValueError: as `forward` of these two.
         """
-        return parts.count(
-            labels, mask, self.net.in_channels, self.gpl.options, self._terms(labels)
-        )
+        s = self._terms(labels)
+        return parts.count(labels, mask, self.net.in_channels, self.gpl.options, s)
 
     def suggest_weight(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        teacher: TargetLike | None = None,
-        mask: Tensor | None = None,
-        share: Number = 0.1,
-    ) -> float:
+        self, logits: Tensor, labels: Tensor, teacher: TargetLike | None = None,
+        mask: Tensor | None = None, share: Number = 0.1,
+    ) -> float:  # fmt: skip
         """The `gpl_weight` at which the perceptual term's gradient by these logits has `share` of
         the norm of the cross-entropy's, both with reduction "mean".
 
         Some batches of a network that has begun to learn say more than one of an untrained one.
         Works under `torch.no_grad` and `torch.inference_mode`, and synchronises with a GPU.
 
+        Shape:
+            As `forward` -> a Python number.
         Raises:
-            ValueError: one of the gradients is 0 or not finite.
+            TypeError, ValueError, BackendUnavailable: as `forward`; a gradient that is 0 or not
+                finite, "meta" tensors, or a share that is not > 0.
         """
         norms = segmentation_norms(
             logits, labels, self.net, self.gpl.weights.on(logits), self.gpl.options,
@@ -172,19 +176,19 @@ class SegmentationLoss(nn.Module):
         return weight_for(share, norms["loss_ce"], norms["loss_gpl"])
 
     def explain(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        teacher: TargetLike | None = None,
-        mask: Tensor | None = None,
-        architecture: str | None = None,
-        ratio: bool = False,
-    ) -> Explanation:
+        self, logits: Tensor, labels: Tensor, teacher: TargetLike | None = None,
+        mask: Tensor | None = None, architecture: str | None = None, ratio: bool = False,
+    ) -> Explanation:  # fmt: skip
         """Which backend would run and why, FLOPs, bytes saved, workspace; print it.
 
         Nothing is computed. Meta tensors stand for tensors of the default device; another
         `architecture` than theirs goes by its name, such as "sm_90" or "avx2". With `ratio`, what
         norm the perceptual term's gradient has beside the cross-entropy's, which is computed.
+
+        Shape:
+            As `forward`; of "meta" tensors too, without `ratio`.
+        Raises:
+            TypeError, ValueError, BackendUnavailable: as `forward`; an unknown `architecture`.
         """
         return explain_segmentation(
             self, self.net, self.gpl.options, self._terms(logits), logits, labels,
@@ -193,18 +197,26 @@ class SegmentationLoss(nn.Module):
         )  # fmt: skip
 
     def encode(self, teacher: TargetMap, mask: Tensor | None = None) -> TargetFeatures:
-        """φ(teacher), to be used as `teacher`; see `functional.encode`."""
+        """φ(teacher), to be used as `teacher`.
+
+        Shape:
+            As `functional.encode`.
+        Raises:
+            TypeError, ValueError, BackendUnavailable: as `functional.encode`.
+        """
         return self.gpl.encode(teacher, mask)
 
     def distance_map(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        teacher: TargetLike | None = None,
+        self, logits: Tensor, labels: Tensor, teacher: TargetLike | None = None,
         mask: Tensor | None = None,
-    ) -> Tensor:
-        """`GenericPerceptualLoss.distance_map` of the perceptual term, (N, 1, H, W) of the labels'
-        size, without `gpl_weight`."""
+    ) -> Tensor:  # fmt: skip
+        """`GenericPerceptualLoss.distance_map` of the perceptual term, without `gpl_weight`.
+
+        Shape:
+            As `forward` -> (N, 1, H, W) of the labels' size.
+        Raises:
+            TypeError, ValueError: as `forward`.
+        """
         weights = distance_maps.last_layer(self.gpl.weights.on(logits), self.net)
         return distance_maps.segmentation_map(
             logits, labels, self.net, weights, self.gpl.options, self._terms(logits),
@@ -216,25 +228,16 @@ class SegmentationLoss(nn.Module):
         return self.gpl.fingerprint()
 
     def extra_repr(self) -> str:
-        usual = {"gpl_weight": 0.1, "ce_weight": 1.0, "label_smoothing": 0.0, "gpl_ignore": "auto"}
-        usual["mode"] = "multiclass"
-        tensors = {"class_weight": self.class_weight, "pos_weight": self.pos_weight}
-        weights = [f"{k}={w.tolist()}" for k, w in tensors.items() if w is not None]
-        words = {name: getattr(self, name) for name in usual}
-        words["return_parts"], usual["return_parts"] = self.return_parts, False
-        changed = [f"{k}={v!r}" for k, v in words.items() if v != usual[k] or k == "gpl_weight"]
-        return ", ".join([*changed, *weights])
+        return _words(self)
 
 
-def _ignored(given: IgnoreIndex | str, classes: int, by_element: bool) -> IgnoreIndex:
-    """What `Options` take of ``ignore_index``: "auto" is 255, where that is no class."""
-    if not isinstance(given, str):
-        return given
-    if given != "auto":
-        raise ValueError(f"ignore_index: got {given!r}, expected 'auto', integers or None")
-    if classes > 255 and not by_element:
-        raise ValueError(
-            f"ignore_index: got 'auto' with {classes} classes, where 255 is a class; "
-            "expected an explicit label, such as 65535 or -1, or None = ignore nothing"
-        )
-    return 255
+def _words(loss: SegmentationLoss) -> str:
+    """What differs from the defaults, and the weights."""
+    usual = {"gpl_weight": 0.1, "ce_weight": 1.0, "label_smoothing": 0.0, "gpl_ignore": "auto"}
+    usual["mode"] = "multiclass"
+    tensors = {"class_weight": loss.class_weight, "pos_weight": loss.pos_weight}
+    weights = [f"{k}={w.tolist()}" for k, w in tensors.items() if w is not None]
+    words = {name: getattr(loss, name) for name in usual}
+    words["return_parts"], usual["return_parts"] = loss.return_parts, False
+    changed = [f"{k}={v!r}" for k, v in words.items() if v != usual[k] or k == "gpl_weight"]
+    return ", ".join([*changed, *weights])

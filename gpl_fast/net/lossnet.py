@@ -26,6 +26,13 @@ class LossNet(FrozenNetwork):
     holds one has no parameters and no buffers. Weights are copied to a device and dtype once.
 
     Build one with `vgg`, `from_sequential`, `from_module` or `load`.
+
+    Shape:
+        (N, in_channels, H, W) -> (N, C_b, H_b, W_b) of each layer, whose sizes `shapes` gives.
+    Raises:
+        TypeError, ValueError: as these four say.
+    Source:
+        docs/math.md, section 2; Liu et al., CVPR 2021, Sections 3.1 and 3.2.
     """
 
     @classmethod
@@ -146,8 +153,8 @@ class LossNet(FrozenNetwork):
         """This network behind a frozen random 1x1 convolution ``in_channels -> C``.
 
         The "T" rows of the paper's Table 1 (19 classes into a pre-trained network of 3 channels).
-        Frozen, and He-initialised from an own generator: a convention here. mean and std act after
-        it.
+        Frozen, He-initialised from an own generator of `seed`: a convention here. mean and std act
+        after it.
 
         Raises:
             ValueError: the network has an adapter already, or `in_channels` is not >= 1.
@@ -158,17 +165,16 @@ class LossNet(FrozenNetwork):
                 "network without one"
             )
         channels = check_channels(in_channels)
-        shape = (self._network_channels, channels, 1, 1)
-        adapter = draw_weight(shape, "he", own_generator(seed))
+        adapter = draw_weight((self._network_channels, channels, 1, 1), "he", own_generator(seed))
         drawn = self._drawn and {**self._drawn, "adapter": (channels, int(seed))}
-        arguments = self._arguments()
-        arguments["weights"] = {"adapter": adapter, **arguments["weights"]}
-        return LossNet(**arguments, drawn=drawn)
+        weights = {"adapter": adapter, **self._weights.tensors}
+        return LossNet(**{**self._arguments(), "weights": weights, "drawn": drawn})
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write structure and weights to a safetensors file.
 
         Raises:
+            OSError: the file cannot be written.
             ValueError: the network is a `from_module` one; save that module's state_dict instead.
         """
         if self._module is not None:

@@ -37,17 +37,11 @@ class FrozenNetwork:
     """
 
     def __init__(
-        self,
-        layers: Sequence[Layer],
-        weights: Mapping[str, Tensor],
-        *,
-        mean: Normalisation | None = None,
-        std: Normalisation | None = None,
-        module: nn.Module | None = None,
-        taps: Mapping[str, Tap] | None = None,
-        in_channels: int | None = None,
-        drawn: dict[str, Any] | None = None,
-    ) -> None:
+        self, layers: Sequence[Layer], weights: Mapping[str, Tensor], *,
+        mean: Normalisation | None = None, std: Normalisation | None = None,
+        module: nn.Module | None = None, taps: Mapping[str, Tap] | None = None,
+        in_channels: int | None = None, drawn: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         held = [*weights.values(), *(module.parameters() if module is not None else ())]
         if not all(holds_values(t) for t in held):
             raise ValueError(
@@ -66,13 +60,9 @@ class FrozenNetwork:
         adapter = own.get("adapter")
         self.in_channels = self._network_channels if adapter is None else int(adapter.shape[1])
         self.chain = chain_of(
-            self.layers,
-            in_channels=self.in_channels,
-            adapter=adapter is not None,
-            mean=self.mean,
-            std=self.std,
-            network_channels=self._network_channels,
-        )
+            self.layers, in_channels=self.in_channels, adapter=adapter is not None,
+            mean=self.mean, std=self.std, network_channels=self._network_channels,
+        )  # fmt: skip
         self._fingerprint: str | None = None  # of a module, once it is asked for
         self.identity = fingerprint(self._structure(), own) if self.is_chain else uuid.uuid4().hex
         self._weights = shared_weights(self.identity, own, self.chain)
@@ -142,14 +132,10 @@ class FrozenNetwork:
     def _arguments(self) -> dict[str, Any]:
         """What this network can be made of again, but for how it was drawn."""
         return {
-            "layers": self.layers,
-            "weights": self._weights.tensors,
-            "mean": self.mean,
-            "std": self.std,
-            "module": self._module,
-            "taps": self._taps,
+            "layers": self.layers, "weights": self._weights.tensors,
+            "mean": self.mean, "std": self.std, "module": self._module, "taps": self._taps,
             "in_channels": self._network_channels,
-        }
+        }  # fmt: skip
 
     def __repr__(self) -> str:
         if self._drawn is None:
@@ -163,7 +149,11 @@ class FrozenNetwork:
         return f"LossNet.vgg({words}){behind}"
 
     def weights_on(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """All weights on `device` in `dtype`, made once. Not copies: never write to them."""
+        """All weights on `device` in `dtype`, made once. Not copies: never write to them.
+
+        Shape:
+            As `weights`, by layer.
+        """
         cast = self._cast_weights(self.identity, device, dtype)
         return dict(zip(self.weight_names, cast, strict=True))
 
@@ -177,6 +167,8 @@ class FrozenNetwork:
         """A chain's weights as the fast path reads them (`net.weights.pack_weights`), made once.
         Not copies: never write to them.
 
+        Shape:
+            As `pack_weights` says, by name.
         Raises:
             RuntimeError: the network is no chain.
         """
@@ -194,14 +186,22 @@ class FrozenNetwork:
         return name
 
     def cached_tensors(self) -> list[Tensor]:
-        """All that was made of the weights, on any device; networks of one identity share it."""
+        """All that was made of the weights, on any device; networks of one identity share it.
+
+        Shape:
+            Any: for counting bytes.
+        """
         tensors = self._weights.cached_tensors()
         for module in vars(self._cast_modules).values():
             tensors += [*module.parameters(), *module.buffers()]
         return tensors
 
     def network_input(self, y: Tensor, valid: Tensor | None) -> Tensor:
-        """Input adapter, mean/std, then 0 where a pixel is not valid; in the dtype of `y`."""
+        """Input adapter, mean/std, then 0 where a pixel is not valid.
+
+        Shape:
+            (N, in_channels, H, W), `valid` (N, H, W) -> (N, C, H, W) in the dtype of `y`.
+        """
         mean = std = None
         if self.mean is not None and self.std is not None:
             mean = torch.tensor(self.mean, dtype=y.dtype, device=y.device)
@@ -212,7 +212,13 @@ class FrozenNetwork:
         return reference.network_input(y, valid, adapter, mean, std)
 
     def features(self, y: Tensor, taps: Sequence[str]) -> dict[str, Tensor]:
-        """Outputs ``(N, C_b, H_b, W_b)`` of the layers named, after `network_input`."""
+        """Outputs of the layers named, after `network_input`.
+
+        Shape:
+            (N, C, H, W) -> ``(N, C_b, H_b, W_b)`` by layer.
+        Raises:
+            ValueError: of a module, a tap that does not run or gives something else.
+        """
         if self._module is not None:
             module = getattr(self._cast_modules, self._module_on(self.identity, y.device, y.dtype))
             return module(y, taps)  # type: ignore[no-any-return]

@@ -25,6 +25,9 @@ class Batch:
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """The same elsewhere, called as ``Tensor.to``; a dtype is for floating maps alone.
 
+        Shape:
+            Unchanged; masks, labels and indices keep their dtype.
+
         Raises:
             TypeError: a dtype that is not float16, bfloat16, float32 or float64.
         """
@@ -38,7 +41,14 @@ class Batch:
         return self._map(lambda t: _moved(t, args, kwargs))
 
     def pin_memory(self) -> Self:
-        """The same in page-locked memory: what a DataLoader with ``pin_memory=True`` calls."""
+        """The same in page-locked memory: what a DataLoader with ``pin_memory=True`` calls.
+
+        Shape:
+            Unchanged, of tensors on the CPU.
+
+        Raises:
+            RuntimeError: of PyTorch, without a GPU or for tensors that lie on one.
+        """
         return self._map(lambda t: t.pin_memory())
 
     def __len__(self) -> int:

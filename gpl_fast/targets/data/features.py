@@ -28,14 +28,10 @@ class TargetFeatures(Batch):
     As data: ``f[i]`` are images of the batch, ``len(f)`` their number, `cat` joins what a dataset
     returns, `to` and `pin_memory` do what they do for a tensor, `save` and `load` are safetensors
     files. A pytree node, so that torch.compile, torch.func and FSDP reach its tensors; ``==``
-    compares identity. A DataLoader needs to be told how to join::
+    compares identity. A DataLoader needs a ``collate_fn`` that joins: see `TopK`.
 
-        def collate(samples):  # [(image (3, H, W), TargetFeatures of one image), ...]
-            images, targets = zip(*samples)
-            return torch.stack(images), gpl_fast.TargetFeatures.cat(targets)
-
-        DataLoader(dataset, batch_size=8, collate_fn=collate, pin_memory=True)
-
+    Shape:
+        N images of H x W by their features; as a target at a prediction of that size.
     Attributes:
         features: ``{layer: (N, C_b, H_b, W_b)}`` floating.
         settings: fingerprint, target activation, temperature and input size ``[H, W]`` they were
@@ -46,6 +42,8 @@ class TargetFeatures(Batch):
     Raises:
         TypeError: features are no mapping of names to floating tensors, masks of another dtype.
         ValueError: no features or no size; batch sizes, shapes or devices that do not agree.
+    Source:
+        docs/math.md, section 1, "Features"; ``φ_b(y)`` of Liu et al., CVPR 2021, Section 3.1.
     """
 
     features: Mapping[str, Tensor]
@@ -87,6 +85,8 @@ class TargetFeatures(Batch):
     def cat(items: Iterable[TargetFeatures]) -> TargetFeatures:
         """One batch of several, in their order; where some have no mask, all their pixels count.
 
+        Shape:
+            Of (N_i, C_b, H_b, W_b) and masks (N_i, H, W) -> Σ N_i images.
         Raises:
             TypeError: something else than TargetFeatures is given.
             ValueError: nothing is given; settings, layers, shapes or devices differ.
@@ -127,10 +127,11 @@ class TargetFeatures(Batch):
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> TargetFeatures:
-        """Read what `save` wrote, onto the CPU; nothing is unpickled.
+        """Read what `save` wrote, onto the CPU; nothing is unpickled. Values are taken as they are:
+        infinity or NaN in them shows in the loss.
 
-        Values are taken as they are: infinity or NaN in them shows in the loss.
-
+        Shape:
+            As they were saved.
         Raises:
             OSError: the file cannot be opened.
             ValueError: not a safetensors file, truncated, or not of TargetFeatures.

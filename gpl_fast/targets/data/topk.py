@@ -35,9 +35,16 @@ class TopK(Batch):
             0 gives a zero pixel), "uniform" (spread over the classes that are not listed) or
             "drop".
 
+    Shape:
+        A map (N, C, H, W) by its k largest classes; as a target at the prediction's H x W.
+
     Raises:
         TypeError: values are not floating or indices not integer, or not plain tensors.
         ValueError: the shapes or devices differ, or are not 4-d; an unknown `rest`.
+
+    Source:
+        docs/math.md, section 1, "Top-k": of this library; in the place of the teacher of Liu et
+        al., CVPR 2021, eq. (2).
     """
 
     values: Tensor
@@ -85,6 +92,9 @@ class TopK(Batch):
     @staticmethod
     def cat(items: Iterable[TopK]) -> TopK:
         """One batch of several, in their order; dtypes are promoted as by ``torch.cat``.
+
+        Shape:
+            Of (N_i, k, H, W) -> (Σ N_i, k, H, W).
 
         Raises:
             TypeError: something else than TopK is given.
