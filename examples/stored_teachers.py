@@ -52,7 +52,7 @@ class Stored(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         x = load_file(self.files[index])
-        top = gpl_fast.TopK(x["values"].float(), x["indices"], rest="uniform")
+        top = gpl_fast.TopK(x["values"], x["indices"], rest="uniform")
         return x["image"], x["labels"].long(), top
 
 

@@ -15,7 +15,7 @@ from gpl_fast.net.lossnet import LossNet
 from gpl_fast.normalizer import Normalizer, NormalizerLike, as_normalizer, divided
 from gpl_fast.options import Options
 from gpl_fast.precision import accumulation_dtype, no_autocast
-from gpl_fast.sharded import local
+from gpl_fast.sharded import PLAIN, local
 from gpl_fast.target_features import target_features
 from gpl_fast.targets import (
     IGNORED,
@@ -46,7 +46,7 @@ def generic_value(
     o: Options,
 ) -> Tensor:
     """`functional.generic_perceptual_loss` by the weight of each layer."""
-    if type(pred) is not Tensor or type(target) is not Tensor:
+    if not (type(pred) is type(target) is Tensor and type(mask) in PLAIN):
         pred, target, mask = local(pred, target, mask)
     check_prediction(pred, net)
     resolved = resolve_target(target, net.in_channels, o, mask=mask, pred=pred)
@@ -68,7 +68,8 @@ def segmentation_parts(
     normalizer: NormalizerLike | None = None,
 ) -> dict[str, Tensor]:
     """The weighted terms of `functional.segmentation_loss`: ``{"loss_ce", "loss_gpl"}``."""
-    if type(logits) is not Tensor or type(labels) is not Tensor:
+    plain = type(logits) is type(labels) is Tensor
+    if not (plain and type(teacher) in PLAIN and type(mask) in PLAIN):
         logits, labels, teacher, mask = local(logits, labels, teacher, mask)
     divisor = None if normalizer is None else as_normalizer(normalizer, o.reduction)
     resolve, compared = segmentation_resolvers(s)
@@ -158,7 +159,8 @@ def perceptual_parts(
 ) -> dict[str, Tensor]:
     """The weighted terms of `functional.perceptual_loss`: ``{"loss_feature", "loss_style",
     "loss_tv"}``."""
-    if type(pred) is not Tensor or type(target) is not Tensor:
+    plain = type(pred) is type(target) is Tensor
+    if not (plain and type(style_target) in PLAIN and type(mask) in PLAIN):
         pred, target, style_target, mask = local(pred, target, style_target, mask)
     check_prediction(pred, net)
     resolved = resolve_target(target, net.in_channels, o, mask=mask, pred=pred)

@@ -6,6 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+# Inlined where calls are counted: what cannot hold a DTensor.
+PLAIN = (Tensor, type(None))
+
 
 def local(*given: Any) -> list[Any]:
     """Of each DTensor this process' part, ``to_local()``; what is none stays as it is.

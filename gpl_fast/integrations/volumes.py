@@ -30,7 +30,7 @@ class VolumeLoss(nn.Module):
         sliced = {name: self.slices(word) for name, word in words.items()}
         return self.loss(*map(self.slices, maps), **sliced)
 
-    def slices(self, x: object) -> object:
+    def slices(self, x: Any) -> Any:
         """The slices of a volume as images."""
         if not isinstance(x, Tensor) or x.dim() not in (4, 5):
             return x

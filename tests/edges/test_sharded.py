@@ -50,3 +50,17 @@ def test_other_placements_are_refused_with_the_way_out(mesh, placement):
     ):
         with pytest.raises(ValueError, match=r"Shard\(0\).*redistribute"):
             call()
+
+
+def test_any_argument_may_be_the_one_that_is_sharded(mesh):
+    def sharded(t):
+        return DTensor.from_local(t, mesh, [Shard(0)])
+
+    loss, generic = gpl_fast.SegmentationLoss(3), gpl_fast.GenericPerceptualLoss(3)
+    for call in (
+        lambda d: loss(LOGITS, LABELS, teacher=d(LOGITS * 2)),
+        lambda d: loss(LOGITS, LABELS, mask=d(MASK)),
+        lambda d: loss(LOGITS, d(LABELS)),
+        lambda d: generic(LOGITS, LOGITS * 2, mask=d(MASK)),
+    ):
+        assert torch.equal(call(sharded), call(lambda t: t))

@@ -76,3 +76,24 @@ def test_the_registry_takes_the_dotted_name():
 def test_a_reduction_that_the_loss_has_not():
     with pytest.raises(ValueError, match="reduction_override: got 'none'"):
         SegmentationLoss(3)(LOGITS, LABELS, reduction_override="none")
+
+
+def test_words_that_would_be_lost_are_refused():
+    with pytest.raises(TypeError, match="decode head"):
+        SegmentationLoss(3, ignore_index=7)
+    with pytest.raises(TypeError, match="teacher"):
+        SegmentationLoss(3)(LOGITS, LABELS, teacher=LOGITS)
+
+
+def test_class_weights_may_be_a_tensor_and_many_classes_need_no_word():
+    weight = [1.0, 2.0, 0.5]
+    listed, given = (SegmentationLoss(3, class_weight=w) for w in (weight, torch.tensor(weight)))
+    assert torch.equal(given(LOGITS, LABELS), listed(LOGITS, LABELS))
+    logits = torch.randn(1, 300, 32, 32)
+    labels = torch.randint(0, 300, (1, 32, 32))
+    assert SegmentationLoss(300)(logits, labels, ignore_index=-1) > 0
+
+
+def test_it_compiles_at_the_first_call():
+    compiled = torch.compile(SegmentationLoss(3), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(LOGITS, LABELS), SegmentationLoss(3)(LOGITS, LABELS))

@@ -107,3 +107,30 @@ def test_deep_supervision_calls_the_loss_in_float32_unless_told_otherwise():
         DeepSupervisionLoss(Asking(3, compute_dtype=dtype))([half], LABELS.float())
     assert [given for given, _ in asked] == [torch.float32] * 2
     assert [str(used).removeprefix("torch.") for _, used in asked] == ["float32", "bfloat16"]
+
+
+@pytest.mark.parametrize(
+    "labels", [ONE_HOT * 0.9 + 0.05, ONE_HOT + ONE_HOT.roll(1, 1)], ids=["soft", "two classes"]
+)
+def test_maps_that_are_not_one_hot_are_refused(labels):
+    with pytest.raises(ValueError, match="labels: got"):
+        SegmentationLoss(3)(LOGITS, labels)
+
+
+def test_pixels_of_no_class_need_an_ignored_label():
+    with pytest.raises(ValueError, match="-1"):
+        SegmentationLoss(3, ignore_index=None)(LOGITS, ONE_HOT * (LABELS > 0))
+
+
+def test_stacked_outputs_are_no_volume():
+    """DynUNet's (N, outputs, C, H, W), beside labels of images."""
+    with pytest.raises(ValueError, match="prediction: got shape"):
+        SegmentationLoss(3)(LOGITS[:, None].expand(-1, 3, -1, -1, -1), ONE_HOT)
+
+
+def test_counts_of_the_same_labels():
+    loss = SegmentationLoss(3)
+    expected = gpl_fast.SegmentationLoss(3).count(LABELS)
+    for labels in (LABELS.float(), ONE_HOT, MetaTensor(LABELS.float())):
+        assert torch.equal(loss.count(labels), expected)
+    assert loss.count(LABELS[:, :, None].float()).tolist() == expected.tolist()

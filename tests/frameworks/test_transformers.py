@@ -209,3 +209,20 @@ def test_autocast_is_off_at_the_loss(tmp_path):
         trainer.train()
     assert [row[:2] for row in seen] == [(False, torch.float32)] * 2
     assert [row[2].removeprefix("torch.") for row in seen] == ["float32", "bfloat16"]
+
+
+def test_a_loss_that_is_no_number_and_a_batch_without_labels_are_refused(tmp_path):
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=1, use_cpu=True, report_to="none", disable_tqdm=True
+    )
+    for words in ({"return_parts": True}, {"reduction": "none"}):
+        with pytest.raises(ValueError, match="one number"):
+            SegmentationTrainer(
+                example.segformer(8), arguments, loss=gpl_fast.SegmentationLoss(3, **words)
+            )
+    data = [{"pixel_values": torch.randn(3, 64, 64)}] * 8
+    trainer = SegmentationTrainer(
+        example.segformer(8), arguments, train_dataset=data, loss=gpl_fast.SegmentationLoss(3)
+    )
+    with pytest.raises(ValueError, match="expected 'labels'"):
+        trainer.train()
