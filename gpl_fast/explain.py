@@ -22,6 +22,7 @@ from gpl_fast.fast.policy import named
 from gpl_fast.fast.who import who_runs
 from gpl_fast.net.lossnet import LossNet
 from gpl_fast.options import Options
+from gpl_fast.sharded import local
 from gpl_fast.targets import (
     EncodedTarget,
     Target,
@@ -62,6 +63,7 @@ def explain(
     Raises:
         ValueError: an unknown architecture, and what the loss raises.
     """
+    pred, target, style_target, mask = local(pred, target, style_target, mask)
     resolved = resolve_target(target, net.in_channels, o, mask=mask, pred=pred)
     inputs: dict[str, Any] = {"pred": pred, "target": target, "mask": mask}
     if style_target is not None:
@@ -95,6 +97,7 @@ def explain_segmentation(
     ratio: bool = False,
 ) -> Explanation:
     """`explain` for a loss with a cross-entropy; see `functional.segmentation_loss`."""
+    logits, labels, teacher, mask = local(logits, labels, teacher, mask)
     resolve, compared = parts.segmentation_resolvers(s)
     checked, given = resolve(labels, mask, logits, net, o)
     size = tuple(checked.shape[-2:])

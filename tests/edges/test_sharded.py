@@ -64,3 +64,14 @@ def test_any_argument_may_be_the_one_that_is_sharded(mesh):
         lambda d: generic(LOGITS, LOGITS * 2, mask=d(MASK)),
     ):
         assert torch.equal(call(sharded), call(lambda t: t))
+
+
+def test_it_is_explained_and_weighed(mesh):
+    x, y, t = (DTensor.from_local(t, mesh, [Shard(0)]) for t in (LOGITS, LABELS, LOGITS * 2))
+    loss = gpl_fast.SegmentationLoss(3)
+    assert str(loss.explain(x, y, t, ratio=True)) == str(
+        loss.explain(LOGITS, LABELS, LOGITS * 2, ratio=True)
+    )
+    assert loss.suggest_weight(x, y, t) == loss.suggest_weight(LOGITS, LABELS, LOGITS * 2)
+    generic = gpl_fast.GenericPerceptualLoss(3)
+    assert str(generic.explain(x, t)) == str(generic.explain(LOGITS, LOGITS * 2))
