@@ -254,7 +254,7 @@ def test_bench_passes_the_workspace_on(monkeypatch, capsys):
 
 def test_the_demo_passes_the_workspace_on(tmp_path, monkeypatch, capsys):
     pytest.importorskip("rich")
-    monkeypatch.setattr(demo, "missing_packages", list)
+    monkeypatch.setattr(demo, "missing_packages", lambda *_: [])
     settings = []
 
     def run(given, observe):
