@@ -65,3 +65,5 @@ def main(pieces: int = 4, batch_size: int = 2, epochs: int = 6, **words: object)
 
 if __name__ == "__main__":
     main()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

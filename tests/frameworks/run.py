@@ -7,6 +7,8 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # this checkout's package, and peer_losses
 from peer_losses import declare_operators  # noqa: E402
@@ -34,3 +36,6 @@ if __name__ == "__main__":
     sys.argv = sys.argv[1:]
     sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
     runpy.run_path(sys.argv[0], run_name="__main__")
+    # A process that exits with its group alive may be aborted by the group's threads.
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
