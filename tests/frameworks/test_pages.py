@@ -33,3 +33,8 @@ def test_every_example_is_in_the_table():
     table = (ROOT / "examples" / "README.md").read_text()
     linked = re.findall(r"\]\((\w+\.py)\)", table)
     assert sorted(linked) == sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+
+
+def test_recipes_are_short():
+    for path in (ROOT / "examples").glob("*.py"):
+        assert path.read_text().count("\n") <= 120, path.name
